@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = {}
+exec(Path("imagen_jax/__init__.py").read_text(), version)
+
+setup(
+    name="imagen_jax",
+    version=version["__version__"],
+    description="Imagen in JAX: a text-to-image diffusion cascade, from a laptop to a TPU pod.",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["imagen_jax*", "data_pipelines*"]),
+    package_data={"imagen_jax.text": ["weights/*/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "clu>=0.0.12",
+        "flax>=0.12.4",
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "ml-collections>=1.1",
+        "numpy>=2.1",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "scikit-image>=0.25",
+        "seqio>=0.0.20",
+        "tensorboard>=2.20",
+        "tensorflow>=2.20",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "gpu": ["jax[cuda13]>=0.10"],
+        "test": ["pytest>=8", "ruff>=0.14"],
+        "parity": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.57"],
+        # SeqIO's offline caching of tasks wants a fast CRC.
+        "data": ["google-crc32c>=1.5"],
+    },
+)
