@@ -1,0 +1,221 @@
+"""Gaussian diffusion in log-SNR and continuous time (Imagen, arXiv:2205.11487, appendix A).
+
+    z_t = alpha_t x + sigma_t eps,    alpha_t^2 + sigma_t^2 = 1    (variance preserving)
+    lambda_t = log(alpha_t^2 / sigma_t^2),    t in [0, 1], lambda_t decreasing in t
+
+`log_snr` is lambda_t and is either a scalar or one value per example, [B]. Images are in [-1, 1].
+Schedules, predictions and loss weights are tables from a name to functions: a new one is a line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax.config import require
+
+Cond = dict[str, jax.Array]
+Denoiser = Callable[[jax.Array, jax.Array, Cond], jax.Array]
+
+
+def lookup(table: Mapping[str, Any], key: str, name: str) -> Any:
+    """The entry `name` of a table; a UserError that names the config key if there is none."""
+    require(name in table, key, name, ", ".join(table))
+    return table[name]
+
+
+# Schedules: (t, log_snr_min, log_snr_max) -> log_snr.
+
+
+def cosine_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
+    """alpha_t = cos(pi t / 2), with the angle's range cut so that log_snr stays in its bounds.
+
+    lambda = -2 log tan(angle). Both the angle and its complement are interpolated, because near
+    the far end float32 cannot hold pi/2 minus a small angle.
+    """
+    first = np.arctan(np.exp(-0.5 * log_snr_max))
+    last = np.arctan(np.exp(0.5 * log_snr_min))
+    span = np.pi / 2 - first - last
+    return 2 * (jnp.log(jnp.sin(last + span * (1 - t))) - jnp.log(jnp.sin(first + span * t)))
+
+
+def linear_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
+    """DDPM's 1000 steps with beta from 1e-4 to 0.02, in continuous time; clipped to the bounds.
+
+    With alpha_bar_n = prod_{i<=n} (1 - beta_i), alpha^2(n / 1000) is exactly alpha_bar_n; between
+    the grid points log alpha^2 is interpolated, i.e. each step's noise comes at a constant rate.
+    """
+    log_alpha_bar = np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, 1000)))
+    grid = np.linspace(0, 1, 1001)
+    log_alpha_sq = jnp.interp(t, grid, np.concatenate([[0.0], log_alpha_bar]))
+    # log(a / (1 - a)) for a = exp(log a); at t = 0 it is +inf and the clip makes it finite.
+    return jnp.clip(-jnp.log(jnp.expm1(-log_alpha_sq)), log_snr_min, log_snr_max)
+
+
+SCHEDULES: dict[str, Callable[[jax.Array, float, float], jax.Array]] = {
+    "cosine": cosine_log_snr,
+    "linear": linear_log_snr,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A named noise schedule and the range its log-SNR is confined to.
+
+    Raises UserError for an unknown name or an empty range.
+    """
+
+    name: str = "cosine"
+    log_snr_min: float = -20.0
+    log_snr_max: float = 20.0
+
+    def __post_init__(self):
+        lookup(SCHEDULES, "diffusion.schedule", self.name)
+        below = self.log_snr_min < self.log_snr_max
+        allowed = f"below log_snr_max, {self.log_snr_max}"
+        require(below, "diffusion.log_snr_min", self.log_snr_min, allowed)
+
+    def log_snr(self, t: jax.Array) -> jax.Array:
+        """lambda_t for t in [0, 1], any shape; strictly decreasing inside the bounds."""
+        return SCHEDULES[self.name](t, self.log_snr_min, self.log_snr_max)
+
+
+# Forward process.
+
+
+def alpha_sigma(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(alpha, sigma) at a log-SNR, same shape: sqrt(sigmoid(lambda)), sqrt(sigmoid(-lambda)).
+
+    Not sigma = sqrt(1 - alpha^2), which in float32 is 0 beyond lambda = 17.
+    """
+    return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
+
+
+def _alpha_sigma_like(log_snr: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """alpha_sigma with trailing axes added, so that it multiplies x: [B] -> [B, 1, 1, 1]."""
+    log_snr = jnp.asarray(log_snr)
+    return alpha_sigma(log_snr.reshape(log_snr.shape + (1,) * (x.ndim - log_snr.ndim)))
+
+
+def q_sample(x: jax.Array, eps: jax.Array, log_snr: jax.Array) -> jax.Array:
+    """z_t = alpha_t x + sigma_t eps. x, eps: [B, ...]; log_snr: scalar or [B]."""
+    alpha, sigma = _alpha_sigma_like(log_snr, x)
+    return alpha * x + sigma * eps
+
+
+# Predictions: what the network's output means.
+
+
+class Prediction(NamedTuple):
+    """One parameterisation of the denoiser.
+
+    target: (x, eps, log_snr) -> what the output should be.
+    to_x_eps: (output, z, log_snr) -> (x_hat, eps_hat), with z = alpha x_hat + sigma eps_hat.
+    eps_error: log_snr -> the factor from the squared error of the output to that of eps_hat.
+    """
+
+    target: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    to_x_eps: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    eps_error: Callable[[jax.Array], jax.Array]
+
+
+def _x_eps_from_eps(eps_hat, z, log_snr):
+    alpha, sigma = _alpha_sigma_like(log_snr, z)
+    return (z - sigma * eps_hat) / alpha, eps_hat
+
+
+def _x_eps_from_x(x_hat, z, log_snr):
+    alpha, sigma = _alpha_sigma_like(log_snr, z)
+    return x_hat, (z - alpha * x_hat) / sigma
+
+
+def _v_target(x, eps, log_snr):
+    alpha, sigma = _alpha_sigma_like(log_snr, x)
+    return alpha * eps - sigma * x
+
+
+def _x_eps_from_v(v_hat, z, log_snr):
+    alpha, sigma = _alpha_sigma_like(log_snr, z)
+    return alpha * z - sigma * v_hat, sigma * z + alpha * v_hat
+
+
+# v is from Salimans & Ho, arXiv:2202.00512, section 4.
+PREDICTIONS: dict[str, Prediction] = {
+    "eps": Prediction(lambda x, eps, log_snr: eps, _x_eps_from_eps, jnp.ones_like),
+    "x": Prediction(lambda x, eps, log_snr: x, _x_eps_from_x, jnp.exp),
+    "v": Prediction(_v_target, _x_eps_from_v, jax.nn.sigmoid),
+}
+
+# w(lambda) of the squared error of eps_hat; "x" and "v" make it the squared error of that space.
+WEIGHTINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "eps": jnp.ones_like,
+    "x": lambda log_snr: jnp.exp(-log_snr),
+    "v": lambda log_snr: 1 + jnp.exp(-log_snr),
+}
+
+
+# Training.
+
+
+def sample_t(key: jax.Array, batch: int, low_discrepancy: bool) -> jax.Array:
+    """Times t ~ U(0, 1), float32 [batch].
+
+    With low_discrepancy the batch shares one offset, t_i = (u + i / batch) mod 1: each t_i is
+    still uniform, but a batch always covers [0, 1] evenly, so its loss varies less (VDM,
+    arXiv:2107.00630, appendix I.1).
+    """
+    if low_discrepancy:
+        return (jax.random.uniform(key) + jnp.arange(batch) / batch) % 1.0
+    return jax.random.uniform(key, (batch,))
+
+
+def diffusion_loss(
+    denoise: Denoiser,
+    x_bhwc: jax.Array,
+    cond: Cond,
+    key: jax.Array,
+    *,
+    schedule: Schedule,
+    prediction: str = "eps",
+    weighting: str = "eps",
+    low_discrepancy: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each example, w(lambda_t) mean((eps_hat - eps)^2), at one random t each.
+
+    x_bhwc is the whole batch in [-1, 1]; what is drawn for an example depends on the key and on
+    its place in the batch, never on how the batch is sharded. Returns (loss_b, log_snr_b), both
+    float32 [B]. Raises UserError for an unknown prediction or weighting. Source: Eq. 1, in eps
+    space (appendix A).
+    """
+    parameterisation = lookup(PREDICTIONS, "diffusion.prediction", prediction)
+    weight = lookup(WEIGHTINGS, "diffusion.weighting", weighting)
+    t_key, eps_key = jax.random.split(key)
+    log_snr_b = schedule.log_snr(sample_t(t_key, x_bhwc.shape[0], low_discrepancy))
+    eps_bhwc = jax.random.normal(eps_key, x_bhwc.shape)
+    z_bhwc = q_sample(x_bhwc, eps_bhwc, log_snr_b)
+    output_bhwc = denoise(z_bhwc, log_snr_b, cond).astype(jnp.float32)
+    # The error is taken in the output's own space and rescaled: converting the output to eps_hat
+    # first would subtract nearly equal numbers at the ends of the schedule.
+    error_bhwc = output_bhwc - parameterisation.target(x_bhwc, eps_bhwc, log_snr_b)
+    scale_b = weight(log_snr_b) * parameterisation.eps_error(log_snr_b)
+    return scale_b * jnp.mean(jnp.square(error_bhwc), axis=(1, 2, 3)), log_snr_b
+
+
+def drop_text(cond: Cond, drop_b: jax.Array) -> Cond:
+    """Replaces the prompt by the null prompt where drop_b is True (caption dropout, guidance).
+
+    cond["text"] is [B, T, D], cond["text_mask"] bool [B, T], drop_b bool [B]. The null prompt is a
+    single token of zeros: nothing of the prompt stays, not even its length. Other keys pass.
+    """
+    text_btd, mask_bt = cond["text"], cond["text_mask"]
+    null_bt = jnp.broadcast_to(jnp.arange(mask_bt.shape[1])[None, :] == 0, mask_bt.shape)
+    return {
+        **cond,
+        "text": jnp.where(drop_b[:, None, None], 0, text_btd),
+        "text_mask": jnp.where(drop_b[:, None], null_bt, mask_bt),
+    }

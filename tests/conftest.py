@@ -1,0 +1,67 @@
+"""Test-wide settings (a small CPU made into 8 devices, rank promotion an error) and a tiny config."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is most of a test's time, and nothing here runs long enough to win it back.
+jax.config.update("jax_disable_most_optimizations", True)
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_config(name, argument=None):
+    """The shipped config `configs/<name>.py`, as the command line would load it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def shrink(config):
+    """A shipped config made so small that a step takes milliseconds; the recipe stays."""
+    config.batch_size = 8
+    config.num_steps = 100
+    config.num_samples = 4
+    config.optimizer.warmup_steps = 1
+    config.model.image_size = 8
+    config.model.embed_dim = 8
+    config.model.channel_mult = (1, 2)
+    config.model.num_res_blocks = 1
+    config.model.attention_resolutions = (4,)
+    config.model.per_head_channels = 8
+    config.model.dtype = "float32"
+    config.text.dim = 8
+    config.text.max_tokens = 6
+    config.sampling.num_steps = 2
+    return config
+
+
+@pytest.fixture
+def tiny_config():
+    return shrink(load_config("demo"))
+
+
+def random_batch(config, seed=0):
+    """A batch as `data.train_batches` yields it, of noise."""
+    from ml_dtypes import bfloat16
+
+    rng = np.random.default_rng(seed)
+    b, size, tokens = config.batch_size, config.model["image_size"], config.text.max_tokens
+    lengths = rng.integers(1, tokens + 1, (b, 1))
+    return {
+        "image": rng.integers(0, 256, (b, size, size, 3)).astype(np.uint8),
+        "text": rng.normal(size=(b, tokens, config.text.dim)).astype(bfloat16),
+        "text_mask": np.arange(tokens)[None, :] < lengths,
+    }

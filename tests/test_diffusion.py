@@ -1,0 +1,250 @@
+"""The forward process, the eps/x/v table, the loss and the null prompt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax import diffusion
+from imagen_jax.diffusion import PREDICTIONS, SCHEDULES, WEIGHTINGS, Schedule
+from imagen_jax.errors import UserError
+
+LINEAR_BETAS = np.linspace(1e-4, 0.02, 1000)
+LOG_SNR_B = jnp.array([-12.0, -2.0, 0.0, 3.0, 12.0])
+
+
+def draw(seed, shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def blank(z, log_snr_b, cond):
+    return jnp.zeros_like(z)
+
+
+def affine(z, log_snr_b, cond):
+    return 0.3 * z + 0.1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_log_snr_decreases_and_stays_in_its_bounds(name):
+    t = jnp.linspace(0, 1, 2001)
+    log_snr = np.asarray(Schedule(name).log_snr(t))
+    assert np.all(np.diff(log_snr) < 0)
+    assert log_snr.max() <= 20.0001 and log_snr.min() >= -20.0001
+    clipped = np.asarray(Schedule(name, log_snr_min=-5.0, log_snr_max=6.0).log_snr(t))
+    np.testing.assert_allclose(clipped[[0, -1]], [6, -5], rtol=1e-5)
+    assert np.all(np.diff(clipped) <= 0)
+
+
+def test_cosine_is_the_cosine_and_exact_at_its_bounds():
+    t = np.linspace(0, 1, 501)
+    log_snr = Schedule("cosine").log_snr(jnp.asarray(t, jnp.float32))
+    alpha, sigma = diffusion.alpha_sigma(log_snr)
+    np.testing.assert_allclose(alpha, np.cos(np.pi * t / 2), atol=1e-4)
+    np.testing.assert_allclose(sigma, np.sin(np.pi * t / 2), atol=1e-4)
+    np.testing.assert_allclose(log_snr[jnp.array([0, 250, 500])], [20, 0, -20], atol=1e-5)
+
+
+def test_linear_is_ddpm_at_every_grid_point():
+    alpha_bar = np.cumprod(1 - LINEAR_BETAS)
+    log_snr = Schedule("linear").log_snr(jnp.arange(1, 1001) / 1000)
+    alpha, sigma = diffusion.alpha_sigma(log_snr)
+    np.testing.assert_allclose(np.square(alpha), alpha_bar, rtol=1e-4)
+    np.testing.assert_allclose(np.square(sigma), 1 - alpha_bar, rtol=1e-4)
+
+
+def test_linear_is_the_chain_of_small_discrete_steps():
+    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, followed in mean and in variance."""
+    log_snr = Schedule("linear").log_snr(jnp.arange(1, 1001) / 1000)
+    alpha, sigma = map(np.asarray, diffusion.alpha_sigma(log_snr))
+    mean, variance = 1.0, 0.0
+    for n, beta in enumerate(LINEAR_BETAS):
+        mean, variance = np.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        assert alpha[n] == pytest.approx(mean, rel=1e-4)
+        assert sigma[n] ** 2 == pytest.approx(variance, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_any_two_times_imply_a_discrete_step(name):
+    """beta = 1 - alpha_t^2 / alpha_s^2 is (1 - e^{lambda_t - lambda_s}) sigma_t^2."""
+    log_snr = Schedule(name).log_snr(jnp.linspace(0.01, 1, 100))
+    alpha, sigma = (np.asarray(a, np.float64) for a in diffusion.alpha_sigma(log_snr))
+    lam = np.asarray(log_snr, np.float64)
+    beta = -np.expm1(lam[1:] - lam[:-1]) * sigma[1:] ** 2
+    np.testing.assert_allclose(1 - beta, alpha[1:] ** 2 / alpha[:-1] ** 2, atol=2e-6)
+
+
+def test_alpha_sigma_keep_their_precision_at_both_ends():
+    alpha, sigma = diffusion.alpha_sigma(jnp.array([-20.0, 0.0, 20.0]))
+    np.testing.assert_allclose(sigma[2], np.exp(-10), rtol=1e-5)
+    np.testing.assert_allclose(alpha[0], np.exp(-10), rtol=1e-5)
+    np.testing.assert_allclose(np.square(alpha) + np.square(sigma), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("schedule", "cosin", "cosine, linear"),
+        ("prediction", "epsilon", "eps, x, v"),
+        ("weighting", "snr", "eps, x, v"),
+    ],
+)
+def test_an_unknown_name_is_a_user_error(key, value, allowed):
+    names = {"schedule": "cosine", key: value}
+    with pytest.raises(UserError, match=f"diffusion.{key} is '{value}'; allowed: {allowed}"):
+        names["schedule"] = Schedule(names["schedule"])
+        diffusion.diffusion_loss(blank, jnp.zeros((1, 2, 2, 3)), {}, jax.random.key(0), **names)
+
+
+def test_an_empty_range_is_a_user_error():
+    with pytest.raises(UserError, match=r"diffusion.log_snr_min is 3.0; allowed: below"):
+        Schedule(log_snr_min=3.0, log_snr_max=3.0)
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_a_perfect_output_converts_back_to_x_and_eps(name):
+    x, eps = draw(0, (5, 4, 4, 3)), draw(1, (5, 4, 4, 3))
+    z = diffusion.q_sample(x, eps, LOG_SNR_B)
+    output = PREDICTIONS[name].target(x, eps, LOG_SNR_B)
+    x_hat, eps_hat = PREDICTIONS[name].to_x_eps(output, z, LOG_SNR_B)
+    # 1 / alpha or 1 / sigma is e^6 at the ends, so float32 leaves about 1e-4 there.
+    np.testing.assert_allclose(x_hat, x, atol=5e-4)
+    np.testing.assert_allclose(eps_hat, eps, atol=5e-4)
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_any_output_converts_to_a_pair_that_makes_z(name):
+    z, output = draw(0, (5, 4, 4, 3)), draw(1, (5, 4, 4, 3))
+    x_hat, eps_hat = PREDICTIONS[name].to_x_eps(output, z, LOG_SNR_B)
+    np.testing.assert_allclose(diffusion.q_sample(x_hat, eps_hat, LOG_SNR_B), z, atol=5e-5)
+    np.testing.assert_allclose(
+        PREDICTIONS[name].target(x_hat, eps_hat, LOG_SNR_B), output, atol=5e-4
+    )
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_eps_error_rescales_the_output_error(name):
+    x, eps, wrong = (draw(i, (3, 4, 4, 3)) for i in range(3))
+    log_snr_b = jnp.array([-2.0, 0.5, 2.0])
+    z = diffusion.q_sample(x, eps, log_snr_b)
+    target = PREDICTIONS[name].target(x, eps, log_snr_b)
+    _, eps_hat = PREDICTIONS[name].to_x_eps(target + wrong, z, log_snr_b)
+    expected = jnp.sum((eps_hat - eps) ** 2, axis=(1, 2, 3))
+    scale_b = PREDICTIONS[name].eps_error(log_snr_b)
+    np.testing.assert_allclose(scale_b * jnp.sum(wrong**2, axis=(1, 2, 3)), expected, rtol=1e-3)
+
+
+def drawn_for(x, key, schedule):
+    """What diffusion_loss draws for a key, as its denoiser sees it: (eps, z, log_snr_b)."""
+    seen = {}
+
+    def spy(z, log_snr_b, cond):
+        seen.update(z=z, log_snr_b=log_snr_b)
+        return z
+
+    diffusion.diffusion_loss(spy, x, {}, key, schedule=schedule)
+    alpha, sigma = (a[:, None, None, None] for a in diffusion.alpha_sigma(seen["log_snr_b"]))
+    return (seen["z"] - alpha * x) / sigma, seen["z"], seen["log_snr_b"]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_loss_is_the_hand_computed_one(prediction, weighting):
+    """w(lambda) mean((eps_hat - eps)^2), from the definition, in NumPy and float64."""
+    x, key = jnp.tanh(draw(0, (4, 6, 6, 3))), jax.random.key(7)
+    schedule = Schedule(log_snr_min=-4.0, log_snr_max=4.0)
+    loss_b, log_snr_b = diffusion.diffusion_loss(
+        affine, x, {}, key, schedule=schedule, prediction=prediction, weighting=weighting
+    )
+    eps, z, drawn = (np.asarray(a, np.float64) for a in drawn_for(x, key, schedule))
+    np.testing.assert_array_equal(log_snr_b, drawn)
+    alpha = np.sqrt(1 / (1 + np.exp(-drawn)))[:, None, None, None]
+    sigma = np.sqrt(1 - alpha**2)
+    output = affine(z, drawn, {})
+    eps_hat = {
+        "eps": output,
+        "x": (z - alpha * output) / sigma,
+        "v": sigma * z + alpha * output,
+    }[prediction]
+    snr = np.exp(drawn)
+    w = {"eps": 1.0, "x": 1 / snr, "v": (1 + snr) / snr}[weighting]
+    np.testing.assert_allclose(loss_b, w * ((eps_hat - eps) ** 2).mean((1, 2, 3)), rtol=2e-3)
+    assert loss_b.shape == (4,) and loss_b.dtype == jnp.float32
+
+
+def test_loss_is_zero_for_the_true_noise_and_one_for_none():
+    x, key, schedule = jnp.zeros((64, 8, 8, 3)), jax.random.key(0), Schedule()
+
+    def perfect(z, log_snr_b, cond):
+        return z / diffusion.alpha_sigma(log_snr_b)[1][:, None, None, None]
+
+    perfect_b, _ = diffusion.diffusion_loss(perfect, x, {}, key, schedule=schedule)
+    np.testing.assert_allclose(perfect_b, 0, atol=1e-9)
+    blank_b, _ = diffusion.diffusion_loss(blank, x, {}, key, schedule=schedule)
+    assert blank_b.mean() == pytest.approx(1, abs=0.05)
+
+
+def test_loss_accepts_a_bfloat16_output():
+    loss_b, _ = diffusion.diffusion_loss(
+        lambda z, *_: z.astype(jnp.bfloat16),
+        jnp.zeros((2, 4, 4, 3)),
+        {},
+        jax.random.key(0),
+        schedule=Schedule(),
+    )
+    assert loss_b.dtype == jnp.float32 and bool(jnp.isfinite(loss_b).all())
+
+
+def test_loss_draws_fresh_noise_for_every_example_and_key():
+    x = jnp.zeros((8, 4, 4, 3))
+    draws = [drawn_for(x, jax.random.key(seed), Schedule()) for seed in (0, 1)]
+    eps = np.concatenate([np.asarray(d[0]) for d in draws]).reshape(16, -1)
+    log_snr = np.concatenate([np.asarray(d[2]) for d in draws])
+    assert len(np.unique(eps[:, 0])) == 16 and len(np.unique(log_snr)) == 16
+    assert np.abs(np.corrcoef(eps) - np.eye(16)).max() < 0.7
+
+
+@pytest.mark.parametrize("low_discrepancy", [False, True])
+def test_each_time_is_uniform(low_discrepancy):
+    keys = jax.random.split(jax.random.key(0), 2000)
+    t = jax.vmap(lambda key: diffusion.sample_t(key, 4, low_discrepancy))(keys)
+    assert float(t.min()) >= 0 and float(t.max()) < 1
+    for place in range(4):
+        histogram, _ = np.histogram(t[:, place], bins=5, range=(0, 1))
+        np.testing.assert_allclose(histogram, 400, atol=90)
+
+
+def test_low_discrepancy_times_cover_the_interval_evenly():
+    t = np.sort(diffusion.sample_t(jax.random.key(3), 16, True))
+    np.testing.assert_allclose(np.diff(t), 1 / 16, atol=1e-6)
+
+
+def test_drop_text_leaves_nothing_of_the_prompt():
+    text = draw(0, (3, 5, 2)).astype(jnp.bfloat16)
+    mask = jnp.arange(5)[None, :] < jnp.array([[2], [5], [1]])
+    extra = jnp.ones((3,))
+    cond = {"text": text, "text_mask": mask, "aug_level": extra}
+    dropped = diffusion.drop_text(cond, jnp.array([True, False, True]))
+    null = [True, False, False, False, False]
+    np.testing.assert_array_equal(dropped["text"][0], np.zeros((5, 2)))
+    np.testing.assert_array_equal(dropped["text"][2], np.zeros((5, 2)))
+    np.testing.assert_array_equal(dropped["text_mask"], [null, [True] * 5, null])
+    np.testing.assert_array_equal(dropped["text"][1], text[1])
+    assert dropped["text"].dtype == jnp.bfloat16 and dropped["text_mask"].dtype == bool
+    assert dropped["aug_level"] is extra and cond["text"] is text
+
+
+def test_nothing_broadcasts_by_rank_promotion():
+    cond = {"text": jnp.ones((2, 3, 4)), "text_mask": jnp.ones((2, 3), bool)}
+    with jax.numpy_rank_promotion("raise"):
+        dropped = diffusion.drop_text(cond, jnp.array([True, False]))
+        for prediction in PREDICTIONS:
+            diffusion.diffusion_loss(
+                lambda z, *_: z,
+                jnp.zeros((2, 4, 4, 3)),
+                dropped,
+                jax.random.key(0),
+                schedule=Schedule("linear"),
+                prediction=prediction,
+                low_discrepancy=True,
+            )
