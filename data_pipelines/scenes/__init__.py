@@ -1,0 +1,1 @@
+"""Procedural captioned vector scenes: sampling, drawing, and a checker that reads pictures back."""

@@ -1,0 +1,207 @@
+"""Chooses what a scene shows and where: attributes by the split's rule, places without overlap."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipelines.scenes import glyphs
+from data_pipelines.scenes.scene import Thing, Word
+from data_pipelines.scenes.vocabulary import (
+    BACKGROUNDS,
+    COLORS,
+    CONTRASTING,
+    HELD_OUT,
+    RADII,
+    SHAPES,
+    TEXTURED_SHAPES,
+    USUAL_COLORS,
+    WORDS,
+)
+
+MARGIN = 0.025
+GAP = 0.055
+# How far apart across its axis the two things of a relation may be.
+MAX_DRIFT = 0.1
+
+
+class Stuck(Exception):
+    """No background contrasts with these colors, or the objects found no room: draw again."""
+
+
+def pick(rng: np.random.Generator, options: Sequence):
+    """One of `options`, all equally likely."""
+    return options[int(rng.integers(len(options)))]
+
+
+def is_usual(shape: str, color: str) -> bool:
+    """Whether people would not wonder at this shape in this color."""
+    return color in USUAL_COLORS.get(shape, COLORS)
+
+
+def _pairs(split: str, conflicting: bool) -> list[tuple[str, str]]:
+    return [
+        (shape, color)
+        for shape in SHAPES
+        for color in COLORS
+        if is_usual(shape, color) != conflicting
+        and ((shape, color) in HELD_OUT) == (split == "heldout")
+    ]
+
+
+_PAIRS = {
+    (split, conflicting): _pairs(split, conflicting)
+    for split in ("train", "heldout")
+    for conflicting in (False, True)
+}
+
+
+def _pair(rng: np.random.Generator, held_out: bool, conflicting: bool) -> tuple[str, str]:
+    pairs = _PAIRS["heldout" if held_out else "train", conflicting]
+    # Shapes have from one to eleven colors. Starting half of the time from the shape, half
+    # from the color, makes neither rare.
+    first = int(rng.integers(2))
+    value = pick(rng, sorted({pair[first] for pair in pairs}))
+    return pick(rng, [pair for pair in pairs if pair[first] == value])
+
+
+def cast(
+    rng: np.random.Generator, split: str, kinds: int, *, conflicting: bool = False
+) -> list[Thing]:
+    """So many plain things of normal size, no two with the same shape and color.
+
+    In the heldout split the first is a held-out pair; the other splits never show one.
+    """
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < kinds:
+        pair = _pair(rng, split == "heldout" and not chosen, conflicting)
+        if pair not in chosen:
+            chosen.append(pair)
+    return [Thing(shape, color) for shape, color in chosen]
+
+
+def recolored(rng: np.random.Generator, thing: Thing) -> Thing:
+    """The same shape in any color in which train shows it as usual."""
+    colors = [color for shape, color in _PAIRS["train", False] if shape == thing.shape]
+    return dataclasses.replace(thing, color=pick(rng, colors))
+
+
+def vary_texture(rng: np.random.Generator, thing: Thing, chance: float) -> Thing:
+    """The thing, by chance striped or dotted, if it has room for that."""
+    if thing.shape not in TEXTURED_SHAPES or rng.random() > chance:
+        return thing
+    return dataclasses.replace(thing, texture=pick(rng, ("striped", "dotted")))
+
+
+def vary_sizes(rng: np.random.Generator, things: list[Thing], chance: float) -> list[Thing]:
+    """One or two things, by chance large or small; two large ones would not fit."""
+    sizes = ["normal"] * len(things)
+    if rng.random() < chance:
+        sizes = pick(rng, {1: (["large"], ["small"]), 2: _SIZE_PAIRS}[len(things)])
+    return [
+        # A pattern on a small thing could not be seen at 64 pixels.
+        dataclasses.replace(thing, size=size, texture="plain" if size == "small" else thing.texture)
+        for thing, size in zip(things, sizes, strict=True)
+    ]
+
+
+_SIZE_PAIRS = (
+    ["large", "small"], ["small", "large"], ["large", "normal"], ["normal", "large"],
+    ["small", "normal"], ["normal", "small"],
+)  # fmt: skip
+
+
+def choose_background(rng: np.random.Generator, things: Sequence[Thing | Word]) -> str:
+    """A background on which all `things` can be seen; often white.
+
+    Raises:
+        Stuck: there is none.
+    """
+    suitable = [name for name in BACKGROUNDS if contrasts(name, things)]
+    if not suitable:
+        raise Stuck
+    if "white" in suitable and rng.random() < 0.4:
+        return "white"
+    return pick(rng, suitable)
+
+
+def contrasts(background: str, things: Sequence[Thing | Word]) -> bool:
+    """Whether all `things` can be seen on a background."""
+    return all(
+        thing.color in CONTRASTING[background, getattr(thing, "texture", "plain") != "plain"]
+        for thing in things
+    )
+
+
+def scatter(rng: np.random.Generator, things: list[Thing], top=0.0, bottom=1.0) -> list[Thing]:
+    """Places things at random in a band of the image so that their bounding boxes stay apart.
+
+    Raises:
+        Stuck: no room was found.
+    """
+    placed: list[Thing] = []
+    for thing in (_with_radius(rng, thing, len(things)) for thing in things):
+        for _ in range(40):
+            edge = thing.radius + MARGIN
+            x, y = rng.uniform(edge, 1 - edge), rng.uniform(top + edge, bottom - edge)
+            if all(
+                max(abs(x - other.x), abs(y - other.y)) > thing.radius + other.radius + GAP
+                for other in placed
+            ):
+                placed.append(_at(thing, x, y))
+                break
+        else:
+            raise Stuck
+    return placed
+
+
+def side_by_side(rng: np.random.Generator, things: list[Thing], relation: str) -> list[Thing]:
+    """Places two things so that the first stands in `relation` to the second."""
+    a, b = (_with_radius(rng, thing, 2) for thing in things)
+    first, second = (a, b) if relation in ("left of", "above") else (b, a)
+    slack = 1 - 2 * (MARGIN + first.radius + second.radius) - GAP
+    start, apart = np.sort(rng.uniform(0, slack, 2))
+    along = [MARGIN + first.radius + start, MARGIN + 2 * first.radius + GAP + apart + second.radius]
+    edge = max(a.radius, b.radius) + MARGIN
+    middle = rng.uniform(edge, 1 - edge)
+    across = [np.clip(middle + rng.uniform(-1, 1) * MAX_DRIFT, edge, 1 - edge) for _ in range(2)]
+    xs, ys = (along, across) if relation in ("left of", "right of") else (across, along)
+    placed = [_at(thing, xs[i], ys[i]) for i, thing in enumerate((first, second))]
+    return placed if first is a else placed[::-1]
+
+
+def write(rng: np.random.Generator, color: str, max_height: float, top=0.0, bottom=1.0) -> Word:
+    """A word as large as fits, somewhere in a band of the image."""
+    text = pick(rng, WORDS)
+    width = rng.uniform(0.86, 0.94)
+    aspect = glyphs.columns(len(text)) / glyphs.ROWS
+    height = min(width / aspect, max_height)
+    x_edge, y_edge = height * aspect / 2 + MARGIN, height / 2 + MARGIN
+    x, y = rng.uniform(x_edge, 1 - x_edge), rng.uniform(top + y_edge, bottom - y_edge)
+    return Word(text, color, *_rounded(x, y, height))
+
+
+def place_beside_word(rng: np.random.Generator, thing: Thing, top: float, bottom: float) -> Thing:
+    """Places a thing of normal size in the band of the image that a word leaves free."""
+    radius = rng.uniform(*RADII[2]["normal"])
+    edge = radius + MARGIN
+    x, y = rng.uniform(edge, 1 - edge), rng.uniform(top + edge, bottom - edge)
+    (radius,) = _rounded(radius)
+    return _at(dataclasses.replace(thing, radius=radius), x, y)
+
+
+def _with_radius(rng: np.random.Generator, thing: Thing, among: int) -> Thing:
+    (radius,) = _rounded(rng.uniform(*RADII[among][thing.size]))
+    return dataclasses.replace(thing, radius=radius)
+
+
+def _at(thing: Thing, x: float, y: float) -> Thing:
+    x, y = _rounded(x, y)
+    return dataclasses.replace(thing, x=x, y=y)
+
+
+def _rounded(*values: float) -> list[float]:
+    """Four decimals: a tenth of a pixel at 1024, and short JSON."""
+    return [round(float(value), 4) for value in values]

@@ -1,0 +1,81 @@
+"""Typed claims of captions, and whether a picture's description satisfies them.
+
+A claim is a plain dict with a "kind". A reference to things in the picture is a dict of the
+attributes they must have ({"shape": "circle", "color": "red"}; {} is any object; {"word": "CAT"}
+is the drawn word):
+
+    {"kind": "object", "object": ref}                    at least one such object is there
+    {"kind": "count", "object": ref, "count": 3}         exactly so many are there
+    {"kind": "size", "object": ref, "size": "large"}     one of them has this size
+    {"kind": "texture", "object": ref, "texture": ...}   one of them has this texture
+    {"kind": "relation", "a": ref, "b": ref, "relation": "left of"}
+    {"kind": "background", "color": "pale blue"}
+    {"kind": "word", "word": "CAT"}                      with "color" where the caption names it
+"""
+
+from __future__ import annotations
+
+from data_pipelines.scenes.scene import Picture, Thing, Word
+
+# Centers nearer than this along an axis (a share of the image) are neither left nor right.
+RELATION_MARGIN = 0.08
+
+
+def reference(thing: Thing) -> dict:
+    """How claims point at an object whose shape and color the caption names."""
+    return {"shape": thing.shape, "color": thing.color}
+
+
+def about(thing: Thing) -> list[dict]:
+    """The claims of a noun phrase that names all but the normal size and the plain texture."""
+    claims = [{"kind": "object", "object": reference(thing)}]
+    if thing.size != "normal":
+        claims.append({"kind": "size", "object": reference(thing), "size": thing.size})
+    if thing.texture != "plain":
+        claims.append({"kind": "texture", "object": reference(thing), "texture": thing.texture})
+    return claims
+
+
+def holds(claim: dict, picture: Picture) -> bool:
+    """Whether `picture` satisfies one claim."""
+    kind = claim["kind"]
+    if kind == "background":
+        return picture.background == claim["color"]
+    if kind == "word":
+        word = picture.word
+        wanted = claim.get("color", word and word.color)
+        return word is not None and (word.text, word.color) == (claim["word"], wanted)
+    if kind == "relation":
+        return any(
+            _related(a, b, claim["relation"])
+            for a in _find(claim["a"], picture)
+            for b in _find(claim["b"], picture)
+        )
+    if kind not in ("object", "count", "size", "texture"):
+        raise ValueError(f"claim kind {kind!r} is unknown")
+    found = _find(claim["object"], picture)
+    if kind == "object":
+        return bool(found)
+    if kind == "count":
+        return len(found) == claim["count"]
+    return any(getattr(thing, kind) == claim[kind] for thing in found)
+
+
+def _find(ref: dict, picture: Picture) -> list[Thing | Word]:
+    if "word" in ref:
+        return [picture.word] if picture.word and picture.word.text == ref["word"] else []
+    return [
+        thing
+        for thing in picture.objects
+        if all(getattr(thing, key) == value for key, value in ref.items())
+    ]
+
+
+def _related(a: Thing | Word, b: Thing | Word, relation: str) -> bool:
+    ahead = {
+        "left of": b.x - a.x,
+        "right of": a.x - b.x,
+        "above": b.y - a.y,
+        "below": a.y - b.y,
+    }[relation]
+    return ahead > RELATION_MARGIN
