@@ -1,0 +1,67 @@
+"""The scenes as a tfds dataset: the scene of an index depends on the seed and the split alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data_pipelines import records
+from data_pipelines.scenes.draw import render
+from data_pipelines.scenes.grammar import sample_scene
+
+RESOLUTIONS = (32, 64, 256, 1024)
+SPLITS = ("train", "validation", "heldout")
+
+
+def scene_record(
+    index: int, *, split: str, seed: int, resolution: int, encoder
+) -> dict[str, Any] | records.Skip:
+    """Scene `index` of a split as a record; at every resolution it is the same scene.
+
+    One whose caption is longer than the encoder takes is skipped.
+    """
+    scene = sample_scene(np.random.default_rng([seed, SPLITS.index(split), index]), split)
+    name = f"{split}-{index:06d}"
+    if encoder.num_tokens(scene.caption) > encoder.max_tokens:
+        return records.Skip(name, f"caption longer than --max_tokens={encoder.max_tokens}")
+    return {
+        "id": name,
+        "image": records.png_bytes(render(scene, resolution)),
+        "caption": scene.caption,
+        "category": scene.category,
+        "scene": scene.to_json(),
+    }
+
+
+class Scenes(records.RecordsBuilder):
+    """Scenes at one of RESOLUTIONS; `counts` gives the number of each of SPLITS."""
+
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=str(r)) for r in RESOLUTIONS]
+
+    def __init__(
+        self, *, data_dir: str, resolution: int, counts: Mapping[str, int], seed: int, encoder
+    ):
+        super().__init__(
+            data_dir=data_dir,
+            config=str(resolution),
+            splits={
+                split: records.Split(
+                    range(count),
+                    functools.partial(
+                        scene_record,
+                        split=split,
+                        seed=seed,
+                        resolution=resolution,
+                        encoder=encoder,
+                    ),
+                )
+                for split, count in counts.items()
+                if count
+            },
+            encoder=encoder,
+            settings={"seed": seed, **{f"num_{split}": n for split, n in counts.items()}},
+        )

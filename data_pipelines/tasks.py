@@ -1,0 +1,156 @@
+"""The SeqIO tasks, and the source they read: records by index, in an order that is a formula.
+
+A task yields, in addition to the strings id, caption, category and scene, image uint8 [H, W, 3] and
+text_embeddings bfloat16 [n, dim] without padding. It is opened where its records are:
+
+    task = seqio.get_mixture_or_task("scenes_32")
+    task = task.replace(source=task.source.at(data_dir="data", start=0))
+    task.get_dataset(split="train", shuffle=True, seed=0, num_epochs=1, try_in_mem_cache=False)
+"""
+
+from __future__ import annotations
+
+import seqio
+import tensorflow as tf
+
+from data_pipelines import records
+
+_TASKS = {
+    "scenes_32": "scenes/32",
+    "scenes_64": "scenes/64",
+    "scenes_256": "scenes/256",
+    "scenes_1024": "scenes/1024",
+    "emoji": "emoji",
+    "folder": "folder",
+}
+_SPLITS = ("train", "validation", "heldout")
+
+
+def names() -> list[str]:
+    """The names of the tasks that this module registers."""
+    return list(_TASKS)
+
+
+class RecordsSource(seqio.DataSource):
+    """Records in an index-based order, so that the position of the data is one integer.
+
+    Global positions count from 0 for ever. Shuffled, position g is record perm(g % n) of an epoch
+    g // n with its own permutation, and the stream is endless; in order, it is record g, for one
+    pass. Shards take blocks of positions in turn, so what the shards have read together depends on
+    neither their number nor the size of a block.
+
+    Args:
+      name: the dataset, such as "scenes/32".
+      data_dir: where datasets live.
+      start: the first global position; where to resume.
+      block: how many consecutive positions a shard takes at a time.
+    """
+
+    def __init__(self, name: str, data_dir: str = "data", start: int = 0, block: int = 1):
+        super().__init__(
+            splits=_SPLITS,
+            caching_permitted=False,  # SeqIO's cache cannot hold images and bfloat16
+            performs_internal_shuffling=True,
+        )
+        self.name, self.data_dir, self.start, self.block = name, data_dir, start, block
+
+    def at(self, data_dir: str, start: int = 0, block: int = 1) -> RecordsSource:
+        """The same dataset in `data_dir`, from global position `start` on."""
+        return RecordsSource(self.name, data_dir, start, block)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: str) -> list[str]:
+        return [f"{self.name}:{split}"]
+
+    def num_input_examples(self, split: str) -> int:
+        return records.dataset_info(self.data_dir, self.name).num_examples[split]
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused,
+    ) -> tf.data.Dataset:
+        """The records of this shard, decoded; endless if `shuffle`. No seed is seed 0.
+
+        Raises:
+          UserError: there is no such dataset in data_dir.
+        """
+        info = records.open_dataset(self.data_dir, self.name).info
+        paths, offsets = records.record_offsets(info, split)
+        n = len(offsets)
+        indices = self._positions(shard_info or seqio.ShardInfo(0, 1))
+        if shuffle:
+            indices = indices.map(lambda g: _shuffled(g, n, seed or 0))
+        else:
+            indices = indices.take_while(lambda g: g < n)
+        paths, offsets = tf.constant(paths), tf.constant(offsets)
+
+        def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
+            serialized = _read_record(paths[offsets[index, 0]], offsets[index, 1])
+            return info.features.deserialize_example(serialized)
+
+        return indices.map(read, tf.data.AUTOTUNE)
+
+    def _positions(self, shard: seqio.ShardInfo) -> tf.data.Dataset:
+        """This shard's global positions, int64, without end."""
+        first = self.start + self.block * shard.index
+        stride = self.block * shard.num_shards
+        counter = tf.data.Dataset.counter()
+        return counter.map(lambda m: first + m // self.block * stride + m % self.block)
+
+
+def _shuffled(g: tf.Tensor, n: int, seed: int) -> tf.Tensor:
+    """The record at global position g: each epoch and seed has its own permutation of range(n)."""
+    return tf.random.experimental.index_shuffle(g % n, [seed, g // n], tf.cast(n - 1, g.dtype))
+
+
+def _read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+    """The record of a TFRecord file that starts at byte `offset`.
+
+    In TensorFlow alone, because dropping an iterator while tf.data calls into Python can hang: it
+    waits for the call while it holds the interpreter's lock, which the call waits for.
+    """
+    from_there = tf.raw_ops.TFRecordDatasetV2(
+        filenames=[path],
+        compression_type="",
+        buffer_size=tf.constant(0, tf.int64),  # nothing of the records behind it
+        byte_offsets=[offset],
+    )
+    dataset = tf.data.experimental.from_variant(from_there, tf.TensorSpec([], tf.string))
+    return dataset.take(1).get_single_element()
+
+
+def decode_embeddings(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """text_embeddings from bytes to bfloat16 [n, dim]."""
+
+    def decode(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        flat, n = (
+            tf.io.decode_raw(record["text_embeddings"], tf.bfloat16),
+            record.pop("text_tokens"),
+        )
+        return {**record, "text_embeddings": tf.reshape(flat, [n, -1])}
+
+    return dataset.map(decode, tf.data.AUTOTUNE)
+
+
+for _name, _dataset in _TASKS.items():
+    seqio.TaskRegistry.add(
+        _name,
+        source=RecordsSource(_dataset),
+        preprocessors=[decode_embeddings],
+        output_features={
+            "image": seqio.Feature(
+                seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.uint8, rank=3
+            ),
+            "text_embeddings": seqio.Feature(
+                seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.bfloat16, rank=2
+            ),
+        },
+        shuffle_buffer_size=None,  # the source has shuffled indices; tensors would cost memory
+    )
