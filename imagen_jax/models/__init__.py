@@ -1,0 +1,1 @@
+"""The denoising networks. They know nothing of config files, meshes or diffusion."""

@@ -1,0 +1,250 @@
+"""The parts of the U-Nets: embeddings, normalization, residual blocks, attention to image and text.
+
+The arrangement is ADM's (arXiv:2105.05233) with text brought in as in GLIDE (arXiv:2112.10741):
+Imagen's base model builds on both (arXiv:2205.11487, appendix F.1). Images are [B, H, W, C].
+Parameters are float32; `dtype` is what activations and matrix products are computed in.
+Statistics and softmax are always float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+zeros_init = nnx.initializers.zeros_init()
+
+
+class Conditioning(NamedTuple):
+    """What blocks are told: emb [B, E]; text [B, T, E] and its bool mask [B, T], or both None."""
+
+    emb: jax.Array
+    text: jax.Array | None
+    text_mask: jax.Array | None
+
+
+def sinusoidal_embedding(position_b: jax.Array, dim: int) -> jax.Array:
+    """Embeds positions of about [0, 1000] as cosines and sines, float32 [B, dim]; dim is even."""
+    half = dim // 2
+    freqs = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = position_b.astype(jnp.float32)[:, None] * freqs[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def log_snr_embedding(log_snr_b: jax.Array, dim: int) -> jax.Array:
+    """Embeds a log-SNR of any finite value, whatever the schedule it came from, float32 [B, dim].
+
+    The log-SNR is first mapped to the time in [0, 1] at which the cosine schedule has it, which
+    spreads its useful range evenly (as arXiv:2202.00512 does), then scaled to ADM's 1000 steps.
+    """
+    cosine_time = (2 / jnp.pi) * jnp.arctan(jnp.exp(-0.5 * log_snr_b.astype(jnp.float32)))
+    return sinusoidal_embedding(1000.0 * cosine_time, dim)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes a share `rate` of x and rescales the rest; without a key, or at rate 0, returns x."""
+    if rate == 0.0 or key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0)
+
+
+def downsample(x_bhwc: jax.Array) -> jax.Array:
+    """Halves height and width by averaging 2x2 pixels."""
+    b, h, w, c = x_bhwc.shape
+    return x_bhwc.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def upsample(x_bhwc: jax.Array) -> jax.Array:
+    """Doubles height and width by repeating each pixel."""
+    b, h, w, c = x_bhwc.shape
+    x = jnp.broadcast_to(x_bhwc[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def space_to_depth(x_bhwc: jax.Array, size: int) -> jax.Array:
+    """Folds each size x size square of pixels into channels: [B, H/size, W/size, C size^2]."""
+    b, h, w, c = x_bhwc.shape
+    x = x_bhwc.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // size, w // size, size * size * c)
+
+
+def depth_to_space(x_bhwc: jax.Array, size: int) -> jax.Array:
+    """The inverse of space_to_depth."""
+    b, h, w, c = x_bhwc.shape
+    x = x_bhwc.reshape(b, h, w, size, size, c // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * size, w * size, c // size**2)
+
+
+RESAMPLE = {None: lambda x: x, "down": downsample, "up": upsample}
+
+
+def num_groups(channels: int) -> int:
+    """Up to 32 groups that divide the channels evenly, each of 4 channels or more if it can be."""
+    most = min(32, max(1, channels // 4))
+    return max(g for g in range(1, most + 1) if channels % g == 0)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalization, with an optional scale and shift per example (FiLM) folded into it."""
+
+    def __init__(self, channels: int, *, dtype: Any):
+        self.groups = num_groups(channels)
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+
+    def __call__(self, x_bhwc: jax.Array, film: tuple[jax.Array, jax.Array] | None = None):
+        b, _, _, c = x_bhwc.shape
+        x = x_bhwc.astype(jnp.float32)
+        # Pixels first, then channels of a group: the channel axis stays minor in the big pass.
+        grouped = (b, self.groups, c // self.groups)
+        mean = x.mean((1, 2)).reshape(grouped).mean(2, keepdims=True)
+        mean_square = jnp.square(x).mean((1, 2)).reshape(grouped).mean(2, keepdims=True)
+        rstd = jax.lax.rsqrt(jnp.maximum(mean_square - jnp.square(mean), 0.0) + 1e-5)
+        mean_bc = jnp.broadcast_to(mean, grouped).reshape(b, c)
+        scale_bc = jnp.broadcast_to(rstd, grouped).reshape(b, c) * self.scale[...][None, :]
+        shift_bc = self.bias[...][None, :] - mean_bc * scale_bc
+        if film is not None:
+            gain, offset = (f.astype(jnp.float32) for f in film)
+            scale_bc, shift_bc = scale_bc * (1.0 + gain), shift_bc * (1.0 + gain) + offset
+        return (x * scale_bc[:, None, None, :] + shift_bc[:, None, None, :]).astype(self.dtype)
+
+
+class TimeEmbedding(nnx.Module):
+    """log-SNR [B] -> [B, width]: a sinusoidal embedding of `dim`, then a two-layer MLP."""
+
+    def __init__(self, dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.dim = dim
+        self.hidden = nnx.Linear(dim, width, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, log_snr_b: jax.Array) -> jax.Array:
+        return self.out(jax.nn.silu(self.hidden(log_snr_embedding(log_snr_b, self.dim))))
+
+
+def masked_mean(x_btd: jax.Array, mask_bt: jax.Array) -> jax.Array:
+    """The mean over the tokens whose mask is True, [B, D]; zeros where none is."""
+    total = jnp.where(mask_bt[:, :, None], x_btd, 0).sum(1)
+    return total / jnp.maximum(mask_bt.sum(1, keepdims=True), 1).astype(x_btd.dtype)
+
+
+class TextPooling(nnx.Module):
+    """Text tokens [B, T, width] -> one vector [B, width], after a LayerNorm on the tokens.
+
+    "mean" averages the real tokens. "attention" lets that mean attend over the real tokens and
+    itself (as CLIP pools its image); since the mean is always there, no softmax is ever empty.
+    """
+
+    def __init__(self, kind: str, width: int, head_dim: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.attend = kind == "attention"
+        self.head_dim = head_dim
+        if self.attend:
+            self.q = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+            self.kv = nnx.Linear(width, 2 * width, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, text_btd: jax.Array, mask_bt: jax.Array) -> jax.Array:
+        text = self.norm(text_btd)
+        pooled = masked_mean(text, mask_bt)
+        if self.attend:
+            mean = pooled[:, None, :]
+            k, v = jnp.split(self.kv(jnp.concatenate([mean, text], axis=1)), 2, axis=-1)
+            mask = jnp.concatenate([jnp.ones_like(mask_bt[:, :1]), mask_bt], axis=1)
+            pooled = attention(self.q(mean), k, v, self.head_dim, mask)[:, 0]
+        return self.out(pooled)
+
+
+def attention(q_bsc, k_btc, v_btc, head_dim: int, mask_bt: jax.Array | None = None) -> jax.Array:
+    """Multi-head attention, `head_dim` channels a head; ignores keys where the mask is False."""
+    b, _, c = q_bsc.shape
+    q, k, v = (x.reshape(b, x.shape[1], c // head_dim, head_dim) for x in (q_bsc, k_btc, v_btc))
+    mask = None if mask_bt is None else mask_bt[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(q_bsc.shape)
+
+
+class Attention(nnx.Module):
+    """Residual self-attention over pixels whose keys and values are joined by those of the text.
+
+    text_width 0 leaves the text out. `text_norm` puts a LayerNorm on the text embeddings, which the
+    paper found to help (section 4.1). The output projection starts at zero.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_dim: int,
+        text_width: int,
+        *,
+        text_norm: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.head_dim = head_dim
+        self.norm = GroupNorm(channels, dtype=dtype)
+        self.qkv = nnx.Linear(channels, 3 * channels, dtype=dtype, rngs=rngs)
+        if text_width:
+            layer_norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs) if text_norm else None
+            self.text_norm = layer_norm
+            self.text_kv = nnx.Linear(text_width, 2 * channels, dtype=dtype, rngs=rngs)
+        self.use_text = text_width > 0
+        self.out = nnx.Linear(channels, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_bhwc: jax.Array, cond: Conditioning) -> jax.Array:
+        b, h, w, c = x_bhwc.shape
+        q, k, v = jnp.split(self.qkv(self.norm(x_bhwc).reshape(b, h * w, c)), 3, axis=-1)
+        mask = None
+        if self.use_text:
+            text = self.text_norm(cond.text) if self.text_norm is not None else cond.text
+            text_k, text_v = jnp.split(self.text_kv(text), 2, axis=-1)
+            k, v = jnp.concatenate([k, text_k], axis=1), jnp.concatenate([v, text_v], axis=1)
+            pixels = jnp.ones((b, h * w), bool)
+            mask = jnp.concatenate([pixels, cond.text_mask], axis=1)
+        return x_bhwc + self.out(attention(q, k, v, self.head_dim, mask)).reshape(x_bhwc.shape)
+
+
+class ResBlock(nnx.Module):
+    """BigGAN-style residual block: norm, swish, resample, conv, norm with FiLM, swish, conv.
+
+    `resample` ("down", "up" or None) acts on both branches. The second convolution starts at zero.
+    Without `scale_shift` the embedding is added before the second norm instead of modulating it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_width: int,
+        *,
+        resample: str | None = None,
+        scale_shift: bool = True,
+        dropout_rate: float = 0.0,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.resample = resample
+        self.scale_shift = scale_shift
+        self.dropout_rate = dropout_rate
+        self.norm1 = GroupNorm(in_channels, dtype=dtype)
+        self.conv1 = nnx.Conv(in_channels, out_channels, (3, 3), **kw)
+        self.emb = nnx.Linear(emb_width, (2 if scale_shift else 1) * out_channels, **kw)
+        self.norm2 = GroupNorm(out_channels, dtype=dtype)
+        self.conv2 = nnx.Conv(out_channels, out_channels, (3, 3), kernel_init=zeros_init, **kw)
+        same = in_channels == out_channels
+        self.shortcut = None if same else nnx.Linear(in_channels, out_channels, **kw)
+
+    def __call__(self, x_bhwc: jax.Array, emb_be: jax.Array, key: jax.Array | None = None):
+        resample = RESAMPLE[self.resample]
+        h = self.conv1(resample(jax.nn.silu(self.norm1(x_bhwc))))
+        emb = self.emb(jax.nn.silu(emb_be))
+        if self.scale_shift:
+            h = self.norm2(h, film=jnp.split(emb, 2, axis=-1))
+        else:
+            h = self.norm2(h + emb[:, None, None, :])
+        h = self.conv2(dropout(jax.nn.silu(h), self.dropout_rate, key))
+        x = resample(x_bhwc)
+        return h + (x if self.shortcut is None else self.shortcut(x))
