@@ -18,7 +18,6 @@ setup(
     package_data={"imagen_jax.text": ["weights/*/*"]},
     install_requires=[
         "absl-py>=2.1",
-        "array-record>=0.8",
         "clu>=0.0.12",
         "flax>=0.12.4",
         "jax>=0.10",

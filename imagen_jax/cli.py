@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from imagen_jax.errors import UserError
 
 BAD_INPUT = 2
 
+# What people watch; libraries' chatter goes to absl's logger, which stays at warnings.
+log = logging.getLogger("imagen_jax")
+
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags and rejects leftover positional arguments, which absl would ignore."""
+    """Parses flags and rejects leftover positional arguments, which absl would ignore.
+
+    --config.model.embed_dim=64 is short for --set=model.embed_dim=64.
+    """
+    argv = [a.replace("--config.", "--set=", 1) if a.startswith("--config.") else a for a in argv]
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as e:
@@ -29,8 +40,32 @@ def fail(message: str) -> None:
     sys.exit(BAD_INPUT)
 
 
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Drops what native libraries print to stderr as they load; exceptions pass as usual.
+
+    TensorFlow, which only reads data here, reports each accelerator library that it does not find.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` as a program whose user errors are one line on stderr and exit code 2."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
     def guarded(argv: Sequence[str]) -> None:
         try:

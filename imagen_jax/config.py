@@ -1,17 +1,63 @@
-"""Turns the loose keys of a ConfigDict into typed dataclasses once, so a misspelt key fails at start."""
+"""Config files and overrides, and how their loose keys become typed dataclasses, once, at start."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import importlib.util
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from imagen_jax.errors import UserError
 
 T = TypeVar("T")
+
+
+def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What `get_config` of a config file returns, as nested dicts, with overrides applied.
+
+    Args:
+      file: a path, and after a colon an argument for get_config: "configs/base64.py:tiny".
+      overrides: "model.embed_dim=64" each; the value is a Python literal, or else a string.
+
+    Raises:
+      UserError: no such file, an argument it does not take, or an override that is not key=value.
+    """
+    path, _, argument = file.partition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"--config is {file!r}; no such config file (for example configs/demo.py)")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        values = (module.get_config(argument) if argument else module.get_config()).to_dict()
+    except (TypeError, ValueError) as e:
+        raise UserError(f"--config is {file!r}: {e}") from e
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+        *sections, last = key.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"config.{section} has no key {last!r}")
+        node[last] = _literal(text)
+    return values
+
+
+def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def typed(cls: type[T], values: Mapping[str, Any], prefix: str = "", **extra: Any) -> T:
@@ -38,9 +84,7 @@ def typed(cls: type[T], values: Mapping[str, Any], prefix: str = "", **extra: An
     for name, field in fields.items():
         if name in values:
             kwargs[name] = _coerce(hints[name], values[name], prefix + name)
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"config.{prefix}{name} is missing")
     return cls(**kwargs)
 
@@ -62,7 +106,8 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
         raise UserError(f"config.{key} is {value!r}; it must be a tuple")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is not Any and (not isinstance(value, hint) or isinstance(value, bool) != (hint is bool)):
+    # A bool is an int to Python, but not to a config.
+    if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         raise UserError(f"config.{key} is {value!r}; it must be of type {hint.__name__}")
     return value
 

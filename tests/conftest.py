@@ -1,7 +1,8 @@
-"""Test-wide settings (a small CPU made into 8 devices, rank promotion an error) and a tiny config."""
+"""Test-wide settings (one CPU made into 8 devices, rank promotion an error) and a tiny config."""
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of a test's time, and nothing here runs long enough to win it back.
+# Compiling is most of a test's time: do little of it, and no program twice.
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="imagen_jax_tests_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +38,8 @@ def shrink(config):
     config.num_steps = 100
     config.num_samples = 4
     config.optimizer.warmup_steps = 1
-    config.model.image_size = 8
+    config.model.image_size = 32
+    config.model.patch_size = 4
     config.model.embed_dim = 8
     config.model.channel_mult = (1, 2)
     config.model.num_res_blocks = 1
@@ -65,3 +69,36 @@ def random_batch(config, seed=0):
         "text": rng.normal(size=(b, tokens, config.text.dim)).astype(bfloat16),
         "text_mask": np.arange(tokens)[None, :] < lengths,
     }
+
+
+class FakeEncoder:
+    """Stands in for a text encoder: random but fixed embeddings of a few tokens a caption."""
+
+    max_tokens = 6
+
+    def __init__(self):
+        self.identity = {"encoder": "byte-tiny", "dim": 8, "max_tokens": self.max_tokens}
+
+    def num_tokens(self, caption):
+        return 1 + len(caption.encode()) % self.max_tokens
+
+    def encode(self, captions, progress=None):
+        from ml_dtypes import bfloat16
+
+        rows = [np.random.default_rng(list(c.encode())) for c in captions]
+        lengths = [self.num_tokens(c) for c in captions]
+        return [r.normal(size=(n, 8)).astype(bfloat16) for r, n in zip(rows, lengths, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A data dir with a few scenes at 32, embedded to fit `shrink`."""
+    from data_pipelines import writing
+    from data_pipelines.scenes.builder import Scenes
+
+    path = str(tmp_path_factory.mktemp("data"))
+    counts = {"train": 40, "validation": 16, "heldout": 8}
+    writing.prepare(
+        Scenes(data_dir=path, resolution=32, counts=counts, seed=0, encoder=FakeEncoder())
+    )
+    return path

@@ -321,3 +321,20 @@ def test_a_bad_config_is_one_line_with_key_value_and_what_is_allowed(changes, me
     with pytest.raises(UserError) as error:
         tiny(**changes)
     assert str(error.value) == message
+
+
+def test_patches_fold_and_unfold_without_loss():
+    x = jnp.arange(2 * 8 * 4 * 3.0).reshape(2, 8, 4, 3)
+    folded = layers.space_to_depth(x, 2)
+    assert folded.shape == (2, 4, 2, 12)
+    # One output pixel holds one square of input pixels.
+    np.testing.assert_array_equal(folded[0, 1, 0], x[0, 2:4, 0:2].reshape(-1))
+    np.testing.assert_array_equal(layers.depth_to_space(folded, 2), x)
+    np.testing.assert_array_equal(layers.space_to_depth(x, 1), x)
+
+
+def test_patches_move_the_first_level_to_a_coarser_grid():
+    patched = UNetConfig(image_size=64, patch_size=4, attention_resolutions=(8,))
+    assert patched.resolutions == (16, 8, 4, 2)
+    with pytest.raises(UserError, match="image_size is 20; it must be a multiple of 32"):
+        UNetConfig(image_size=20, patch_size=4, attention_resolutions=())

@@ -1,0 +1,114 @@
+"""Orbax checkpoints: the training state and the position in the data, saved and restored as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from imagen_jax.config import require
+from imagen_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Config section `checkpoint`.
+
+    Attributes:
+      max_to_keep: the newest this many are kept.
+      keep_every: besides, every checkpoint at a multiple of this many steps is kept; 0 for none.
+    """
+
+    max_to_keep: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self):
+        require(self.max_to_keep > 0, "checkpoint.max_to_keep", self.max_to_keep, "1 or more")
+        require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "0 or more")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints`.
+
+    A step is visible only when it is complete: Orbax writes to a temporary name and renames.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
+        config = config or CheckpointConfig()
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.max_to_keep,
+            keep_period=config.keep_every or None,
+            step_prefix="step",
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, position: dict[str, int], identity: dict) -> None:
+        """Saves in the background; a second save waits for the first.
+
+        Args:
+          state: pytree of global arrays, each host writing its own shards.
+          position: where the data stream stands, see `data.Position`.
+          identity: what the state belongs to, compared on restore (see `check_identity`).
+        """
+        if step == self.latest_step():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            position=ocp.args.JsonSave(position),
+            identity=ocp.args.JsonSave(identity),
+        )
+        self._manager.save(step, args=args)
+
+    def restore(self, abstract_state: Any, identity: dict, step: int | None = None):
+        """Restores (state, position) of `step`, by default the newest, onto the given shardings.
+
+        Args:
+          abstract_state: ShapeDtypeStructs with shardings, which may differ from those of the save.
+
+        Raises:
+          UserError: if there is no such checkpoint, or it is one of another model.
+        """
+        step = self._existing(step)
+        self._check_identity(step, identity)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=args)
+        return restored["state"], restored["position"]
+
+    def wait(self) -> None:
+        """Blocks until a save in flight is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the background threads."""
+        self._manager.close()
+
+    def _existing(self, step: int | None) -> int:
+        found = sorted(self._manager.all_steps())
+        if not found:
+            raise UserError(f"no checkpoint in {self.directory}")
+        if step is not None and step not in found:
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; found {found}")
+        return found[-1] if step is None else step
+
+    def _check_identity(self, step: int, identity: dict) -> None:
+        args = ocp.args.Composite(identity=ocp.args.JsonRestore())
+        saved = self._manager.restore(step, args=args)["identity"]
+        # Through JSON, so that tuples and lists compare equal.
+        wanted = json.loads(json.dumps(identity))
+        for key in sorted(saved.keys() | wanted.keys()):
+            if saved.get(key) != wanted.get(key):
+                raise UserError(
+                    f"checkpoint {self.directory} step {step} is of another model: config.{key} "
+                    f"is {wanted.get(key)!r}, the checkpoint has {saved.get(key)!r}"
+                )

@@ -1,0 +1,167 @@
+"""SeqIO tasks -> this host's batches as NumPy arrays. The only module here that imports TensorFlow.
+
+The order of examples is a pure function of the seed and of a global position, so the position of
+the data is one number, and the same whatever the number of hosts (see data_pipelines.records).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from ml_dtypes import bfloat16
+
+from data_pipelines import records, tasks
+from imagen_jax.errors import UserError
+from imagen_jax.run_config import Config
+
+# Accelerators belong to JAX.
+tf.config.set_visible_devices([], "GPU")
+
+Batch = dict[str, np.ndarray]
+
+TOO_SMALL = "an image is smaller than config.model.image_size"
+
+
+def open_task(config: Config) -> seqio.Task:
+    """The SeqIO task of `data.task`, after checking that its records fit the config.
+
+    Raises:
+      UserError: unknown task, no such dataset, images too small, or embeddings of another encoder.
+    """
+    name = config.data.task
+    if name not in tasks.names():
+        raise UserError(f"config.data.task is {name!r}; allowed: {', '.join(tasks.names())}")
+    task = seqio.get_mixture_or_task(name)
+    identity = records.dataset_info(config.data.dir, task.source.name).text_identity
+    for key, wanted in (("encoder", Path(config.text.encoder).name), ("dim", config.text.dim)):
+        if identity[key] != wanted:
+            raise UserError(
+                f"config.text.{key} is {wanted!r}; the embeddings of data.task={name} in "
+                f"{config.data.dir} have {identity[key]!r}"
+            )
+    if identity["max_tokens"] > config.text.max_tokens:
+        raise UserError(
+            f"config.text.max_tokens is {config.text.max_tokens}; the captions of data.task={name} "
+            f"were encoded with up to {identity['max_tokens']} tokens"
+        )
+    return task
+
+
+def train_batches(
+    config: Config, position: int, shard: int = 0, num_shards: int = 1
+) -> Iterator[Batch]:
+    """This host's share of the training batches, endless.
+
+    Args:
+      position: global examples already consumed; a multiple of the batch size.
+      shard: this host; its rows are the contiguous block `shard` of every global batch.
+
+    Returns:
+      Dicts of image uint8 [b, H, W, 3], text bfloat16 [b, T, D], text_mask bool [b, T], with
+      b = batch_size / num_shards.
+    """
+    local = config.batch_size // num_shards
+    source = dict(data_dir=config.data.dir, start=position, block=local)
+    dataset = _dataset(config, "train", source, seqio.ShardInfo(shard, num_shards), shuffle=True)
+    return _numpy_batches(config, dataset, local)
+
+
+def eval_batches(config: Config, shard: int = 0, num_shards: int = 1) -> list[Batch]:
+    """The first `eval_batches` batches of the evaluation split, the same at every call."""
+    local = config.batch_size // num_shards
+    source = dict(data_dir=config.data.dir, start=0, block=local)
+    info = seqio.ShardInfo(shard, num_shards)
+    dataset = _dataset(config, config.data.eval_split, source, info, shuffle=True)
+    batches = _numpy_batches(config, dataset, local)
+    return [next(batches) for _ in range(config.eval_batches)]
+
+
+def examples(config: Config, split: str, num: int) -> list[dict[str, Any]]:
+    """The first `num` records of a split, for drawing samples of their captions.
+
+    Returns:
+      Dicts of caption, category, scene (str), image (uint8 [H, W, 3]), text (bfloat16 [T, D]) and
+      text_mask (bool [T]).
+    """
+    source = dict(data_dir=config.data.dir, start=0, block=1)
+    dataset = _dataset(config, split, source, None, shuffle=False)
+    out = []
+    for row in _guarded(config, dataset.take(num).as_numpy_iterator()):
+        text, mask = _pad([row["text_embeddings"]], config)
+        strings = {k: row[k].decode() for k in ("caption", "category", "scene")}
+        out.append({**strings, "image": row["image"], "text": text[0], "text_mask": mask[0]})
+    return out
+
+
+def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool):
+    task = open_task(config)
+    available = records.dataset_info(config.data.dir, task.source.name).num_examples
+    if split not in available:
+        allowed = ", ".join(available)
+        raise UserError(f"data.task={config.data.task} has no split {split!r}; it has: {allowed}")
+    dataset = task.replace(source=task.source.at(**source)).get_dataset(
+        sequence_length=None,
+        split=split,
+        shuffle=shuffle,
+        seed=config.seed,
+        shard_info=shard_info,
+        num_epochs=1,  # a shuffled source is endless by itself
+        try_in_mem_cache=False,
+    )
+    size, dim = config.unet.image_size, config.text.dim
+
+    def shape(row):
+        text = tf.ensure_shape(row["text_embeddings"], (None, dim))
+        return {**row, "image": _fit(row["image"], size), "text_embeddings": text}
+
+    return dataset.map(shape, tf.data.AUTOTUNE)
+
+
+def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
+    """The centre square at the model's resolution; antialiased where it shrinks."""
+    shape = tf.shape(image)
+    side = tf.minimum(shape[0], shape[1])
+    image = tf.image.resize_with_crop_or_pad(image, side, side)
+
+    def shrink():
+        small = tf.image.resize(image, (size, size), method="area")
+        return tf.cast(tf.clip_by_value(tf.round(small), 0, 255), tf.uint8)
+
+    tf.debugging.assert_greater_equal(side, size, TOO_SMALL)
+    image = tf.cond(tf.equal(side, size), lambda: image, shrink)
+    return tf.ensure_shape(image, (size, size, 3))
+
+
+def _numpy_batches(config: Config, dataset: tf.data.Dataset, size: int) -> Iterator[Batch]:
+    ragged = dataset.map(lambda r: {k: r[k] for k in ("image", "text_embeddings")})
+    # Ragged until here: padding to the token limit multiplies the bytes an example by five.
+    ragged = ragged.ragged_batch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    for rows in _guarded(config, iter(ragged)):
+        flat, lengths = rows["text_embeddings"].flat_values, rows["text_embeddings"].row_lengths()
+        captions = np.split(flat.numpy(), np.cumsum(lengths.numpy())[:-1])
+        text, mask = _pad(captions, config)
+        yield {"image": rows["image"].numpy(), "text": text, "text_mask": mask}
+
+
+def _pad(captions: list[np.ndarray], config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged [n_i, D] embeddings -> bfloat16 [B, T, D] and mask [B, T]."""
+    text = np.zeros((len(captions), config.text.max_tokens, config.text.dim), bfloat16)
+    mask = np.zeros(text.shape[:2], bool)
+    for i, caption in enumerate(captions):
+        text[i, : len(caption)] = caption
+        mask[i, : len(caption)] = True
+    return text, mask
+
+
+def _guarded(config: Config, rows: Iterator) -> Iterator:
+    """Turns an error of TensorFlow while reading into one line."""
+    try:
+        yield from rows
+    except tf.errors.OpError as e:
+        first = e.message.splitlines()[0]
+        raise UserError(f"reading data.task={config.data.task} failed: {first}") from e

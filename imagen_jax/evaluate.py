@@ -1,0 +1,133 @@
+"""Draws held-out captions at several guidance weights, checks the pictures, and writes a report.
+
+    python -m imagen_jax.evaluate --workdir=runs/demo --guidance=1,3,5
+
+For models trained on the scenes: a program reads each picture and says which claims of its caption
+it satisfies. Writes evaluation/alignment.json, evaluation/samples.png and report.html into the
+workdir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from imagen_jax import cli, experiment, pictures, report
+from imagen_jax.errors import UserError
+
+SHOWN = 32
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Defined only by the program that runs, so that modules can be imported side by side."""
+    flags.DEFINE_string("workdir", None, "A run of imagen_jax.train.")
+    flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
+    flags.DEFINE_list("guidance", ["1", "3", "5"], "Guidance weights, 1 is none.")
+    flags.DEFINE_integer("num", 128, "How many held-out captions to draw.", lower_bound=1)
+    flags.DEFINE_string("split", "heldout", "The split whose captions are drawn.")
+    flags.DEFINE_integer("seed", 0, "Seed of the first sample; the next counts on.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses flags, then evaluates."""
+    del argv
+    if not FLAGS.workdir:
+        raise UserError("--workdir=DIR is needed (see --help)")
+    workdir = Path(FLAGS.workdir).absolute()
+    try:
+        weights = [float(w) for w in FLAGS.guidance]
+    except ValueError:
+        weights = []
+    if not weights or any(w < 0 or not math.isfinite(w) for w in weights):
+        raise UserError(f"--guidance is {','.join(FLAGS.guidance)!r}; allowed: numbers from 0 up")
+    evaluate(workdir, weights, FLAGS.split, FLAGS.num, FLAGS.seed, FLAGS.step)
+
+
+def evaluate(
+    workdir: Path,
+    weights: list[float],
+    split: str,
+    num: int,
+    seed: int = 0,
+    step: int | None = None,
+) -> None:
+    """Draws `num` captions of a split at each guidance weight, checks the pictures, and reports."""
+    built, params = experiment.load(workdir, step)
+    with cli.quiet_imports():  # TensorFlow takes long; a wrong workdir should fail before it
+        from imagen_jax import data
+
+    if not built.config.data.task.startswith("scenes"):
+        raise UserError(
+            f"config.data.task is {built.config.data.task!r}; alignment can be checked for scenes"
+        )
+    prompts = data.examples(built.config, split, num)
+    cond = {k: np.stack([p[k] for p in prompts]) for k in ("text", "text_mask")}
+    seeds = np.arange(len(prompts), dtype=np.uint32) + np.uint32(seed)
+    drawn, rows = {}, {}
+    with tqdm(total=len(prompts) * len(weights), desc="drawing", unit="image") as bar:
+        for weight in weights:
+            sampler = dataclasses.replace(built.config.sampling, guidance_weight=weight)
+            drawn[weight] = built.draw(params, seeds, cond, sampler, progress=bar.update)
+            rows[weight] = alignment(drawn[weight], prompts)
+    rows["true renders"] = alignment([p["image"] for p in prompts], prompts)
+
+    folder = workdir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    table = {str(name): table for name, table in rows.items()}
+    temporary = folder / ".alignment.json.tmp"
+    temporary.write_text(json.dumps({"split": split, "guidance": table}, indent=2) + "\n")
+    temporary.replace(folder / "alignment.json")
+    captions = [p["caption"] for p in prompts[:SHOWN]]
+    sheets = {}
+    for weight, images in drawn.items():
+        sheets[f"guidance {weight:g}"] = folder / f"samples_guidance_{weight:g}.png"
+        sheet = pictures.grid(images[:SHOWN], captions, columns=8)
+        pictures.save(sheet, sheets[f"guidance {weight:g}"])
+    page = report.write(workdir, sheets, table)
+    print(report.text_table(table))
+    for path in (*sheets.values(), page):
+        print(path)
+
+
+def alignment(images: Sequence[np.ndarray], prompts: list[dict]) -> dict[str, dict[str, float]]:
+    """How far the pictures do what their captions say, by category and for all.
+
+    Returns:
+      {category: {"claims": share of satisfied claims, "fully": share of pictures that satisfy all
+      of them, "half_width": 95% half-width of the latter, "num": pictures}}.
+    """
+    from data_pipelines.scenes.check import check
+    from data_pipelines.scenes.scene import Scene
+
+    verdicts = defaultdict(list)
+    for image, prompt in zip(images, prompts, strict=True):
+        oks = [v.ok for v in check(image, Scene.from_json(prompt["scene"]))]
+        for category in (prompt["category"], "all"):
+            verdicts[category].append(oks)
+    out = {}
+    for category in sorted(verdicts, key=lambda c: (c == "all", c)):
+        oks = verdicts[category]
+        fully = float(np.mean([all(o) for o in oks]))
+        out[category] = {
+            "claims": float(np.mean([ok for o in oks for ok in o])),
+            "fully": fully,
+            "half_width": 1.96 * math.sqrt(fully * (1 - fully) / len(oks)),
+            "num": len(oks),
+        }
+    return out
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

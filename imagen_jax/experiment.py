@@ -1,0 +1,232 @@
+"""A config becomes an Experiment: the network, the state's shapes and shardings, the jitted steps.
+
+Training, sampling, planning and the tests all build through here, so what is planned is what runs.
+Nothing here imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax import diffusion, optim, sharding
+from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.errors import UserError
+from imagen_jax.models.functional import functional
+from imagen_jax.models.unet import UNet
+from imagen_jax.run_config import Config, parse
+from imagen_jax.sampling import SamplerConfig, sample
+from imagen_jax.train_step import TrainState, init_state, train_step
+
+
+class Experiment:
+    """Everything a program needs to train or to sample one stage.
+
+    Attributes:
+      config: the typed config.
+      mesh: the device mesh.
+      abstract_state: TrainState of ShapeDtypeStructs that carry shardings.
+      init: () -> TrainState on the devices; the state never lies on one of them whole.
+      step: jitted (state, batch) -> (state, metrics); donates the state.
+      eval_loss: jitted (params, batch, key) -> mean loss.
+    """
+
+    def __init__(self, config: Config, devices: list[jax.Device] | None = None):
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh, devices)
+        sharding.check_batch(self.mesh, config.batch_size, config.microbatches)
+        self.schedule = diffusion.Schedule(config.diffusion.schedule)
+        self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
+        self._network = functional(lambda rngs: UNet(config.unet, rngs=rngs))
+        self._run_block = sharding.block_runner(self.mesh, config.mesh.remat)
+
+        shapes = jax.eval_shape(self._init)
+        shardings = sharding.weight_shardings(self.mesh, shapes)
+        self.abstract_state: TrainState = sharding.with_shardings(shapes, shardings)
+        self.batch_sharding = sharding.batch_sharding(self.mesh)
+        self.batch_ways = sharding.batch_ways(self.mesh)
+        whole = sharding.replicated(self.mesh)
+        # Run once: on a CPU, optimizing a thousand small random number generators takes longer.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        self.init: Callable[[], TrainState] = jax.jit(
+            self._init, out_shardings=shardings, compiler_options=quick
+        )
+        self.step = jax.jit(
+            functools.partial(
+                train_step,
+                loss_fn=self._loss,
+                optimizer=self.optimizer,
+                ema_decay=config.ema_decay,
+                seed=config.seed,
+                microbatches=config.microbatches,
+            ),
+            in_shardings=(shardings, self.batch_sharding),
+            out_shardings=(shardings, whole),
+            donate_argnums=(0,),
+        )
+        self.eval_loss = jax.jit(self._eval_loss, out_shardings=whole)
+        self._draw = jax.jit(self._sample, static_argnums=(3,), out_shardings=whole)
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, types and shardings of one global batch."""
+        c = self.config
+        shapes = {
+            "image": ((c.unet.image_size, c.unet.image_size, 3), jnp.uint8),
+            "text": ((c.text.max_tokens, c.text.dim), jnp.bfloat16),
+            "text_mask": ((c.text.max_tokens,), jnp.bool_),
+        }
+        return {
+            k: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=self.batch_sharding)
+            for k, (shape, dtype) in shapes.items()
+        }
+
+    @functools.cached_property
+    def num_params(self) -> int:
+        """Parameters of the network."""
+        return sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
+
+    @functools.cached_property
+    def state_bytes_per_device(self) -> int:
+        """Bytes of weights, EMA and optimizer state that each device holds."""
+
+        def local(x):
+            return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+
+        return sum(local(x) for x in jax.tree.leaves(self.abstract_state))
+
+    @functools.cached_property
+    def model_flops(self) -> float:
+        """FLOPs of one training step by the model's own count: three forward passes of the batch.
+
+        The backward pass costs twice the forward; recomputation is not counted.
+        """
+        c = self.config
+        batch = self.abstract_batch
+        z = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), jnp.float32)
+        log_snr = jax.ShapeDtypeStruct((1,), jnp.float32)
+        cond = {
+            k: jax.ShapeDtypeStruct((1, *batch[k].shape[1:]), batch[k].dtype)
+            for k in ("text", "text_mask")
+        }
+        lowered = jax.jit(self._network.apply).lower(self.abstract_params, z, log_snr, cond)
+        return 3.0 * c.batch_size * (lowered.cost_analysis() or {}).get("flops", 0.0)
+
+    @property
+    def abstract_params(self) -> Any:
+        """Shapes of the weights without shardings, for analysis off the mesh."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.abstract_state.params
+        )
+
+    def put(self, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This host's rows of a batch -> the global batch on the mesh."""
+        return sharding.put_batch(self.mesh, local)
+
+    def put_replicated(self, tree: Any) -> Any:
+        """The same host arrays on every device."""
+        return jax.device_put(tree, sharding.replicated(self.mesh))
+
+    def draw(
+        self,
+        params: Any,
+        seeds: np.ndarray,
+        cond: dict[str, np.ndarray],
+        sampler: SamplerConfig | None = None,
+        batch_size: int = 64,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Draws one image per seed and prompt, in batches of one compiled size.
+
+        Args:
+          params: the weights, usually `state.ema`.
+          seeds: uint32 [N]; a sample depends on its own seed and prompt only.
+          cond: text [N, T, D] and text_mask [N, T] on the host.
+          sampler: instead of the config's section `sampling`.
+          progress: told the number of images after each batch.
+
+        Returns:
+          uint8 [N, H, W, 3].
+        """
+        sampler = sampler or self.config.sampling
+        ways = self.batch_ways
+        size = -(-min(batch_size, len(seeds)) // ways) * ways
+        images = []
+        for start in range(0, len(seeds), size):
+            rows = np.minimum(np.arange(start, start + size), len(seeds) - 1)
+            part = self.put_replicated((seeds[rows], {k: v[rows] for k, v in cond.items()}))
+            drawn = np.asarray(jax.device_get(self._draw(params, *part, sampler)))
+            images.append(drawn[: len(seeds) - start])
+            if progress:
+                progress(len(images[-1]))
+        x = np.concatenate(images)
+        return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+    def _init(self) -> TrainState:
+        params = self._network.init(jax.random.key(self.config.seed))
+        return init_state(params, self.optimizer)
+
+    def _denoiser(self, params: Any, dropout_key: jax.Array | None = None):
+        return functools.partial(
+            self._network.apply, params, run=self._run_block, dropout_key=dropout_key
+        )
+
+    def _loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array):
+        d = self.config.diffusion
+        noise_key, drop_key, dropout_key = jax.random.split(key, 3)
+        x = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        drop_b = jax.random.bernoulli(drop_key, d.caption_dropout, (x.shape[0],))
+        cond = {"text": batch["text"], "text_mask": batch["text_mask"]}
+        return diffusion.diffusion_loss(
+            self._denoiser(params, dropout_key if self.config.unet.dropout else None),
+            x,
+            diffusion.drop_text(cond, drop_b),
+            noise_key,
+            schedule=self.schedule,
+            prediction=d.prediction,
+            weighting=d.weighting,
+            low_discrepancy=d.low_discrepancy,
+        )
+
+    def _eval_loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        return self._loss(params, batch, key)[0].mean()
+
+    def _sample(self, params: Any, seeds_b: jax.Array, cond: dict, sampler: SamplerConfig):
+        size = self.config.unet.image_size
+        shape, prediction = (size, size, 3), self.config.diffusion.prediction
+        denoise = self._denoiser(params)
+        return sample(denoise, self.schedule, prediction, sampler, seeds_b, shape, cond)
+
+
+def build(
+    config: Mapping[str, Any] | Config, devices: list[jax.Device] | None = None
+) -> Experiment:
+    """Builds the experiment that a config describes, on `devices` (default: all)."""
+    return Experiment(config if isinstance(config, Config) else parse(config), devices)
+
+
+def load(workdir: Path, step: int | None = None) -> tuple[Experiment, Any]:
+    """The experiment of a finished or running workdir, and its EMA weights, on these devices.
+
+    Raises:
+      UserError: no run there, or no such checkpoint.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} holds no run: {path.name} is missing")
+    config = parse(json.loads(path.read_text()))
+    # The mesh it was trained on need not be the one it is sampled on.
+    here = {"mesh": sharding.MeshConfig(), "batch_size": jax.device_count(), "microbatches": 1}
+    experiment = Experiment(dataclasses.replace(config, **here))
+    checkpoints = Checkpoints(workdir)
+    state, _ = checkpoints.restore(experiment.abstract_state, config.identity, step)
+    checkpoints.close()
+    return experiment, state.ema

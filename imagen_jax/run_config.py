@@ -1,0 +1,168 @@
+"""Every config key, typed: the sections that belong to no module of their own, and the whole.
+
+A config file holds loose keys; `parse` turns them into these dataclasses once, at the start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from imagen_jax import diffusion, optim, sharding
+from imagen_jax.checkpoint import CheckpointConfig
+from imagen_jax.config import require, typed
+from imagen_jax.models.unet import POOLING, SEQUENCE, UNetConfig
+from imagen_jax.sampling import SamplerConfig
+
+# Of the U-Net's config: what may differ between a checkpoint and the run that reads it, and what
+# stands in the section `text`.
+NOT_WEIGHTS = ("dtype", "dropout", "text_dim", "pooling", "sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Config section `text`: the frozen encoder, and how the U-Net reads it (section 4.1).
+
+    Attributes:
+      encoder: the name recorded in the data's embeddings, e.g. "byte-tiny", "t5-v1_1-xxl".
+      dim: width of its embeddings; 4096 for T5-XXL.
+      max_tokens: embeddings are padded or refused at this length; 128 for T5.
+      pooling: the vector added to the time embedding: "attention", "mean" or "none".
+      sequence: "cross_attention_layernorm", "cross_attention" or "none".
+    """
+
+    encoder: str = "byte-tiny"
+    dim: int = 128
+    max_tokens: int = 192
+    pooling: str = "attention"
+    sequence: str = "cross_attention_layernorm"
+
+    def __post_init__(self):
+        require(self.pooling in POOLING, "text.pooling", self.pooling, ", ".join(POOLING))
+        require(self.sequence in SEQUENCE, "text.sequence", self.sequence, ", ".join(SEQUENCE))
+        for key in ("dim", "max_tokens"):
+            require(getattr(self, key) > 0, f"text.{key}", getattr(self, key), "1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """Config section `diffusion`: the forward process and what the network predicts.
+
+    Attributes:
+      schedule: a key of diffusion.SCHEDULES.
+      prediction: "eps", "x" or "v".
+      weighting: a key of diffusion.WEIGHTINGS.
+      caption_dropout: probability of training on the null prompt, for guidance (0.1 in the paper).
+      low_discrepancy: spread the times of a batch evenly over [0, 1]; each stays uniform.
+    """
+
+    schedule: str = "cosine"
+    prediction: str = "eps"
+    weighting: str = "eps"
+    caption_dropout: float = 0.1
+    low_discrepancy: bool = False
+
+    def __post_init__(self):
+        tables = (
+            ("schedule", diffusion.SCHEDULES),
+            ("prediction", diffusion.PREDICTIONS),
+            ("weighting", diffusion.WEIGHTINGS),
+        )
+        for key, table in tables:
+            value = getattr(self, key)
+            require(value in table, f"diffusion.{key}", value, ", ".join(table))
+        p = self.caption_dropout
+        require(0 <= p <= 1, "diffusion.caption_dropout", p, "0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Config section `data`; read by imagen_jax.data, which is the one that imports TensorFlow.
+
+    Attributes:
+      task: a SeqIO task, see `data_pipelines.tasks`.
+      dir: where the prepared datasets lie.
+      eval_split: held out, for the evaluation loss.
+      sample_split: its first captions are drawn during training.
+      build: draw the embedded dataset if it is not there yet (scenes tasks only).
+      num_train: how many scenes to draw then.
+    """
+
+    task: str
+    dir: str = "data"
+    eval_split: str = "validation"
+    sample_split: str = "validation"
+    build: bool = False
+    num_train: int = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All config keys. Intervals are in steps; 0 turns the action off."""
+
+    seed: int
+    num_steps: int
+    batch_size: int
+    data: DataConfig
+    model: dict
+    microbatches: int = 1
+    log_every: int = 100
+    eval_every: int = 0
+    eval_batches: int = 4
+    sample_every: int = 0
+    num_samples: int = 16
+    checkpoint_every: int = 1000
+    ema_decay: float = 0.9999
+    text: TextConfig = TextConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: optim.OptimizerConfig = optim.OptimizerConfig()
+    sampling: SamplerConfig = SamplerConfig()
+    mesh: sharding.MeshConfig = sharding.MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        for key in ("num_steps", "batch_size", "microbatches", "log_every", "num_samples"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "1 or more")
+        for key in ("eval_every", "eval_batches", "sample_every", "checkpoint_every"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 up to, not including, 1")
+
+    @functools.cached_property
+    def unet(self) -> UNetConfig:
+        """The section `model`, together with what it must know of the text."""
+        text = self.text
+        return typed(
+            UNetConfig,
+            self.model,
+            "model.",
+            text_dim=text.dim,
+            pooling=text.pooling,
+            sequence=text.sequence,
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to: the keys that its weights have their meaning from."""
+        parts = {"text": self.text, "diffusion": self.diffusion, "model": self.unet}
+        names = {
+            "text": ("encoder", "dim", "pooling", "sequence"),
+            "diffusion": ("schedule", "prediction"),
+            "model": [f.name for f in dataclasses.fields(UNetConfig) if f.name not in NOT_WEIGHTS],
+        }
+        return {f"{s}.{n}": getattr(parts[s], n) for s in parts for n in names[s]} | {
+            "optimizer.name": self.optimizer.name
+        }
+
+
+def parse(config: Mapping[str, Any]) -> Config:
+    """A ConfigDict, or nested dicts such as `config.json` holds, as typed fields.
+
+    Raises:
+      UserError: naming the key that is unknown, missing or out of range.
+    """
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    parsed = typed(Config, values)
+    parsed.unet  # noqa: B018 - a bad model key must fail here, not at the first step
+    return parsed

@@ -1,0 +1,116 @@
+"""The training state and the pure step: loss, gradients, optimizer, EMA. No I/O, no mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from imagen_jax.optim import update_ema
+
+# Edges of the log-SNR buckets in which the loss is reported; the outer two are open.
+LOG_SNR_EDGES = (-6.0, -3.0, -1.0, 1.0, 3.0, 6.0)
+
+Batch = dict[str, jax.Array]
+LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything that training changes, and nothing else. All leaves are arrays."""
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0; the EMA starts at the weights."""
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+
+def bucket_names() -> list[str]:
+    """Metric names of the log-SNR buckets, from noisy (low) to clean (high)."""
+    edges = [f"{e:g}" for e in LOG_SNR_EDGES]
+    return [f"{low}_to_{high}" for low, high in zip(["-inf", *edges], [*edges, "inf"], strict=True)]
+
+
+def _bucket_sums(loss_b: jax.Array, log_snr_b: jax.Array) -> dict[str, jax.Array]:
+    """Sum of losses and number of examples for each log-SNR bucket, [buckets] each."""
+    index = jnp.searchsorted(jnp.asarray(LOG_SNR_EDGES), log_snr_b)
+    one_hot = jax.nn.one_hot(index, len(LOG_SNR_EDGES) + 1)
+    return {"bucket_loss": loss_b @ one_hot, "bucket_count": one_hot.sum(0)}
+
+
+def _gradients(loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array):
+    def mean_loss(params):
+        loss_b, log_snr_b = loss_fn(params, batch, key)
+        return loss_b.mean(), _bucket_sums(loss_b, log_snr_b)
+
+    (loss, buckets), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+    return grads, {"loss": loss, **buckets}
+
+
+def accumulated_gradients(
+    loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array, microbatches: int
+):
+    """Gradients and metrics averaged over `microbatches` equal parts of the batch.
+
+    The parts are strided (example i goes to part i % microbatches), so that with the batch sharded
+    over devices every part stays on all of them.
+    """
+    if microbatches == 1:
+        return _gradients(loss_fn, params, batch, key)
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
+
+    def part(index, piece):
+        return _gradients(loss_fn, params, piece, jax.random.fold_in(key, index))
+
+    def body(total, indexed):
+        return jax.tree.map(jnp.add, total, part(*indexed)), None
+
+    parts = (jnp.arange(microbatches), jax.tree.map(split, batch))
+    shapes = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (grads, metrics), _ = jax.lax.scan(body, zeros, parts)
+    grads = jax.tree.map(lambda g: g / microbatches, grads)
+    return grads, {**metrics, "loss": metrics["loss"] / microbatches}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    seed: int,
+    microbatches: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of training.
+
+    Args:
+      state: donated by the caller's jit.
+      batch: arrays with a leading batch axis, a multiple of `microbatches`.
+      loss_fn: (params, batch, key) -> (loss [B], log_snr [B]).
+      seed: with the step, all the randomness there is, so a resumed run repeats exactly.
+
+    Returns:
+      The new state and scalar metrics loss and grad_norm, plus sums by log-SNR bucket.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    grads, metrics = accumulated_gradients(loss_fn, state.params, batch, key, microbatches)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, ema_decay, state.step)
+    return TrainState(state.step + 1, params, ema, opt_state), metrics

@@ -1,0 +1,98 @@
+"""SeqIO tasks become batches: shapes, exact resumption, shares of hosts, and clear errors."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import load_config, shrink
+
+from imagen_jax import data, experiment, run_config
+from imagen_jax.errors import UserError
+
+
+@pytest.fixture
+def config(tiny_data):
+    return parse(tiny_data)
+
+
+def parse(tiny_data, **changes):
+    values = shrink(load_config("demo")).to_dict()
+    values["data"].update(dir=tiny_data, build=False)
+    for key, value in changes.items():
+        section, _, last = key.rpartition(".")
+        (values[section] if section else values)[last] = value
+    return run_config.parse(values)
+
+
+def take(batches, n):
+    return list(itertools.islice(batches, n))
+
+
+def same(a, b):
+    return all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_batches_have_the_shapes_that_the_step_is_compiled_for(config):
+    batch = take(data.train_batches(config, 0), 1)[0]
+    spec = experiment.build(config).abstract_batch
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        k: (v.shape, v.dtype) for k, v in spec.items()
+    }
+    lengths = batch["text_mask"].sum(1)
+    assert (lengths > 0).all() and len(set(lengths)) > 1
+    assert not batch["text"][~batch["text_mask"]].any()
+    assert all(np.unique(image).size > 1 for image in batch["image"])
+
+
+def test_a_position_is_all_it_takes_to_go_on(config):
+    # Across the end of the first epoch of 40 examples.
+    straight = take(data.train_batches(config, 0), 7)
+    resumed = take(data.train_batches(config, 3 * config.batch_size), 4)
+    assert all(map(same, straight[3:], resumed))
+    assert not same(straight[0], straight[5])
+
+
+def test_hosts_hold_consecutive_rows_of_the_same_global_batches(config):
+    whole = take(data.train_batches(config, 0), 3)
+    hosts = [take(data.train_batches(config, 0, h, 4), 3) for h in range(4)]
+    for i, batch in enumerate(whole):
+        joined = {k: np.concatenate([h[i][k] for h in hosts]) for k in batch}
+        assert same(joined, batch)
+
+
+def test_evaluation_batches_never_change_and_prompts_are_the_first_of_their_split(config):
+    first, again = data.eval_batches(config), data.eval_batches(config)
+    assert len(first) == config.eval_batches and all(map(same, first, again))
+    rows = data.examples(config, "heldout", 3)
+    assert [set(r) for r in rows] == [
+        {"caption", "category", "scene", "image", "text", "text_mask"}
+    ] * 3
+    assert rows[0]["caption"] == data.examples(config, "heldout", 1)[0]["caption"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data.task": "scene_32"}, "config.data.task is 'scene_32'; allowed: scenes_32"),
+        ({"data.task": "scenes_64"}, "make it with: python -m data_pipelines.scenes"),
+        ({"data.dir": "/nowhere"}, "/nowhere"),
+        ({"text.dim": 16}, "config.text.dim is 16"),
+        ({"text.encoder": "t5-v1_1-xxl"}, "config.text.encoder is 't5-v1_1-xxl'"),
+        ({"text.max_tokens": 4}, "config.text.max_tokens is 4"),
+    ],
+)
+def test_misfits_are_one_line(tiny_data, changes, words):
+    with pytest.raises(UserError) as e:
+        data.open_task(parse(tiny_data, **changes))
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_image_smaller_than_the_model_is_one_line(tiny_data):
+    config = parse(tiny_data, **{"model.image_size": 64, "model.attention_resolutions": (16,)})
+    with pytest.raises(UserError, match=r"smaller than config\.model\.image_size"):
+        next(data.train_batches(config, 0))
+
+
+def test_an_unknown_split_is_one_line(config):
+    with pytest.raises(UserError, match="has no split 'test'; it has: train, validation, heldout"):
+        data.examples(config, "test", 1)

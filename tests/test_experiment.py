@@ -1,0 +1,146 @@
+"""A config becomes an experiment whose step learns, repeats exactly, and is one on any mesh."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import load_config, random_batch, shrink
+
+from imagen_jax import experiment, run_config
+from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.errors import UserError
+
+
+def run(config, steps=3, devices=None):
+    """The losses of a few steps on random batches, and what they leave."""
+    built = experiment.build(config, devices)
+    state = built.init()
+    losses = []
+    for step in range(steps):
+        state, metrics = built.step(state, built.put(random_batch(built.config, step)))
+        losses.append(float(metrics["loss"]))
+    return losses, state, built
+
+
+@pytest.fixture(scope="module")
+def config():
+    return run_config.parse(shrink(load_config("demo")))
+
+
+@pytest.fixture(scope="module")
+def one_device(config):
+    """(losses, state after them, experiment) of three steps on one device."""
+    return run(config, devices=jax.devices()[:1])
+
+
+def test_same_config_and_seed_give_the_same_losses_bit_for_bit(config, one_device):
+    losses, _, built = one_device
+    state = built.init()
+    again = []
+    for step in range(3):
+        state, metrics = built.step(state, built.put(random_batch(config, step)))
+        again.append(float(metrics["loss"]))
+    assert again == losses
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": 8}, {"fsdp": 2, "data": 4, "remat": "block"}], ids=["data", "fsdp-remat"]
+)
+def test_every_mesh_gives_the_losses_of_one_device(config, one_device, mesh, monkeypatch):
+    # Otherwise nothing of a tiny model is worth sharding.
+    monkeypatch.setattr("imagen_jax.sharding.MIN_SHARDED_SIZE", 1)
+    sharded = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
+    many, state, built = run(sharded)
+    np.testing.assert_allclose(many, one_device[0], rtol=1e-5)
+    if mesh.get("fsdp", 1) > 1:
+        assert built.state_bytes_per_device < sum(x.nbytes for x in jax.tree.leaves(state)) * 0.6
+
+
+def test_the_loss_falls_on_one_batch(one_device):
+    _, _, built = one_device
+    batch = random_batch(built.config)
+    batch["image"][:] = 200  # random pixels have nothing to learn
+    state, batch, key = built.init(), built.put(batch), jax.random.key(0)
+    before = float(built.eval_loss(state.params, batch, key))
+    for _ in range(30):
+        state, _ = built.step(state, batch)
+    assert float(built.eval_loss(state.params, batch, key)) < 0.8 * before
+    # The average follows the weights.
+    assert float(built.eval_loss(state.ema, batch, key)) < 0.9 * before
+
+
+def test_a_sample_depends_on_its_seed_and_prompt_not_on_its_batch(config, one_device):
+    _, state, built = one_device
+    batch = random_batch(config)
+    cond = {k: batch[k] for k in ("text", "text_mask")}
+    seeds = np.arange(8, dtype=np.uint32)
+    together = built.draw(state.params, seeds, cond)
+    assert together.shape == (8, 8, 8, 3) and together.dtype == np.uint8
+    one = built.draw(state.params, seeds[5:6], {k: v[5:6] for k, v in cond.items()})
+    assert np.abs(one[0].astype(int) - together[5].astype(int)).max() <= 1
+    chunked = built.draw(state.params, seeds, cond, batch_size=3)
+    assert np.abs(chunked.astype(int) - together.astype(int)).max() <= 1
+
+
+def test_config_json_gives_the_same_config_back(config):
+    written = json.loads(json.dumps(dataclasses.asdict(config)))
+    again = run_config.parse(written)
+    assert again.unet == config.unet and again.identity == config.identity
+    assert dataclasses.replace(again, model=config.model) == config
+
+
+def test_checkpoint_comes_back_on_another_mesh_and_not_into_another_model(
+    config, one_device, tmp_path
+):
+    _, state, _ = one_device
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state, {"examples": 24}, config.identity)
+    checkpoints.wait()
+
+    mesh = dataclasses.replace(config.mesh, data=2, fsdp=4)
+    other = experiment.build(dataclasses.replace(config, mesh=mesh))
+    restored, position = checkpoints.restore(other.abstract_state, config.identity)
+    assert position == {"examples": 24}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+    assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(restored.params))
+
+    wider = dataclasses.replace(config, model={**config.model, "embed_dim": 16})
+    with pytest.raises(UserError, match=r"another model: config\.model\.embed_dim is 16.* has 8"):
+        checkpoints.restore(other.abstract_state, wider.identity)
+    with pytest.raises(UserError, match="no checkpoint of step 7"):
+        checkpoints.restore(other.abstract_state, config.identity, step=7)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("batch_size", 12, "batch_size is 12; it must be a multiple of 8"),
+        ("num_steps", 0, "num_steps is 0"),
+        ("ema_decay", 1.0, "ema_decay is 1.0"),
+        ("model.embed_dimm", 64, "did you mean model.embed_dim"),
+        ("model.per_head_channels", 5, "model.per_head_channels is 5"),
+        ("diffusion.schedule", "cosin", "diffusion.schedule is 'cosin'; allowed: cosine"),
+        ("diffusion.caption_dropout", 1.5, "diffusion.caption_dropout is 1.5"),
+        ("optimizer.name", "sgd", "optimizer.name is 'sgd'"),
+        ("mesh.data", 3, "must multiply to 8 devices"),
+        ("sampling.guidance_weight", -1.0, "sampling.guidance_weight is -1.0"),
+        ("text.pooling", "max", "config.text.pooling is 'max'; allowed: attention"),
+    ],
+)
+def test_bad_values_are_one_line(tiny_config, key, value, words):
+    values = tiny_config.to_dict()
+    section, _, last = key.rpartition(".")
+    (values.setdefault(section, {}) if section else values)[last] = value
+    with pytest.raises(UserError) as e:
+        experiment.build(values)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_paper_scale_is_built_without_memory():
+    built = experiment.build(run_config.parse(load_config("base64")), jax.devices()[:1])
+    assert built.config.unet.image_size == 64
+    assert built.num_params == 1_988_589_571

@@ -1,0 +1,73 @@
+"""Learning-rate schedules, optimizers by name, EMA."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from imagen_jax.errors import UserError
+from imagen_jax.optim import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    learning_rate,
+    make_optimizer,
+    update_ema,
+)
+
+
+def test_paper_schedule_warms_up_then_decays_to_zero():
+    rate = learning_rate(OptimizerConfig(), 2_500_000)
+    assert rate(0) == 0
+    np.testing.assert_allclose(rate(5_000), 0.5e-4, rtol=1e-6)
+    np.testing.assert_allclose(rate(10_000), 1e-4, rtol=1e-6)
+    half = 10_000 + (2_500_000 - 10_000) // 2
+    np.testing.assert_allclose(rate(half), 0.5e-4, rtol=1e-4)
+    np.testing.assert_allclose(rate(2_500_000), 0, atol=1e-12)
+
+
+def test_constant_schedule_and_short_runs():
+    rate = learning_rate(OptimizerConfig(schedule="constant", warmup_steps=10), 1000)
+    np.testing.assert_allclose([rate(5), rate(10), rate(999)], [0.5e-4, 1e-4, 1e-4], rtol=1e-6)
+    # A warm-up longer than the run must not break it.
+    assert np.isfinite(learning_rate(OptimizerConfig(warmup_steps=10_000), 5)(4))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_descends(name):
+    config = OptimizerConfig(
+        name=name, learning_rate=0.05, warmup_steps=0, grad_clip=1.0, schedule="constant"
+    )
+    optimizer = make_optimizer(config, 100)
+    params = {"w": jnp.full((4, 4), 2.0), "b": jnp.full((4,), -1.0)}
+    state = optimizer.init(params)
+    for _ in range(100):
+        grads = {"w": params["w"], "b": params["b"]}
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert float(jnp.abs(params["w"]).max()) < 0.5
+
+
+def test_adafactor_is_optax_with_its_defaults():
+    config = OptimizerConfig(warmup_steps=0, schedule="constant")
+    ours, theirs = make_optimizer(config, 10), optax.adafactor(1e-4)
+    params = {"w": jnp.arange(256 * 256.0).reshape(256, 256) / 1e4}
+    grads = {"w": jnp.sin(params["w"])}
+    a, _ = ours.update(grads, ours.init(params), params)
+    b, _ = theirs.update(grads, theirs.init(params), params)
+    np.testing.assert_array_equal(a["w"], b["w"])
+
+
+def test_ema_is_the_plain_average_after_warm_up():
+    ema, params = {"w": jnp.ones(3)}, {"w": jnp.zeros(3)}
+    early = update_ema(ema, params, 0.9999, jnp.array(0))
+    late = update_ema(ema, params, 0.9999, jnp.array(10**9))
+    np.testing.assert_allclose(early["w"], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(late["w"], 0.9999, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values", [{"name": "sgd"}, {"schedule": "step"}, {"learning_rate": -1.0}, {"grad_clip": -1.0}]
+)
+def test_bad_values(values):
+    with pytest.raises(UserError, match=r"config\.optimizer\."):
+        OptimizerConfig(**values)

@@ -1,0 +1,195 @@
+"""The whole path: training writes what users rely on, goes on exactly after a stop, and reports."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_config, shrink
+from PIL import Image
+
+from imagen_jax import distributed, evaluate, experiment, run_config, train
+from imagen_jax.errors import UserError
+
+
+class StopAt:
+    """A preemption at a given step."""
+
+    def __init__(self, step=None):
+        self.step = step
+
+    def __call__(self, step):
+        return step == self.step
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data):
+    values = shrink(load_config("demo")).to_dict()
+    values["data"].update(dir=tiny_data, build=False)
+    values.update(
+        num_steps=6, log_every=1, eval_every=3, eval_batches=1, sample_every=3, checkpoint_every=4
+    )
+    return run_config.parse(values)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(config, workdir, StopAt())
+    return workdir
+
+
+def metrics(workdir, key="loss"):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {m["step"]: m[key] for m in lines if key in m}
+
+
+def test_the_workdir_holds_what_users_rely_on(config, finished):
+    assert run_config.parse(json.loads((finished / "config.json").read_text())).seed == config.seed
+    assert sorted(metrics(finished)) == [1, 2, 3, 4, 5, 6]
+    for key in ("grad_norm", "images_per_s", "step_time"):
+        assert all(v > 0 for v in metrics(finished, key).values())
+    assert sorted(metrics(finished, "eval_loss")) == [3, 6]
+    assert any(finished.glob("events.out.tfevents.*"))
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_4", "step_6"]
+    grids = sorted((finished / "samples").iterdir())
+    assert [g.name for g in grids] == ["step_00000003.png", "step_00000006.png"]
+    assert min(Image.open(grids[0]).size) > 100
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(config, finished, tmp_path):
+    # Stopped between checkpoints: the stop itself must save.
+    train.train(config, tmp_path, StopAt(3))
+    assert sorted(metrics(tmp_path)) == [1, 2, 3]
+    train.train(config, tmp_path, StopAt())
+    assert metrics(tmp_path) == metrics(finished)
+    assert metrics(tmp_path, "eval_loss") == metrics(finished, "eval_loss")
+
+
+def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(config, finished, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class KillAt5(StopAt):
+        def __call__(self, step):
+            if step == 5:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train.train(config, tmp_path, KillAt5())
+    train.train(config, tmp_path, StopAt())
+    assert metrics(tmp_path) == metrics(finished)
+
+
+def test_a_finished_run_is_left_alone(config, finished):
+    before = (finished / "metrics.jsonl").read_text()
+    train.train(config, finished, StopAt())
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e30, grad_clip=0.0)
+    with pytest.raises(UserError, match=r"loss is \S+ at step \d; lower config\.optimizer"):
+        train.train(dataclasses.replace(config, optimizer=optimizer), tmp_path, StopAt())
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, finished):
+    before = (finished / "config.json").read_text()
+    other = dataclasses.replace(config, model={**config.model, "num_res_blocks": 2})
+    with pytest.raises(UserError, match=r"another model: config\.model\.num_res_blocks is 2"):
+        train.train(other, finished, StopAt())
+    assert (finished / "config.json").read_text() == before
+
+
+def test_sigterm_asks_to_stop():
+    import os
+    import signal
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = distributed.StopRequest()
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_too_large_a_model_is_one_line_with_figures_and_a_way_out():
+    built = experiment.build(run_config.parse(load_config("base64")))
+    with pytest.raises(UserError) as e:
+        train.check_fits(built, available=16 * 2**30)
+    message = str(e.value)
+    assert "1.99B" in message and "16.0 GiB" in message and "configs/base64.py:tiny" in message
+
+
+def test_evaluation_reports_by_category(finished, tmp_path):
+    evaluate.evaluate(finished, [1.0, 2.0], split="heldout", num=4)
+    report = json.loads((finished / "evaluation" / "alignment.json").read_text())
+    assert set(report["guidance"]) == {"1.0", "2.0", "true renders"}
+    assert report["guidance"]["1.0"]["all"]["num"] == 4
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert all(c in page for c in report["guidance"]["1.0"])
+
+
+def run(module, *args):
+    command = [sys.executable, "-m", module, *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "--config=FILE and --workdir=DIR are both needed"),
+        (["--config=configs/nope.py", "--workdir=w"], "no such config file"),
+        (["--config=configs/demo.py", "--workdri=w"], "Unknown command line flag 'workdri'"),
+        (["--config=configs/demo.py", "--workdir=w", "extra"], "unexpected argument 'extra'"),
+        (
+            ["--config=configs/demo.py", "--workdir=w", "--config.model.embed_dimm=64"],
+            "config.model.embed_dimm is not a known key; did you mean model.embed_dim?",
+        ),
+        (
+            ["--config=configs/demo.py", "--workdir=w", "--config.batch_size=many"],
+            "config.batch_size is 'many'; it must be of type int",
+        ),
+        (["--config=configs/base64.py:huge", "--workdir=w"], "'huge'; allowed: 2b"),
+        (["--config=configs/demo.py", "--workdir=/proc/no"], "--workdir=/proc/no cannot"),
+    ],
+    ids=["none", "file", "flag", "positional", "key", "value", "argument", "workdir"],
+)
+def test_bad_command_lines_are_one_line_and_exit_2(args, words, tiny_data):
+    if "/proc/no" in args[-1]:
+        small = ["data.build=false", "text.dim=8", "text.max_tokens=6", "batch_size=8"]
+        args = [*args, f"--config.data.dir={tiny_data}", *(f"--config.{s}" for s in small)]
+    done = run("imagen_jax.train", *args)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (ROOT / "w").exists()
+
+
+def test_help_explains():
+    done = run("imagen_jax.train", "--help")
+    assert "--workdir" in done.stdout and "Run the same command again" in " ".join(
+        done.stdout.split()
+    )
+
+
+def test_samples_are_images_of_the_prompts(finished, tmp_path):
+    from imagen_jax import sample
+
+    built, params = experiment.load(finished)
+    assert built.config.batch_size == len(built.mesh.devices.ravel())
+    text = {
+        "text": np.zeros((2, 6, 8), np.float32),
+        "text_mask": np.ones((2, 6), bool),
+    }
+    images = built.draw(params, np.arange(2, dtype=np.uint32), text)
+    sample.write(tmp_path, images, ["a", "b"], np.arange(2), {"name": "ddim"}, columns=2)
+    first = Image.open(tmp_path / "00000.png")
+    assert first.info["prompt"] == "a" and first.info["seed"] == "0"
+    np.testing.assert_array_equal(np.asarray(first), images[0])
