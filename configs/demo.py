@@ -13,20 +13,20 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 3000
+    config.num_steps = 1800
     config.batch_size = 32
     config.log_every = 50
-    config.eval_every = 500
+    config.eval_every = 300
     config.eval_batches = 8
-    config.sample_every = 500
+    config.sample_every = 300
     config.num_samples = 16
-    config.checkpoint_every = 500
+    config.checkpoint_every = 600
     config.ema_decay = 0.995  # 0.9999 averages over more steps than this run has
 
     config.data = ConfigDict()
     config.data.task = "scenes_32"
     config.data.build = True
-    config.data.num_train = 20_000
+    config.data.num_train = 12_000
     config.data.sample_split = "heldout"
 
     config.model = ConfigDict()

@@ -78,7 +78,7 @@ def test_a_sample_depends_on_its_seed_and_prompt_not_on_its_batch(config, one_de
     cond = {k: batch[k] for k in ("text", "text_mask")}
     seeds = np.arange(8, dtype=np.uint32)
     together = built.draw(state.params, seeds, cond)
-    assert together.shape == (8, 8, 8, 3) and together.dtype == np.uint8
+    assert together.shape == (8, 32, 32, 3) and together.dtype == np.uint8
     one = built.draw(state.params, seeds[5:6], {k: v[5:6] for k, v in cond.items()})
     assert np.abs(one[0].astype(int) - together[5].astype(int)).max() <= 1
     chunked = built.draw(state.params, seeds, cond, batch_size=3)

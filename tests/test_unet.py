@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from imagen_jax.errors import UserError
+from imagen_jax.models import layers
 from imagen_jax.models.layers import GroupNorm, dropout, num_groups
 from imagen_jax.models.unet import UNet, UNetConfig, plan_blocks
 
