@@ -40,17 +40,6 @@ from imagen_jax.text.pretraining import SpanPredictor, corrupt_spans, span_loss
 from imagen_jax.text.t5 import PRESETS
 from imagen_jax.text.tokenizer import PAD_ID, ByteTokenizer
 
-_OUT = flags.DEFINE_string("out", None, "Folder for config.json and model.safetensors.")
-_STEPS = flags.DEFINE_integer("steps", 5000, "Optimizer steps.", lower_bound=1)
-_CAPTIONS = flags.DEFINE_integer(
-    "captions", 200_000, "Scene captions to sample, before equal ones are merged.", lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate", 3e-3, "Peak of AdamW's learning rate.", lower_bound=0.0
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the text, its order and the initial weights.")
-flags.mark_flag_as_required("out")
-
 MODEL = "byte-tiny"
 DECODER_LAYERS = 2
 MAX_BYTES = 180
@@ -227,24 +216,38 @@ class _Progress:
         self.losses = []
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("out", None, "Folder for config.json and model.safetensors.")
+    flags.DEFINE_integer("steps", 5000, "Optimizer steps.", lower_bound=1)
+    flags.DEFINE_integer(
+        "captions",
+        200_000,
+        "Scene captions to sample, before equal ones are merged.",
+        lower_bound=1,
+    )
+    flags.DEFINE_float("learning_rate", 3e-3, "Peak of AdamW's learning rate.", lower_bound=0.0)
+    flags.DEFINE_integer("seed", 0, "Seed of the text, its order and the initial weights.")
+    flags.mark_flag_as_required("out")
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
-    out = Path(_OUT.value)
+    out = Path(flags.FLAGS.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; it must be a folder, or not be there yet")
     sources = {
-        "captions": caption_texts(_CAPTIONS.value, np.random.default_rng(_SEED.value)),
+        "captions": caption_texts(flags.FLAGS.captions, np.random.default_rng(flags.FLAGS.seed)),
         "docstrings": docstring_texts(),
         "symbol names": symbol_texts(),
     }
     sizes = ", ".join(f"{len(texts)} {name}" for name, texts in sources.items())
     print(f"text: {sizes}", flush=True)
-    corpus = Corpus(sources, _SEED.value)
-    model, losses = train(corpus, _STEPS.value, _LEARNING_RATE.value, _SEED.value)
+    corpus = Corpus(sources, flags.FLAGS.seed)
+    model, losses = train(corpus, flags.FLAGS.steps, flags.FLAGS.learning_rate, flags.FLAGS.seed)
     print(f"held-out loss, nats a byte: {losses}")
     record = {
         "command": shlex.join(["python", "-m", "data_pipelines.pretrain_text", *sys.argv[1:]]),
-        "steps": _STEPS.value,
+        "steps": flags.FLAGS.steps,
         "text": f"{sizes} (Python {platform.python_version()})",
         "mixture": MIXTURE,
         "heldout_loss_nats": losses,
@@ -259,4 +262,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     cli.run(main)
