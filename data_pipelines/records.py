@@ -145,7 +145,9 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self._bar.update(len(loaded) - len(made))
         embeddings = self._encoder.encode(
             [record["caption"] for record in made],
-            progress=lambda done, total: self._bar.set_postfix_str(f"encoding {done}/{total}"),
+            progress=lambda done, total: self._bar.set_postfix_str(
+                f"encoding {done}/{total}", refresh=False
+            ),
         )
         self._bar.set_postfix_str("")
         for i, (record, embedding) in enumerate(zip(made, embeddings, strict=True)):
