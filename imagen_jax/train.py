@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -208,18 +209,27 @@ def device_memory() -> float:
 
 
 def check_fits(built, available: float) -> None:
-    """Raises UserError, with the figures, if the state alone is larger than `available` bytes."""
+    """Raises UserError, with the figures, if a device of `available` bytes cannot hold the run.
+
+    Counted is what every run needs at the least: weights, EMA, optimizer state, gradients, and the
+    input and output of one block at the first level.
+    """
     weights = sum(
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(built.abstract_state.params)
     )
-    needed = built.state_bytes_per_device + weights  # gradients are as large as the weights
+    config = built.config
+    pixels = config.unet.resolutions[0] ** 2 * config.batch_size
+    block = pixels * config.unet.embed_dim * jnp.dtype(config.unet.dtype).itemsize
+    activations = 2 * block / (built.batch_ways * config.microbatches)
+    # Gradients are as large as the weights.
+    needed = built.state_bytes_per_device + weights + activations
     if needed > available:
         raise UserError(
-            f"{built.num_params / 1e9:.2f}B parameters need {needed / 2**30:.1f} GiB a device for "
-            f"weights, EMA, optimizer state and gradients; each of {jax.device_count()} device(s) "
-            f"here has {available / 2**30:.1f} GiB: raise config.mesh.fsdp on more devices, or try "
-            "the same recipe small with --config=configs/base64.py:tiny"
+            f"{built.num_params / 1e9:.2f}B parameters at batch {config.batch_size} need at least "
+            f"{needed / 2**30:.1f} GiB a device; each of {jax.device_count()} device(s) here has "
+            f"{available / 2**30:.1f} GiB: raise config.mesh.fsdp on more devices, lower "
+            "config.batch_size, or try the recipe small with --config=configs/base64.py:tiny"
         )
 
 
