@@ -30,6 +30,8 @@ class StopRequest:
 
     def __init__(self):
         self._signalled = False
+        if jax.process_count() > 1:
+            return  # JAX has taken SIGTERM itself, to have all hosts agree on the step
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -42,4 +44,4 @@ class StopRequest:
         """Whether to stop at `step`; every process gets the same answer."""
         if jax.process_count() == 1:
             return self._signalled
-        return bool(multihost_utils.reached_preemption_sync_point(step)) or self._signalled
+        return bool(multihost_utils.reached_preemption_sync_point(step))

@@ -119,16 +119,18 @@ def run_loop(built, state, start, batches, logger, actions, stop) -> None:
             state, metrics = built.step(state, built.put(next(batches)))
             fetch(logger, pending, config.log_every)
             pending = (step, metrics)
-            last = step == config.num_steps or stop(step)
-            due = actions.due(step, last)
-            if due or last:
-                fetch(logger, pending, config.log_every, force=last)
+            stopping = stop(step)
+            due = [actions.save] if stopping else actions.due(step)
+            if due:
+                ends = stopping or step == config.num_steps
+                fetch(logger, pending, config.log_every, force=ends)
                 pending = None
                 before = time.perf_counter()
                 for action in due:
                     action(step, state)
                 logger.paused(time.perf_counter() - before)
-            if last:
+            if stopping:
+                log.info("stopped at step %d; the same command goes on from there", step)
                 break
 
 
@@ -162,9 +164,10 @@ class Actions:
             else []
         )
 
-    def due(self, step: int, last: bool) -> list:
+    def due(self, step: int) -> list:
         """The actions for this step; all of them at the last one."""
         config = self._built.config
+        last = step == config.num_steps
         table = (
             (config.checkpoint_every or last, config.checkpoint_every, self.save),
             (self._eval_batches, config.eval_every, self.evaluate),

@@ -61,8 +61,9 @@ def test_the_workdir_holds_what_users_rely_on(config, finished):
 
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(config, finished, tmp_path):
     # Stopped between checkpoints: the stop itself must save.
-    train.train(config, tmp_path, StopAt(3))
-    assert sorted(metrics(tmp_path)) == [1, 2, 3]
+    train.train(config, tmp_path, StopAt(5))
+    assert sorted(metrics(tmp_path)) == [1, 2, 3, 4, 5]
+    assert (tmp_path / "checkpoints" / "step_5").is_dir()
     train.train(config, tmp_path, StopAt())
     assert metrics(tmp_path) == metrics(finished)
     assert metrics(tmp_path, "eval_loss") == metrics(finished, "eval_loss")
