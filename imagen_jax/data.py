@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
-from ml_dtypes import bfloat16
 
 from data_pipelines import records, tasks
 from imagen_jax.errors import UserError
@@ -92,9 +91,9 @@ def examples(config: Config, split: str, num: int) -> list[dict[str, Any]]:
     dataset = _dataset(config, split, source, None, shuffle=False)
     out = []
     for row in _guarded(config, dataset.take(num).as_numpy_iterator()):
-        text, mask = _pad([row["text_embeddings"]], config)
+        padded = config.text.pad([row["text_embeddings"]])
         strings = {k: row[k].decode() for k in ("caption", "category", "scene")}
-        out.append({**strings, "image": row["image"], "text": text[0], "text_mask": mask[0]})
+        out.append({**strings, "image": row["image"], **{k: v[0] for k, v in padded.items()}})
     return out
 
 
@@ -144,18 +143,7 @@ def _numpy_batches(config: Config, dataset: tf.data.Dataset, size: int) -> Itera
     for rows in _guarded(config, iter(ragged)):
         flat, lengths = rows["text_embeddings"].flat_values, rows["text_embeddings"].row_lengths()
         captions = np.split(flat.numpy(), np.cumsum(lengths.numpy())[:-1])
-        text, mask = _pad(captions, config)
-        yield {"image": rows["image"].numpy(), "text": text, "text_mask": mask}
-
-
-def _pad(captions: list[np.ndarray], config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged [n_i, D] embeddings -> bfloat16 [B, T, D] and mask [B, T]."""
-    text = np.zeros((len(captions), config.text.max_tokens, config.text.dim), bfloat16)
-    mask = np.zeros(text.shape[:2], bool)
-    for i, caption in enumerate(captions):
-        text[i, : len(caption)] = caption
-        mask[i, : len(caption)] = True
-    return text, mask
+        yield {"image": rows["image"].numpy(), **config.text.pad(captions)}
 
 
 def _guarded(config: Config, rows: Iterator) -> Iterator:

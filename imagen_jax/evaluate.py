@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from imagen_jax import cli, experiment, pictures, report
 from imagen_jax.errors import UserError
+from imagen_jax.files import replacing
 
 SHOWN = 32
 
@@ -85,9 +86,8 @@ def evaluate(
     folder = workdir / "evaluation"
     folder.mkdir(exist_ok=True)
     table = {str(name): table for name, table in rows.items()}
-    temporary = folder / ".alignment.json.tmp"
-    temporary.write_text(json.dumps({"split": split, "guidance": table}, indent=2) + "\n")
-    temporary.replace(folder / "alignment.json")
+    with replacing(folder / "alignment.json") as temporary:
+        temporary.write_text(json.dumps({"split": split, "guidance": table}, indent=2) + "\n")
     captions = [p["caption"] for p in prompts[:SHOWN]]
     sheets = {}
     for weight, images in drawn.items():

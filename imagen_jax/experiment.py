@@ -97,11 +97,7 @@ class Experiment:
     @functools.cached_property
     def state_bytes_per_device(self) -> int:
         """Bytes of weights, EMA and optimizer state that each device holds."""
-
-        def local(x):
-            return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-
-        return sum(local(x) for x in jax.tree.leaves(self.abstract_state))
+        return sharding.bytes_per_device(self.abstract_state)
 
     @functools.cached_property
     def model_flops(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from clu import metric_writers, parameter_overview
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import replacing
 from imagen_jax.train_step import bucket_names
 
 log = logging.getLogger("imagen_jax")
@@ -65,9 +65,8 @@ class MetricLogger:
             return
         lines = self._path.read_text().splitlines()
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        temporary = self._path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self._path)
+        with replacing(self._path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of one step.

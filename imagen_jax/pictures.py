@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from imagen_jax.files import replacing
+
 
 def grid(images: np.ndarray, captions: list[str], columns: int = 4, side: int = 128) -> Image.Image:
     """A sheet of images with their captions beneath.
@@ -37,9 +39,8 @@ def grid(images: np.ndarray, captions: list[str], columns: int = 4, side: int = 
 def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
     """Writes a PNG, with text chunks if given, under a temporary name, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def loss_curve(steps: list[int], losses: list[float], path: Path, eval_points=()) -> None:
@@ -56,7 +57,6 @@ def loss_curve(steps: list[int], losses: list[float], path: Path, eval_points=()
     axes.set(xlabel="step", ylabel="loss (eps-MSE)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
-    temporary.replace(path)

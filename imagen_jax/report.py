@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from imagen_jax import pictures
+from imagen_jax.files import replacing
 
 Alignment = dict[str, dict[str, dict[str, float]]]
 
@@ -49,9 +50,8 @@ def write(workdir: Path, sheets: dict[str, Path], alignment: Alignment) -> Path:
         f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
     )
     path = workdir / "report.html"
-    temporary = path.with_name(".report.html.tmp")
-    temporary.write_text(page)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(page)
     return path
 
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from ml_dtypes import bfloat16
 
 from imagen_jax import diffusion, optim, sharding
 from imagen_jax.checkpoint import CheckpointConfig
@@ -44,6 +47,15 @@ class TextConfig:
         require(self.sequence in SEQUENCE, "text.sequence", self.sequence, ", ".join(SEQUENCE))
         for key in ("dim", "max_tokens"):
             require(getattr(self, key) > 0, f"text.{key}", getattr(self, key), "1 or more")
+
+    def pad(self, captions: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Ragged [n_i, D] embeddings -> text bfloat16 [B, T, D] and text_mask bool [B, T]."""
+        text = np.zeros((len(captions), self.max_tokens, self.dim), bfloat16)
+        mask = np.zeros(text.shape[:2], bool)
+        for i, caption in enumerate(captions):
+            text[i, : len(caption)] = caption
+            mask[i, : len(caption)] = True
+        return {"text": text, "text_mask": mask}
 
 
 @dataclasses.dataclass(frozen=True)

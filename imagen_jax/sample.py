@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from ml_dtypes import bfloat16
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -72,12 +71,7 @@ def encode(text: TextConfig, prompts: list[str]) -> dict[str, np.ndarray]:
       UserError: a prompt longer than config.text.max_tokens.
     """
     encoder = load_encoder(text.encoder, text.max_tokens)
-    embeddings = np.zeros((len(prompts), text.max_tokens, text.dim), bfloat16)
-    mask = np.zeros(embeddings.shape[:2], bool)
-    for i, tokens in enumerate(encoder.encode(prompts)):
-        embeddings[i, : len(tokens)] = tokens
-        mask[i, : len(tokens)] = True
-    return {"text": embeddings, "text_mask": mask}
+    return text.pad(encoder.encode(prompts))
 
 
 def write(

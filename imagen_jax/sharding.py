@@ -123,6 +123,12 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
     )
 
 
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays, or of ShapeDtypeStructs with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
 def block_runner(mesh: Mesh, remat: str) -> Callable[..., Any]:
     """Runs a model's block as `run(fn, params, *arrays)`, gathering its weights at use.
 

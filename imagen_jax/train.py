@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from imagen_jax import cli, distributed, experiment, pictures
+from imagen_jax import cli, distributed, experiment, pictures, sharding
 from imagen_jax import config as config_files
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import log
 from imagen_jax.errors import UserError
+from imagen_jax.files import replacing
 from imagen_jax.run_config import Config, parse
 
 FLAGS = flags.FLAGS
@@ -217,10 +218,7 @@ def check_fits(built, available: float) -> None:
     Counted is what every run needs at the least: weights, EMA, optimizer state, gradients, and the
     input and output of one block at the first level.
     """
-    weights = sum(
-        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(built.abstract_state.params)
-    )
+    weights = sharding.bytes_per_device(built.abstract_state.params)
     config = built.config
     pixels = config.unet.resolutions[0] ** 2 * config.batch_size
     block = pixels * config.unet.embed_dim * jnp.dtype(config.unet.dtype).itemsize
@@ -270,9 +268,8 @@ def make_workdir(workdir: Path) -> None:
 def write_config(workdir: Path, config: Config) -> None:
     """Writes config.json, complete with every default."""
     if jax.process_index() == 0:
-        temporary = workdir / ".config.json.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        temporary.replace(workdir / "config.json")
+        with replacing(workdir / "config.json") as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CLIS = {"train", "evaluate", "sample", "plan", "export"}
 MIDDLE = {"train_step", "cascade", "run_config"}
-# Held by everyone: the error type, typed config sections, and the command-line wrapper for CLIs.
-COMMON = {"errors", "config", "cli"}
+# Used by everyone: the error type, typed config sections, whole files, the wrapper of CLIs.
+COMMON = {"errors", "config", "cli", "files"}
 ALLOWED_SIBLINGS = {
     "sampling": {"diffusion"},
     "train_step": {"optim"},

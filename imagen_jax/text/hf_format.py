@@ -17,6 +17,7 @@ import safetensors.numpy
 from flax import nnx, traverse_util
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import replacing
 from imagen_jax.text.t5 import T5Config, T5Encoder
 
 CONFIG_FILE = "config.json"
@@ -98,14 +99,10 @@ def save_t5(
         **dataclasses.asdict(encoder.config),
         **extra,
     }
-    _write_whole(folder / WEIGHTS_FILE, safetensors.numpy.save(tensors, {"format": "np"}))
-    _write_whole(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(tensors, {"format": "np"}))
+    with replacing(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _t5_config(fields: dict[str, Any], path: Path) -> T5Config:
