@@ -16,7 +16,8 @@ from ml_dtypes import bfloat16
 from imagen_jax import diffusion, optim, sharding
 from imagen_jax.checkpoint import CheckpointConfig
 from imagen_jax.config import require, typed
-from imagen_jax.models.unet import POOLING, SEQUENCE, UNetConfig
+from imagen_jax.models.network import POOLING, SEQUENCE
+from imagen_jax.models.unet import UNetConfig
 from imagen_jax.sampling import SamplerConfig
 
 # Of the U-Net's config: what may differ between a checkpoint and the run that reads it, and what

@@ -18,8 +18,9 @@ ALLOWED_SIBLINGS = {
     "metrics": {"train_step"},
     "data": {"run_config"},
     "report": {"pictures"},
-    "models.efficient_unet": {"models.layers"},
-    "models.unet": {"models.layers"},
+    "models.efficient_unet": {"models.layers", "models.network"},
+    "models.network": {"models.layers"},
+    "models.unet": {"models.layers", "models.network"},
 }
 OWNERS = {
     "tensorflow": {"data", "data_pipelines"},

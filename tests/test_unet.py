@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import BATCH, abstract, count, inputs, jit, random_state, with_text
 
 from imagen_jax.errors import UserError
 from imagen_jax.models import layers
 from imagen_jax.models.layers import GroupNorm, dropout, num_groups
+from imagen_jax.models.network import with_low_res
 from imagen_jax.models.unet import UNet, UNetConfig, plan_blocks
 
 TINY = UNetConfig(
@@ -28,7 +29,6 @@ TINY = UNetConfig(
     text_dim=12,
     dtype="float32",
 )
-BATCH, TOKENS = 2, 5
 VARIANTS = [
     {},
     {"pooling": "mean"},
@@ -37,23 +37,12 @@ VARIANTS = [
     {"sequence": "none"},
     {"use_scale_shift_norm": False},
     {"decoder_extra_block": True},
+    {"low_res": 4, "patch_size": 2, "cond_width": 24},
 ]
 
 
 def tiny(**changes) -> UNetConfig:
     return dataclasses.replace(TINY, **changes)
-
-
-def abstract(config: UNetConfig):
-    return nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
-
-
-def count(config: UNetConfig) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
-
-
-# The tiny programs compile twice as fast without XLA's expensive passes.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @lru_cache
@@ -75,28 +64,6 @@ def compiled(config: UNetConfig):
 
 def forward(config: UNetConfig, state, z, log_snr, cond):
     return compiled(config)(state, z, log_snr, cond)[0]
-
-
-def random_state(config: UNetConfig):
-    """A state whose every parameter is random, so that no zero at the start hides a path."""
-    leaves, treedef = jax.tree.flatten(abstract(config)[1])
-    rng = np.random.default_rng(0)
-    filled = [jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32) for x in leaves]
-    return jax.tree.unflatten(treedef, filled)
-
-
-def inputs(config: UNetConfig):
-    rng = np.random.default_rng(1)
-    z = rng.standard_normal((BATCH, config.image_size, config.image_size, 3))
-    text = rng.standard_normal((BATCH, TOKENS, config.text_dim))
-    mask = np.arange(TOKENS)[None, :] < np.array([3, 5])[:, None]
-    cond = {"text": jnp.asarray(text, jnp.float32), "text_mask": jnp.asarray(mask)}
-    return jnp.asarray(z, jnp.float32), jnp.array([-2.0, 3.0]), cond
-
-
-def with_text(cond, token: int):
-    """The same conditioning with the embedding of one token of the first example changed."""
-    return {**cond, "text": cond["text"].at[0, token].add(3.0)}
 
 
 def test_a_new_model_jitted_gives_zeros_in_float32_in_the_shape_of_z():
@@ -189,6 +156,28 @@ def test_log_snr_matters_over_its_whole_range():
     at = [forward(TINY, state, z, jnp.full_like(log_snr, x), cond) for x in (-20, -5, 0, 5, 20)]
     assert all(jnp.isfinite(out).all() for out in at)
     assert all(jnp.abs(a - b).max() > 1e-3 for a, b in itertools.pairwise(at))
+
+
+def test_the_low_resolution_image_and_its_noise_level_matter_in_a_super_resolution_model():
+    config = tiny(low_res=4, patch_size=2, cond_width=24)
+    state = random_state(config)
+    z, log_snr, cond = inputs(config)
+    out = forward(config, state, z, log_snr, cond)
+    for key in ("low_res", "aug_level"):
+        other = {**cond, key: cond[key].at[0].add(0.2)}
+        changed = forward(config, state, z, log_snr, other)
+        assert jnp.abs(out[0] - changed[0]).max() > 1e-3
+        np.testing.assert_array_equal(out[1], changed[1])
+
+
+def test_a_constant_image_stays_constant_when_enlarged_beside_z():
+    config = tiny(low_res=4)
+    z, _, cond = inputs(config)
+    shades = jnp.array([0.25, -0.5])[:, None, None, None]
+    joined = with_low_res(z, cond | {"low_res": jnp.broadcast_to(shades, (2, 4, 4, 3))}, config)
+    np.testing.assert_array_equal(joined[..., :3], z)
+    np.testing.assert_allclose(joined[..., 3:], jnp.broadcast_to(shades, z.shape), rtol=1e-6)
+    assert with_low_res(z, {}, TINY) is z
 
 
 def test_examples_of_a_batch_do_not_see_each_other():
@@ -300,8 +289,7 @@ def test_the_paper_config_has_two_billion_parameters():
         ),
         (
             {"per_head_channels": 24, "attention_resolutions": ()},
-            "model.per_head_channels is 24; it must be a divisor of the 64 channels (4 x embed_dim)"
-            " of the text",
+            "model.per_head_channels is 24; it must be a divisor of the 64 channels of the text",
         ),
         ({"text_dim": None}, "model.text_dim is None; it must be a positive integer"),
         ({"pooling": "max"}, "model.pooling is 'max'; it must be attention | mean | none"),
@@ -314,7 +302,13 @@ def test_the_paper_config_has_two_billion_parameters():
             {"use_scale_shift_norm": "no"},
             "model.use_scale_shift_norm is 'no'; it must be True | False",
         ),
+        ({"low_res": 3}, "model.low_res is 3; it must be 0 or a divisor of image_size, 8"),
+        ({"cond_width": -1}, "model.cond_width is -1; it must be 0 or a positive integer"),
         ({"dropout": 1.0}, "model.dropout is 1.0; it must be a number in [0, 1)"),
+        (
+            {"cond_width": 20},
+            "model.per_head_channels is 8; it must be a divisor of the 20 channels of the text",
+        ),
         ({"dtype": "float16"}, "model.dtype is 'float16'; it must be bfloat16 | float32"),
     ],
 )

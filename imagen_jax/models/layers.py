@@ -33,14 +33,13 @@ def sinusoidal_embedding(position_b: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def log_snr_embedding(log_snr_b: jax.Array, dim: int) -> jax.Array:
-    """Embeds a log-SNR of any finite value, whatever the schedule it came from, float32 [B, dim].
+def cosine_time(log_snr_b: jax.Array) -> jax.Array:
+    """The time in [0, 1] at which the cosine schedule has this log-SNR, float32 [B].
 
-    The log-SNR is first mapped to the time in [0, 1] at which the cosine schedule has it, which
-    spreads its useful range evenly (as arXiv:2202.00512 does), then scaled to ADM's 1000 steps.
+    Any finite log-SNR has one, whatever the schedule it came from, and the useful range of log-SNRs
+    is spread evenly over them (as in arXiv:2202.00512).
     """
-    cosine_time = (2 / jnp.pi) * jnp.arctan(jnp.exp(-0.5 * log_snr_b.astype(jnp.float32)))
-    return sinusoidal_embedding(1000.0 * cosine_time, dim)
+    return (2 / jnp.pi) * jnp.arctan(jnp.exp(-0.5 * log_snr_b.astype(jnp.float32)))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -113,16 +112,16 @@ class GroupNorm(nnx.Module):
         return (x * scale_bc[:, None, None, :] + shift_bc[:, None, None, :]).astype(self.dtype)
 
 
-class TimeEmbedding(nnx.Module):
-    """log-SNR [B] -> [B, width]: a sinusoidal embedding of `dim`, then a two-layer MLP."""
+class ScalarEmbedding(nnx.Module):
+    """Numbers in [0, 1], [B] -> [B, width]: `dim` sinusoids of ADM's 1000 steps, then an MLP."""
 
     def __init__(self, dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
         self.dim = dim
         self.hidden = nnx.Linear(dim, width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, log_snr_b: jax.Array) -> jax.Array:
-        return self.out(jax.nn.silu(self.hidden(log_snr_embedding(log_snr_b, self.dim))))
+    def __call__(self, x_b: jax.Array) -> jax.Array:
+        return self.out(jax.nn.silu(self.hidden(sinusoidal_embedding(1000.0 * x_b, self.dim))))
 
 
 def masked_mean(x_btd: jax.Array, mask_bt: jax.Array) -> jax.Array:
@@ -167,10 +166,12 @@ def attention(q_bsc, k_btc, v_btc, head_dim: int, mask_bt: jax.Array | None = No
 
 
 class Attention(nnx.Module):
-    """Residual self-attention over pixels whose keys and values are joined by those of the text.
+    """Residual attention from pixels to pixels and text: one softmax over the keys of both.
 
-    text_width 0 leaves the text out. `text_norm` puts a LayerNorm on the text embeddings, which the
-    paper found to help (section 4.1). The output projection starts at zero.
+    text_width 0 leaves the text out, `self_attention=False` the pixels; an example whose text has
+    no token is then left as it is. Queries, keys and values are `hidden` wide, as wide as the
+    pixels by default. `text_norm` puts a LayerNorm on the text embeddings, which the paper found to
+    help (section 4.1). The output projection starts at zero.
     """
 
     def __init__(
@@ -179,31 +180,40 @@ class Attention(nnx.Module):
         head_dim: int,
         text_width: int,
         *,
+        hidden: int | None = None,
+        self_attention: bool = True,
         text_norm: bool,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
+        hidden = hidden or channels
         self.head_dim = head_dim
+        self.parts = 3 if self_attention else 1
         self.norm = GroupNorm(channels, dtype=dtype)
-        self.qkv = nnx.Linear(channels, 3 * channels, dtype=dtype, rngs=rngs)
+        self.qkv = nnx.Linear(channels, self.parts * hidden, dtype=dtype, rngs=rngs)
         if text_width:
             layer_norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs) if text_norm else None
             self.text_norm = layer_norm
-            self.text_kv = nnx.Linear(text_width, 2 * channels, dtype=dtype, rngs=rngs)
+            self.text_kv = nnx.Linear(text_width, 2 * hidden, dtype=dtype, rngs=rngs)
         self.use_text = text_width > 0
-        self.out = nnx.Linear(channels, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(hidden, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_bhwc: jax.Array, cond: Conditioning) -> jax.Array:
         b, h, w, c = x_bhwc.shape
-        q, k, v = jnp.split(self.qkv(self.norm(x_bhwc).reshape(b, h * w, c)), 3, axis=-1)
-        mask = None
+        qkv = self.qkv(self.norm(x_bhwc).reshape(b, h * w, c))
+        q, *kv = jnp.split(qkv, self.parts, axis=-1)
+        keys, values, mask = kv[:1], kv[1:], None
         if self.use_text:
             text = self.text_norm(cond.text) if self.text_norm is not None else cond.text
             text_k, text_v = jnp.split(self.text_kv(text), 2, axis=-1)
-            k, v = jnp.concatenate([k, text_k], axis=1), jnp.concatenate([v, text_v], axis=1)
-            pixels = jnp.ones((b, h * w), bool)
-            mask = jnp.concatenate([pixels, cond.text_mask], axis=1)
-        return x_bhwc + self.out(attention(q, k, v, self.head_dim, mask)).reshape(x_bhwc.shape)
+            keys, values = [*keys, text_k], [*values, text_v]
+            masks = [jnp.ones((b, h * w), bool)] if kv else []
+            mask = jnp.concatenate([*masks, cond.text_mask], axis=1)
+        k, v = (jnp.concatenate(parts, axis=1) for parts in (keys, values))
+        out = self.out(attention(q, k, v, self.head_dim, mask))
+        if not kv:
+            out = jnp.where(mask.any(1)[:, None, None], out, 0)
+        return x_bhwc + out.reshape(x_bhwc.shape)
 
 
 class ResBlock(nnx.Module):

@@ -1,5 +1,6 @@
 """The base U-Net: noisy 64x64 image, log-SNR and text -> raw prediction (arXiv:2205.11487, F.1).
 
+With `low_res` it is a super-resolution model instead, which efficient_unet.py is measured against.
 Read top to bottom: the config, the plan of blocks that follows from it, a block, the network.
 """
 
@@ -14,72 +15,57 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from imagen_jax.errors import UserError
 from imagen_jax.models.layers import (
     Attention,
     Conditioning,
-    GroupNorm,
     ResBlock,
-    TextPooling,
-    TimeEmbedding,
     depth_to_space,
     space_to_depth,
-    zeros_init,
 )
-
-POOLING = ("attention", "mean", "none")
-SEQUENCE = ("cross_attention_layernorm", "cross_attention", "none")
-DTYPE = ("bfloat16", "float32")
+from imagen_jax.models.network import (
+    Conditioner,
+    Head,
+    NetworkConfig,
+    call_block,
+    is_positive,
+    with_low_res,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(NetworkConfig):
     """The shape of the network; the defaults are the paper's 2B model, 1,988,589,571 parameters.
 
     Three things that the paper leaves open, what is chosen here, and the sizes of the alternatives:
-    - The time embedding and the text tokens are `cond_width` = 4 x embed_dim wide: one projection
-      takes the tokens there before any attention (DeepFloyd IF projects first, too). Keys and
-      values made straight from the encoder's 4096 would come to 2.14B.
+    - The time embedding and the text tokens are 4 x embed_dim wide: one projection takes the tokens
+      there before any attention (DeepFloyd IF projects first, too). Keys and values made straight
+      from the encoder's 4096 would come to 2.14B.
     - A decoder level has as many blocks as its encoder level, each fed the output of one of them.
       ADM has one more, fed the level's input: `decoder_extra_block=True`, 2.26B.
     - The blocks that resample come on top of num_res_blocks and have neither skip nor attention.
 
-    Attributes:
-      image_size: height and width of the images, pixels.
-      channels: of the images, in and out.
+    Attributes, besides those of NetworkConfig:
       patch_size: the first level sees the image with squares of this many pixels folded into
         channels (arXiv:2301.11093, section 2.3); 1, the paper's, leaves it as it is.
       embed_dim: channels at the first level; level i has embed_dim * channel_mult[i].
       num_res_blocks: blocks a level, besides the resampling one.
       attention_resolutions: the resolutions whose blocks attend to pixels and text.
       per_head_channels: channels of one attention head.
-      text_dim: width of the text encoder's embeddings.
-      pooling: how the text becomes one vector, added to the time embedding.
-      sequence: how the text tokens enter attention, with LayerNorm, without, or not at all.
       use_scale_shift_norm: the embedding scales and shifts the norm instead of being added.
-      dropout: rate inside residual blocks, active only when a dropout key is passed.
-      dtype: of activations; parameters and output are float32.
     """
 
-    image_size: int = 64
-    channels: int = 3
     patch_size: int = 1
     embed_dim: int = 512
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)
     num_res_blocks: int = 3
     attention_resolutions: tuple[int, ...] = (32, 16, 8)
     per_head_channels: int = 64
-    text_dim: int = 4096
-    pooling: str = "attention"
-    sequence: str = "cross_attention_layernorm"
     use_scale_shift_norm: bool = True
     decoder_extra_block: bool = False
-    dropout: float = 0.0
-    dtype: str = "bfloat16"
 
     @property
-    def cond_width(self) -> int:
-        return 4 * self.embed_dim
+    def emb_width(self) -> int:
+        return self.cond_width or 4 * self.embed_dim
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -92,21 +78,11 @@ class UNetConfig:
 
     def __post_init__(self):
         """Raises UserError for a value out of range, or values that do not fit together."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                self._check(field.name, _is_positive(value), "a positive integer")
-            if field.type == "bool":
-                self._check(field.name, isinstance(value, bool), "True | False")
+        super().__post_init__()
         self._check("embed_dim", self.embed_dim % 2 == 0, "an even number")
         mult, attending = self.channel_mult, self.attention_resolutions
-        ok = isinstance(mult, tuple) and len(mult) > 0 and all(map(_is_positive, mult))
+        ok = isinstance(mult, tuple) and len(mult) > 0 and all(map(is_positive, mult))
         self._check("channel_mult", ok, "a tuple of positive integers")
-        for key, allowed in (("pooling", POOLING), ("sequence", SEQUENCE), ("dtype", DTYPE)):
-            self._check(key, getattr(self, key) in allowed, " | ".join(allowed))
-        ok = isinstance(self.dropout, (int, float)) and 0 <= self.dropout < 1
-        self._check("dropout", ok, "a number in [0, 1)")
-        self._check("patch_size", _is_positive(self.patch_size), "a positive integer")
         factor = self.patch_size * 2 ** (len(mult) - 1)
         self._check("image_size", self.image_size % factor == 0, f"a multiple of {factor}")
         known = f"a tuple of resolutions among {self.resolutions}"
@@ -117,16 +93,8 @@ class UNetConfig:
                 fits = f"a divisor of the {width} channels at resolution {resolution}"
                 self._check("per_head_channels", width % self.per_head_channels == 0, fits)
         if self.pooling == "attention":
-            fits = f"a divisor of the {self.cond_width} channels (4 x embed_dim) of the text"
-            self._check("per_head_channels", self.cond_width % self.per_head_channels == 0, fits)
-
-    def _check(self, key: str, ok: bool, allowed: str):
-        if not ok:
-            raise UserError(f"model.{key} is {getattr(self, key)!r}; it must be {allowed}")
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+            fits = f"a divisor of the {self.emb_width} channels of the text"
+            self._check("per_head_channels", self.emb_width % self.per_head_channels == 0, fits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +148,7 @@ class Block(nnx.Module):
         self.res = ResBlock(
             spec.in_channels + spec.skip_channels,
             spec.out_channels,
-            config.cond_width,
+            config.emb_width,
             resample=spec.resample,
             scale_shift=config.use_scale_shift_norm,
             dropout_rate=config.dropout,
@@ -191,7 +159,7 @@ class Block(nnx.Module):
             Attention,
             spec.out_channels,
             config.per_head_channels,
-            text_width=0 if config.sequence == "none" else config.cond_width,
+            text_width=0 if config.sequence == "none" else config.emb_width,
             text_norm=config.sequence == "cross_attention_layernorm",
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,
@@ -211,42 +179,6 @@ class Block(nnx.Module):
         return h if self.attention is None else self.attention(h, cond)
 
 
-class Conditioner(nnx.Module):
-    """log-SNR, text [B, T, text_dim] and mask [B, T] -> Conditioning; projects the text once."""
-
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
-        width, kw = config.cond_width, {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
-        self.time = TimeEmbedding(config.embed_dim, width, **kw)
-        reads_text = config.pooling != "none" or config.sequence != "none"
-        # No bias: the zeros of the null prompt stay zeros until a LayerNorm gives them a value.
-        project = partial(nnx.Linear, config.text_dim, width, use_bias=False, **kw)
-        pool = partial(TextPooling, config.pooling, width, config.per_head_channels, **kw)
-        self.text = project() if reads_text else None
-        self.pool = pool() if config.pooling != "none" else None
-
-    def __call__(self, log_snr_b: jax.Array, cond: Mapping[str, jax.Array]) -> Conditioning:
-        emb = self.time(log_snr_b)
-        if self.text is None:
-            return Conditioning(emb, None, None)
-        text, mask = self.text(cond["text"]), cond["text_mask"]
-        return Conditioning(emb if self.pool is None else emb + self.pool(text, mask), text, mask)
-
-
-class Head(nnx.Module):
-    """Norm, swish and a convolution that starts at zero, the last in float32."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
-        self.norm = GroupNorm(in_channels, dtype=jnp.float32)
-        self.conv = nnx.Conv(in_channels, out_channels, (3, 3), kernel_init=zeros_init, rngs=rngs)
-
-    def __call__(self, h_bhwc: jax.Array) -> jax.Array:
-        return self.conv(jax.nn.silu(self.norm(h_bhwc)))
-
-
-def call_block(block: nnx.Module, *args: Any) -> Any:
-    return block(*args)
-
-
 class UNet(nnx.Module):
     """The network. Its state holds nnx.Param only, so that it is a pure function of a dict."""
 
@@ -256,11 +188,11 @@ class UNet(nnx.Module):
         width, dtype = config.embed_dim, jnp.dtype(config.dtype)
         self.config = config
         self.specs = tuple(specs)
-        self.conditioner = Conditioner(config, rngs=rngs)
-        pixels = config.channels * config.patch_size**2
-        self.stem = nnx.Conv(pixels, width, (3, 3), dtype=dtype, rngs=rngs)
+        self.conditioner = Conditioner(config, width, config.per_head_channels, rngs=rngs)
+        patch = config.patch_size**2
+        self.stem = nnx.Conv(config.in_channels * patch, width, (3, 3), dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(spec, config, rngs=rngs) for spec in specs])
-        self.head = Head(specs[-1].out_channels, pixels, rngs=rngs)
+        self.head = Head(specs[-1].out_channels, config.channels * patch, rngs=rngs)
 
     def __call__(
         self,
@@ -273,15 +205,11 @@ class UNet(nnx.Module):
     ) -> jax.Array:
         """Predicts eps, x or v (whatever it is trained for), float32 in the shape of z.
 
-        `cond` holds text [B, T, text_dim] and text_mask bool [B, T], True for real tokens; it is
-        not read when pooling and sequence are "none". `run_block(module, *args)` must return
-        module(*args): every parameter is used through it, and args and results are arrays (or None,
-        or Conditioning) whose first axis is the batch, except the dropout key, always last. Without
-        a dropout key nothing is dropped.
+        `cond` and `run_block` are those of network.py. Without a dropout key nothing is dropped.
         """
         conditioning = run_block(self.conditioner, log_snr_b, cond)
         patch = self.config.patch_size
-        h = run_block(self.stem, space_to_depth(z_bhwc, patch))
+        h = run_block(self.stem, space_to_depth(with_low_res(z_bhwc, cond, self.config), patch))
         skips = [h] if self.config.decoder_extra_block else []
         for i, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True)):
             skip = skips.pop() if spec.skip_channels else None
