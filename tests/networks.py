@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
 from imagen_jax.models.unet import UNet, UNetConfig
 
-NETWORKS = {UNetConfig: UNet}
+NETWORKS = {UNetConfig: UNet, EfficientUNetConfig: EfficientUNet}
 BATCH, TOKENS = 2, 5
 
 # The tiny programs compile twice as fast without XLA's expensive passes.
