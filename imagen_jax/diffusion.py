@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imagen_jax.config import require
+from imagen_jax.weightings import SIGMA_DATA, WEIGHTINGS
 
 Cond = dict[str, jax.Array]
 Denoiser = Callable[[jax.Array, jax.Array, Cond], jax.Array]
@@ -57,9 +58,18 @@ def linear_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.
     return jnp.clip(-jnp.log(jnp.expm1(-log_alpha_sq)), log_snr_min, log_snr_max)
 
 
+def flow_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
+    """Rectified flow's (1 - t) x + t eps (arXiv:2209.03003), clipped to the bounds.
+
+    Only its log-SNR, 2 log((1 - t) / t), counts: z is that point over sqrt((1 - t)^2 + t^2).
+    """
+    return jnp.clip(2 * (jnp.log1p(-t) - jnp.log(t)), log_snr_min, log_snr_max)
+
+
 SCHEDULES: dict[str, Callable[[jax.Array, float, float], jax.Array]] = {
     "cosine": cosine_log_snr,
     "linear": linear_log_snr,
+    "flow": flow_log_snr,
 }
 
 
@@ -96,16 +106,33 @@ def alpha_sigma(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
 
+def _like(value: jax.Array, x: jax.Array) -> jax.Array:
+    """A scalar or one value per example with trailing axes added: [B] -> [B, 1, 1, 1]."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
+
+
 def _alpha_sigma_like(log_snr: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """alpha_sigma with trailing axes added, so that it multiplies x: [B] -> [B, 1, 1, 1]."""
-    log_snr = jnp.asarray(log_snr)
-    return alpha_sigma(log_snr.reshape(log_snr.shape + (1,) * (x.ndim - log_snr.ndim)))
+    """alpha_sigma, so that it multiplies x."""
+    return alpha_sigma(_like(log_snr, x))
 
 
 def q_sample(x: jax.Array, eps: jax.Array, log_snr: jax.Array) -> jax.Array:
     """z_t = alpha_t x + sigma_t eps. x, eps: [B, ...]; log_snr: scalar or [B]."""
     alpha, sigma = _alpha_sigma_like(log_snr, x)
     return alpha * x + sigma * eps
+
+
+def augment(low_res_bhwc: jax.Array, aug_level_b: jax.Array, key: jax.Array) -> jax.Array:
+    """Noise conditioning augmentation: q_sample at the cosine schedule's t = aug_level.
+
+    low_res_bhwc: what a super-resolution stage reads; aug_level_b: [B] in [0, 1], where 0 leaves
+    the image as it is (to e^-10) and 1 leaves nothing of it. key: one for the batch (training), or
+    one per example, [B] (sampling: then no example depends on its batch). Source: figure A.32.
+    """
+    keys_b = jax.random.split(key, low_res_bhwc.shape[0]) if key.ndim == 0 else key
+    eps_bhwc = jax.vmap(lambda k: jax.random.normal(k, low_res_bhwc.shape[1:]))(keys_b)
+    return q_sample(low_res_bhwc, eps_bhwc, Schedule("cosine").log_snr(aug_level_b))
 
 
 # Predictions: what the network's output means.
@@ -117,11 +144,22 @@ class Prediction(NamedTuple):
     target: (x, eps, log_snr) -> what the output should be.
     to_x_eps: (output, z, log_snr) -> (x_hat, eps_hat), with z = alpha x_hat + sigma eps_hat.
     eps_error: log_snr -> the factor from the squared error of the output to that of eps_hat.
+    input_scale: log_snr -> the factor on z before the network, see `scaled_input`.
     """
 
     target: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     to_x_eps: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     eps_error: Callable[[jax.Array], jax.Array]
+    input_scale: Callable[[jax.Array], jax.Array] = jnp.ones_like
+
+
+def scaled_input(denoise: Denoiser, prediction: Prediction) -> Denoiser:
+    """The denoiser as a function of z, for the network as a function of input_scale z."""
+
+    def scaled(z: jax.Array, log_snr_b: jax.Array, cond: Cond) -> jax.Array:
+        return denoise(_like(prediction.input_scale(log_snr_b), z) * z, log_snr_b, cond)
+
+    return scaled
 
 
 def _x_eps_from_eps(eps_hat, z, log_snr):
@@ -144,18 +182,49 @@ def _x_eps_from_v(v_hat, z, log_snr):
     return alpha * z - sigma * v_hat, sigma * z + alpha * v_hat
 
 
-# v is from Salimans & Ho, arXiv:2202.00512, section 4.
+def _x_eps_from_flow(u_hat, z, log_snr):
+    alpha, sigma = _alpha_sigma_like(log_snr, z)
+    return (z - sigma * u_hat) / (alpha + sigma), (z + alpha * u_hat) / (alpha + sigma)
+
+
+# EDM's network F in D = c_skip y + c_out F(c_in y), y = z / alpha at noise level sigma / alpha:
+# c_in y is z over its standard deviation, and F would be -v were SIGMA_DATA 1.
+def _edm_input_scale(log_snr):
+    alpha, sigma = alpha_sigma(log_snr)
+    return jax.lax.rsqrt(sigma**2 + (SIGMA_DATA * alpha) ** 2)
+
+
+def _edm_target(x, eps, log_snr):
+    alpha, sigma = _alpha_sigma_like(log_snr, x)
+    c_in = _like(_edm_input_scale(log_snr), x)
+    return c_in * (sigma / SIGMA_DATA * x - SIGMA_DATA * alpha * eps)
+
+
+def _x_eps_from_edm(output, z, log_snr):
+    alpha, sigma = _alpha_sigma_like(log_snr, z)
+    c_in = _like(_edm_input_scale(log_snr), z)
+    x_hat = c_in * SIGMA_DATA * (c_in * SIGMA_DATA * alpha * z + sigma * output)
+    eps_hat = c_in * (c_in * sigma * z - SIGMA_DATA * alpha * output)
+    return x_hat, eps_hat
+
+
+# v: Salimans & Ho, arXiv:2202.00512, section 4. edm: arXiv:2206.00364, table 1. flow: rectified
+# flow's velocity, arXiv:2209.03003; its time is t = sigma / (alpha + sigma).
 PREDICTIONS: dict[str, Prediction] = {
     "eps": Prediction(lambda x, eps, log_snr: eps, _x_eps_from_eps, jnp.ones_like),
     "x": Prediction(lambda x, eps, log_snr: x, _x_eps_from_x, jnp.exp),
     "v": Prediction(_v_target, _x_eps_from_v, jax.nn.sigmoid),
-}
-
-# w(lambda) of the squared error of eps_hat; "x" and "v" make it the squared error of that space.
-WEIGHTINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "eps": jnp.ones_like,
-    "x": lambda log_snr: jnp.exp(-log_snr),
-    "v": lambda log_snr: 1 + jnp.exp(-log_snr),
+    "edm": Prediction(
+        _edm_target,
+        _x_eps_from_edm,
+        lambda log_snr: jax.nn.sigmoid(log_snr + 2 * np.log(SIGMA_DATA)),
+        _edm_input_scale,
+    ),
+    "flow": Prediction(
+        lambda x, eps, log_snr: eps - x,
+        _x_eps_from_flow,
+        lambda log_snr: jnp.square(jax.nn.sigmoid(0.5 * log_snr)),
+    ),
 }
 
 
@@ -198,7 +267,8 @@ def diffusion_loss(
     log_snr_b = schedule.log_snr(sample_t(t_key, x_bhwc.shape[0], low_discrepancy))
     eps_bhwc = jax.random.normal(eps_key, x_bhwc.shape)
     z_bhwc = q_sample(x_bhwc, eps_bhwc, log_snr_b)
-    output_bhwc = denoise(z_bhwc, log_snr_b, cond).astype(jnp.float32)
+    network = scaled_input(denoise, parameterisation)
+    output_bhwc = network(z_bhwc, log_snr_b, cond).astype(jnp.float32)
     # The error is taken in the output's own space and rescaled: converting the output to eps_hat
     # first would subtract nearly equal numbers at the ends of the schedule.
     error_bhwc = output_bhwc - parameterisation.target(x_bhwc, eps_bhwc, log_snr_b)

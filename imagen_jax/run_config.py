@@ -65,7 +65,7 @@ class DiffusionConfig:
 
     Attributes:
       schedule: a key of diffusion.SCHEDULES.
-      prediction: "eps", "x" or "v".
+      prediction: a key of diffusion.PREDICTIONS.
       weighting: a key of diffusion.WEIGHTINGS.
       caption_dropout: probability of training on the null prompt, for guidance (0.1 in the paper).
       low_discrepancy: spread the times of a batch evenly over [0, 1]; each stays uniform.

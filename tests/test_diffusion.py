@@ -8,6 +8,7 @@ import pytest
 from imagen_jax import diffusion
 from imagen_jax.diffusion import PREDICTIONS, SCHEDULES, WEIGHTINGS, Schedule
 from imagen_jax.errors import UserError
+from imagen_jax.weightings import SIGMA_DATA
 
 LINEAR_BETAS = np.linspace(1e-4, 0.02, 1000)
 LOG_SNR_B = jnp.array([-12.0, -2.0, 0.0, 3.0, 12.0])
@@ -64,6 +65,15 @@ def test_linear_is_the_chain_of_small_discrete_steps():
         assert sigma[n] ** 2 == pytest.approx(variance, rel=1e-4)
 
 
+def test_flow_is_the_straight_line_scaled_to_unit_variance():
+    t = jnp.linspace(0.01, 0.99, 99)
+    alpha, sigma = diffusion.alpha_sigma(Schedule("flow").log_snr(t))
+    scale = jnp.sqrt((1 - t) ** 2 + t**2)
+    np.testing.assert_allclose(alpha, (1 - t) / scale, rtol=1e-5)
+    np.testing.assert_allclose(sigma, t / scale, rtol=1e-5)
+    np.testing.assert_array_equal(Schedule("flow").log_snr(jnp.array([0.0, 1.0])), [20, -20])
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_any_two_times_imply_a_discrete_step(name):
     """beta = 1 - alpha_t^2 / alpha_s^2 is (1 - e^{lambda_t - lambda_s}) sigma_t^2."""
@@ -84,9 +94,9 @@ def test_alpha_sigma_keep_their_precision_at_both_ends():
 @pytest.mark.parametrize(
     "key, value, allowed",
     [
-        ("schedule", "cosin", "cosine, linear"),
-        ("prediction", "epsilon", "eps, x, v"),
-        ("weighting", "snr", "eps, x, v"),
+        ("schedule", "cosin", "cosine, linear, flow"),
+        ("prediction", "epsilon", "eps, x, v, edm, flow"),
+        ("weighting", "snr", "eps, x, v, edm, flow, truncated_snr, min_snr, p2"),
     ],
 )
 def test_an_unknown_name_is_a_user_error(key, value, allowed):
@@ -147,8 +157,42 @@ def drawn_for(x, key, schedule):
     return (seen["z"] - alpha * x) / sigma, seen["z"], seen["log_snr_b"]
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def eps_hat_in_numpy(prediction, output, z, alpha, sigma):
+    if prediction == "flow":  # z_t - t u and z_t + (1 - t) u on rectified flow's straight line
+        t = sigma / (alpha + sigma)
+        return z / (alpha + sigma) + (1 - t) * output
+    if prediction == "edm":  # table 1, at y = z / alpha and noise level s = sigma / alpha
+        y, s = z / alpha, sigma / alpha
+        x_hat = (SIGMA_DATA**2 * y + s * SIGMA_DATA * np.sqrt(s**2 + SIGMA_DATA**2) * output) / (
+            s**2 + SIGMA_DATA**2
+        )
+        return (z - alpha * x_hat) / sigma
+    return {
+        "eps": output,
+        "x": (z - alpha * output) / sigma,
+        "v": sigma * z + alpha * output,
+    }[prediction]
+
+
+def weight_in_numpy(weighting, snr):
+    """Each paper's weight of its own error, times that error over the error of eps."""
+    s2 = 1 / snr
+    return {
+        "eps": 1.0,
+        "x": s2,
+        "v": (1 + snr) / snr,
+        "edm": (s2 + SIGMA_DATA**2) / (s2 * SIGMA_DATA**2) * s2,
+        "flow": (1 + np.sqrt(s2)) ** 2,
+        "truncated_snr": np.maximum(snr, 1) * s2,
+        "min_snr": np.minimum(snr, 5) * s2,
+        "p2": 1 / (1 + snr),
+    }[weighting]
+
+
+@pytest.mark.parametrize(
+    "prediction, weighting",
+    [(p, "eps") for p in PREDICTIONS] + [("v", w) for w in WEIGHTINGS],
+)
 def test_loss_is_the_hand_computed_one(prediction, weighting):
     """w(lambda) mean((eps_hat - eps)^2), from the definition, in NumPy and float64."""
     x, key = jnp.tanh(draw(0, (4, 6, 6, 3))), jax.random.key(7)
@@ -160,16 +204,41 @@ def test_loss_is_the_hand_computed_one(prediction, weighting):
     np.testing.assert_array_equal(log_snr_b, drawn)
     alpha = np.sqrt(1 / (1 + np.exp(-drawn)))[:, None, None, None]
     sigma = np.sqrt(1 - alpha**2)
-    output = affine(z, drawn, {})
-    eps_hat = {
-        "eps": output,
-        "x": (z - alpha * output) / sigma,
-        "v": sigma * z + alpha * output,
-    }[prediction]
-    snr = np.exp(drawn)
-    w = {"eps": 1.0, "x": 1 / snr, "v": (1 + snr) / snr}[weighting]
+    c_in = 1 / np.sqrt(sigma**2 + (SIGMA_DATA * alpha) ** 2) if prediction == "edm" else 1
+    eps_hat = eps_hat_in_numpy(prediction, affine(c_in * z, drawn, {}), z, alpha, sigma)
+    w = weight_in_numpy(weighting, np.exp(drawn))
     np.testing.assert_allclose(loss_b, w * ((eps_hat - eps) ** 2).mean((1, 2, 3)), rtol=2e-3)
     assert loss_b.shape == (4,) and loss_b.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_the_weighting_of_a_predictions_name_is_the_plain_error_of_its_output(name):
+    log_snr = jnp.linspace(-20, 20, 41)
+    factor = WEIGHTINGS[name](log_snr) * PREDICTIONS[name].eps_error(log_snr)
+    np.testing.assert_allclose(factor, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_everything_is_finite_at_both_ends(prediction):
+    x, eps = draw(0, (2, 2, 2, 3)), draw(1, (2, 2, 2, 3))
+    log_snr_b = jnp.array([-20.0, 20.0])
+    entry = PREDICTIONS[prediction]
+    pair = entry.to_x_eps(entry.target(x, eps, log_snr_b), x, log_snr_b)
+    scales = [weight(log_snr_b) * entry.eps_error(log_snr_b) for weight in WEIGHTINGS.values()]
+    for value in (*pair, *scales, entry.input_scale(log_snr_b)):
+        assert value.dtype == jnp.float32 and bool(jnp.isfinite(value).all())
+    assert bool((jnp.stack(scales) > 0).all())
+
+
+def test_the_edm_network_reads_and_predicts_unit_variance():
+    """Table 1's aim, for data of standard deviation SIGMA_DATA at any noise level."""
+    x, eps = SIGMA_DATA * draw(0, (5, 64, 64, 3)), draw(1, (5, 64, 64, 3))
+    seen = []
+    network = diffusion.scaled_input(lambda z, *_: seen.append(z), PREDICTIONS["edm"])
+    network(diffusion.q_sample(x, eps, LOG_SNR_B), LOG_SNR_B, {})
+    target = PREDICTIONS["edm"].target(x, eps, LOG_SNR_B)
+    for value in (seen[0], target):
+        np.testing.assert_allclose(value.std(axis=(1, 2, 3)), 1, rtol=0.03)
 
 
 def test_loss_is_zero_for_the_true_noise_and_one_for_none():
@@ -217,6 +286,26 @@ def test_each_time_is_uniform(low_discrepancy):
 def test_low_discrepancy_times_cover_the_interval_evenly():
     t = np.sort(diffusion.sample_t(jax.random.key(3), 16, True))
     np.testing.assert_allclose(np.diff(t), 1 / 16, atol=1e-6)
+
+
+def test_augment_spans_from_the_image_itself_to_pure_noise():
+    x = jnp.tanh(draw(0, (3, 16, 16, 3)))
+    noisy = diffusion.augment(x, jnp.array([0.0, 0.5, 1.0]), jax.random.key(1))
+    np.testing.assert_allclose(noisy[0], x[0], atol=5e-4)
+    half, whole = np.asarray(noisy[1] - jnp.sqrt(0.5) * x[1]), np.asarray(noisy[2])
+    assert half.std() == pytest.approx(np.sqrt(0.5), rel=0.1)
+    assert whole.std() == pytest.approx(1, rel=0.1)
+    assert abs(np.corrcoef(whole.ravel(), x[2].ravel())[0, 1]) < 0.1
+    assert abs(np.corrcoef(half.ravel(), whole.ravel())[0, 1]) < 0.1
+
+
+def test_augment_with_a_key_for_each_example_does_not_see_the_batch():
+    x, levels = draw(0, (3, 4, 4, 3)), jnp.array([0.3, 0.6, 0.9])
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    batch = diffusion.augment(x, levels, keys)
+    for i in range(3):
+        alone = diffusion.augment(x[i : i + 1], levels[i : i + 1], keys[i : i + 1])
+        np.testing.assert_allclose(alone[0], batch[i], atol=1e-6)
 
 
 def test_drop_text_leaves_nothing_of_the_prompt():

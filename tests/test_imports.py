@@ -13,7 +13,11 @@ MIDDLE = {"train_step", "cascade", "run_config"}
 # Used by everyone: the error type, typed config sections, whole files, the wrapper of CLIs.
 COMMON = {"errors", "config", "cli", "files"}
 ALLOWED_SIBLINGS = {
-    "sampling": {"diffusion"},
+    "diffusion": {"weightings"},
+    "sampling": {"diffusion", "guidance", "solvers"},
+    "guidance": {"diffusion"},
+    "solvers": {"diffusion"},
+    "editing": {"diffusion", "sampling"},
     "train_step": {"optim"},
     "metrics": {"train_step"},
     "data": {"run_config"},
