@@ -72,12 +72,8 @@ def inpaint(
     """
     if resample < 1:
         raise UserError(f"resample is {resample!r}; allowed: 1 or more")
-    keys_b, shape = seed_keys(seeds_b), image_bhwc.shape[1:]
-    # Streams of their own, so that the solver's noise is that of `sample`; it counts from 0.
-    known_keys, back_keys = (
-        jax.vmap(lambda key, stream=stream: jax.random.fold_in(key, stream))(keys_b)
-        for stream in (2**32 - 1, 2**32 - 2)
-    )
+    keys_b, known_keys, back_keys = (seed_keys(seeds_b, stream) for stream in range(3))
+    shape = image_bhwc.shape[1:]
 
     def enter(i, z_s, log_snr_s, log_snr_t):
         known = q_sample(image_bhwc, draw_noise(known_keys, shape, i), log_snr_s)

@@ -123,10 +123,18 @@ class SamplerConfig:
             require(ok, f"sampling.{key}", getattr(self, key), allowed)
 
 
-def seed_keys(seeds_b: jax.Array) -> jax.Array:
-    """uint32 [B] -> a key for each sample, [B]."""
-    # Named, because under vmap the faster "rbg" generator does not keep each key's stream.
-    key_of = functools.partial(jax.random.key, impl="threefry2x32")
+def seed_keys(seeds_b: jax.Array, stream: int = 0) -> jax.Array:
+    """uint32 [B] -> a key for each sample, [B]; different streams of a seed share no noise.
+
+    Stream 0 is that of the solvers; what else needs noise of a sample's own takes another.
+    """
+
+    def key_of(seed):
+        # Named, because under vmap the faster "rbg" generator does not keep each key's stream.
+        key = jax.random.key(seed, impl="threefry2x32")
+        # Streams count down from the top: the solvers' draws count up from 0.
+        return jax.random.fold_in(key, 2**32 - stream) if stream else key
+
     return jax.vmap(key_of)(jnp.asarray(seeds_b, jnp.uint32))
 
 

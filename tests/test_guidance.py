@@ -153,6 +153,21 @@ def test_rescaling_in_a_sampler_is_of_x_hat():
     )
 
 
+def test_a_sampler_guides_inside_its_interval_only():
+    cond = text_cond(2)
+    plain, never, once, always = (
+        run(text_denoiser, SamplerConfig(num_steps=4, **options), range(2), cond)
+        for options in (
+            {},
+            {"guidance_weight": 4.0, "guidance_interval": (25.0, 30.0)},
+            {"guidance_weight": 4.0, "guidance_interval": (-1.0, 1.0)},
+            {"guidance_weight": 4.0},
+        )
+    )
+    np.testing.assert_allclose(never, plain, atol=1e-5)
+    assert min(float(jnp.abs(once - other).mean()) for other in (plain, always)) > 0.01
+
+
 def test_two_passes_draw_the_same_sample_as_one_batch():
     options = {"guidance_weight": 4.0, "guidance_interval": (-5.0, 5.0), "guidance_rescale": 0.5}
     x, y = (

@@ -116,6 +116,12 @@ def test_a_sample_depends_on_its_seed_and_prompt_not_on_its_batch(name, weight):
         np.testing.assert_allclose(alone[0], batch[b], atol=1e-6)
 
 
+def test_streams_of_a_seed_share_no_noise():
+    keys = [sampling.seed_keys(jnp.arange(2), stream) for stream in range(3)]
+    noise = np.stack([sampling.draw_noise(k, (16, 16, 3), i) for k in keys for i in (0, 1)])
+    assert np.abs(np.corrcoef(noise.reshape(12, -1)) - np.eye(12)).max() < 0.15
+
+
 def test_seeds_differ_and_repeat():
     config = SamplerConfig("ancestral", num_steps=3, gamma=1.0, threshold="none")
     x = run(lambda z, *_: z, config, [0, 1, 0], null_cond(3))
