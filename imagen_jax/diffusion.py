@@ -128,7 +128,7 @@ def augment(low_res_bhwc: jax.Array, aug_level_b: jax.Array, key: jax.Array) -> 
 
     low_res_bhwc: what a super-resolution stage reads; aug_level_b: [B] in [0, 1], where 0 leaves
     the image as it is (to e^-10) and 1 leaves nothing of it. key: one for the batch (training), or
-    one per example, [B] (sampling: then no example depends on its batch). Source: figure A.32.
+    one per example, [B] (sampling: then none depends on its batch). Source: figure A.32.
     """
     keys_b = jax.random.split(key, low_res_bhwc.shape[0]) if key.ndim == 0 else key
     eps_bhwc = jax.vmap(lambda k: jax.random.normal(k, low_res_bhwc.shape[1:]))(keys_b)

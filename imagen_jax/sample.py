@@ -36,7 +36,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("num", 4, "Samples a prompt.", lower_bound=1)
     flags.DEFINE_float("guidance", None, "Guidance weight; the config's by default.")
     flags.DEFINE_integer("steps", None, "Sampling steps; the config's by default.")
-    flags.DEFINE_string("sampler", None, "ddim or ancestral; the config's by default.")
+    flags.DEFINE_string(
+        "sampler", None, "ddim, ancestral, dpmpp_2m or heun; the config's otherwise."
+    )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
-"""Samplers: guidance, thresholding, one step, and the scan over steps (Imagen, appendix A).
+"""Sampling: thresholding, the grid of times, and the scan over steps (Imagen, appendix A).
 
-At every step the denoiser's guided output becomes x_hat, x_hat is thresholded, and the step moves
-z_t to z_s, s < t, with the eps_hat that z_t and the thresholded x_hat imply. Steps and thresholds
-are tables from a name to a function.
+At every evaluation the denoiser's guided output becomes x_hat, x_hat is thresholded, and the solver
+moves z_t to z_s, s < t, with the eps_hat that z_t and the thresholded x_hat imply. Solvers,
+spacings and thresholds are tables from a name to a function.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.config import require
-from imagen_jax.diffusion import (
-    PREDICTIONS,
-    Cond,
-    Denoiser,
-    Schedule,
-    alpha_sigma,
-    drop_text,
-    lookup,
-)
+from imagen_jax.diffusion import PREDICTIONS, Cond, Denoiser, Schedule, lookup
+from imagen_jax.guidance import guided_x_hat
+from imagen_jax.solvers import SOLVERS, VARIANCES, evaluations
+
+# i -> standard normal noise [B, ...] of the i-th draw.
+Draw = Callable[[jax.Array], jax.Array]
 
 # Thresholding of x_hat: (x_hat [B, ...], percentile) -> x_hat.
 
@@ -56,10 +53,23 @@ THRESHOLDS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "dynamic": dynamic_threshold,
 }
 
-# Between the two variances of the ancestral step: (small, large, gamma) -> variance.
-VARIANCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
-    "geometric": lambda small, large, gamma: small ** (1 - gamma) * large**gamma,
-    "linear": lambda small, large, gamma: small * (1 - gamma) + large * gamma,
+# Spacing of the num_steps + 1 log-SNRs from time `start` to 0: (schedule, start, num_steps).
+
+
+def uniform_in_t(schedule: Schedule, start: float, num_steps: int) -> jax.Array:
+    """The paper's: the same difference of t at every step."""
+    return schedule.log_snr(jnp.linspace(start, 0, num_steps + 1))
+
+
+def uniform_in_log_snr(schedule: Schedule, start: float, num_steps: int) -> jax.Array:
+    """The same factor of sigma / alpha at every step (arXiv:2206.00927, section 4)."""
+    first, last = schedule.log_snr(jnp.array([start, 0.0]))
+    return jnp.linspace(first, last, num_steps + 1)
+
+
+SPACINGS: dict[str, Callable[[Schedule, float, int], jax.Array]] = {
+    "t": uniform_in_t,
+    "log_snr": uniform_in_log_snr,
 }
 
 
@@ -67,91 +77,125 @@ VARIANCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
 class SamplerConfig:
     """Config section `sampling`; static under jit. Raises UserError for a value out of range.
 
-    num_steps counts evaluations of the (guided) denoiser. gamma and variance are read by the
-    ancestral sampler only; gamma's default is this project's choice. guidance_weight 1 is no
-    guidance.
+    Attributes:
+      name: a key of solvers.SOLVERS.
+      num_steps: steps of the solver. Each evaluates the (guided) denoiser once, but for "heun",
+        which does so twice at all steps but the first and the last: 2 num_steps - 2 times.
+      spacing: what the times are evenly spaced in, a key of SPACINGS.
+      gamma: noise of the ancestral sampler, 0 to 1; the default is this project's choice.
+      variance: how gamma interpolates, a key of solvers.VARIANCES.
+      guidance_weight: 1 is no guidance, 0 ignores the prompt.
+      guidance_interval: (low, high) of log-SNR outside of which the weight is 1; None: no bounds.
+      guidance_rescale: 0 to 1, how far x_hat gets back the conditional pass's contrast.
+      guidance_batched: both passes in one batch, or one after another in half the memory.
+      threshold: of x_hat, a key of THRESHOLDS.
+      threshold_percentile: of |x_hat|, for the dynamic threshold.
     """
 
     name: str = "ddim"
     num_steps: int = 256
+    spacing: str = "t"
     gamma: float = 0.2
     variance: str = "geometric"
     guidance_weight: float = 1.0
+    guidance_interval: tuple[float, ...] | None = None
+    guidance_rescale: float = 0.0
+    guidance_batched: bool = True
     threshold: str = "dynamic"
     threshold_percentile: float = 99.5
 
     def __post_init__(self):
-        lookup(STEPS, "sampling.name", self.name)
+        lookup(SOLVERS, "sampling.name", self.name)
+        lookup(SPACINGS, "sampling.spacing", self.spacing)
         lookup(VARIANCES, "sampling.variance", self.variance)
         lookup(THRESHOLDS, "sampling.threshold", self.threshold)
-        weight, percentile = self.guidance_weight, self.threshold_percentile
-        require(self.num_steps >= 1, "sampling.num_steps", self.num_steps, "1 or more")
-        require(0 <= self.gamma <= 1, "sampling.gamma", self.gamma, "[0, 1]")
-        require(0 <= weight < math.inf, "sampling.guidance_weight", weight, "0 or more, finite")
-        require(0 < percentile <= 100, "sampling.threshold_percentile", percentile, "(0, 100]")
+        interval = self.guidance_interval
+        ordered = interval is None or (len(interval) == 2 and interval[0] < interval[1])
+        checks = (
+            ("num_steps", self.num_steps >= 1, "1 or more"),
+            ("gamma", 0 <= self.gamma <= 1, "[0, 1]"),
+            ("guidance_weight", 0 <= self.guidance_weight < math.inf, "0 or more, finite"),
+            ("guidance_interval", ordered, "(low, high) with low < high, or None"),
+            ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "[0, 1]"),
+            ("threshold_percentile", 0 < self.threshold_percentile <= 100, "(0, 100]"),
+        )
+        for key, ok, allowed in checks:
+            require(ok, f"sampling.{key}", getattr(self, key), allowed)
 
 
-# Steps: (z_t, x_hat, log_snr_t, log_snr_s, noise, config) -> z_s. log_snr_t, log_snr_s: scalars.
+def seed_keys(seeds_b: jax.Array, stream: int = 0) -> jax.Array:
+    """uint32 [B] -> a key for each sample, [B]; different streams of a seed share no noise.
 
-
-def ddim_step(
-    z_t: jax.Array,
-    x_hat: jax.Array,
-    log_snr_t: jax.Array,
-    log_snr_s: jax.Array,
-    noise: jax.Array,
-    config: SamplerConfig,
-) -> jax.Array:
-    """z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat); noise is not used."""
-    alpha_t, sigma_t = alpha_sigma(log_snr_t)
-    alpha_s, sigma_s = alpha_sigma(log_snr_s)
-    return alpha_s * x_hat + (sigma_s / sigma_t) * (z_t - alpha_t * x_hat)
-
-
-def ancestral_step(
-    z_t: jax.Array,
-    x_hat: jax.Array,
-    log_snr_t: jax.Array,
-    log_snr_s: jax.Array,
-    noise: jax.Array,
-    config: SamplerConfig,
-) -> jax.Array:
-    """z_s ~ N(mean of q(z_s | z_t, x_hat), variance), with r = e^{lambda_t - lambda_s}:
-
-    mean = r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat; the variance lies between
-    (1 - r) sigma_s^2 (that of q(z_s | z_t, x), gamma = 0) and (1 - r) sigma_t^2 (that of
-    q(z_t | z_s), gamma = 1), interpolated as config.variance says.
+    Stream 0 is that of the solvers; what else needs noise of a sample's own takes another.
     """
-    alpha_t, sigma_t = alpha_sigma(log_snr_t)
-    alpha_s, sigma_s = alpha_sigma(log_snr_s)
-    r = jnp.exp(log_snr_t - log_snr_s)
-    one_minus_r = -jnp.expm1(log_snr_t - log_snr_s)
-    mean = r * (alpha_s / alpha_t) * z_t + one_minus_r * alpha_s * x_hat
-    small, large = one_minus_r * sigma_s**2, one_minus_r * sigma_t**2
-    return mean + jnp.sqrt(VARIANCES[config.variance](small, large, config.gamma)) * noise
+
+    def key_of(seed):
+        # Named, because under vmap the faster "rbg" generator does not keep each key's stream.
+        key = jax.random.key(seed, impl="threefry2x32")
+        # Streams count down from the top: the solvers' draws count up from 0.
+        return jax.random.fold_in(key, 2**32 - stream) if stream else key
+
+    return jax.vmap(key_of)(jnp.asarray(seeds_b, jnp.uint32))
 
 
-STEPS: dict[str, Callable[..., jax.Array]] = {"ddim": ddim_step, "ancestral": ancestral_step}
+def draw_noise(keys_b: jax.Array, shape: tuple[int, ...], i: jax.Array) -> jax.Array:
+    """The i-th standard normal noise of each key, float32 [B, *shape]."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys_b)
 
 
-def guided_output(
-    denoise: Denoiser, z: jax.Array, log_snr: jax.Array, cond: Cond, guidance_weight: float
+def integrate(
+    denoise: Denoiser,
+    prediction: str,
+    config: SamplerConfig,
+    log_snr: jax.Array,
+    z: jax.Array,
+    draw: Draw,
+    cond: Cond,
+    repeats: int = 1,
+    enter: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-    """w f(z, c) + (1 - w) f(z): classifier-free guidance (Eq. 2) on the raw output.
+    """Takes z, at log_snr[0], along the grid of log-SNRs, and returns the last x_hat.
 
-    Given z, the outputs eps, x and v are affine functions of one another and the two weights sum to
-    1, so guiding any of them is guiding eps. z: [B, H, W, C]; log_snr: scalar; cond as for
-    drop_text. Both passes are one batch of 2B, or just the conditional one when w is 1.
+    Args:
+      denoise, prediction, config, cond: as for `sample`.
+      log_snr: rising, [num_steps + 1].
+      z: float32 [B, H, W, C].
+      draw: noise for the steps, from 1 on.
+      repeats: how often each step is taken; then `enter` has to lead back to its start.
+      enter: (i, z, log_snr_z, log_snr_t) -> z_t, before each evaluation: z, which is at log_snr_z,
+        is to be at log_snr_t. By default it is there already.
     """
-    batch = z.shape[0]
-    if guidance_weight == 1:
-        return denoise(z, jnp.full((batch,), log_snr), cond).astype(jnp.float32)
-    # A sample's two passes sit side by side, so that a sharded batch doubles where it lies.
-    z2, cond2 = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), (z, cond))
-    cond2 = drop_text(cond2, jnp.tile(jnp.array([False, True]), batch))
-    output2 = denoise(z2, jnp.full((2 * batch,), log_snr), cond2).astype(jnp.float32)
-    output = output2.reshape(batch, 2, *z.shape[1:])
-    return guidance_weight * output[:, 0] + (1 - guidance_weight) * output[:, 1]
+    prediction_entry = lookup(PREDICTIONS, "diffusion.prediction", prediction)
+    solver, threshold = SOLVERS[config.name], THRESHOLDS[config.threshold]
+
+    def step(carry, inputs):
+        state, z, log_snr_z, _ = carry
+        i, log_snr_t, log_snr_s = inputs
+
+        def noise(small, large):
+            return jnp.sqrt(VARIANCES[config.variance](small, large, config.gamma)) * draw(i)
+
+        z_t = enter(i, z, log_snr_z, log_snr_t) if enter else z
+        x_hat = guided_x_hat(
+            denoise,
+            prediction_entry,
+            z_t,
+            log_snr_t,
+            cond,
+            weight=config.guidance_weight,
+            interval=config.guidance_interval,
+            rescaling=config.guidance_rescale,
+            batched=config.guidance_batched,
+        )
+        x_hat = threshold(x_hat, config.threshold_percentile)
+        state, z_s = solver.step(state, z_t, x_hat, log_snr_t, log_snr_s, noise)
+        return (state, z_s, log_snr_s, x_hat), None
+
+    log_snr_t, log_snr_s = evaluations(log_snr, solver.corrects, repeats)
+    start = (solver.init(z, log_snr[0]), z, log_snr[0], jnp.zeros_like(z))
+    times = (jnp.arange(1, len(log_snr_t) + 1), log_snr_t, log_snr_s)
+    (_, _, _, x_hat), _ = jax.lax.scan(step, start, times)
+    return x_hat
 
 
 def sample(
@@ -165,30 +209,24 @@ def sample(
 ) -> jax.Array:
     """Draws one sample per seed: float32 [B, *shape] in [-1, 1].
 
-    Times are num_steps + 1 points, evenly spaced from 1 to 0. seeds_b is uint32 [B]: all the noise
-    of a sample comes from its own seed, so that it does not depend on the batch it is drawn in.
-    The sample is the last x_hat, so the last step adds no noise. Raises UserError for an unknown
-    prediction.
+    Args:
+      denoise: the network, (z, log_snr_b, cond) -> output.
+      schedule: what it was trained with; times go from 1 to 0.
+      prediction: a key of diffusion.PREDICTIONS, what its output means.
+      config: solver, steps, guidance and thresholding.
+      seeds_b: uint32 [B]; all the noise of a sample comes from its own seed, so that it does not
+        depend on the batch it is drawn in.
+      shape: (H, W, C).
+      cond: text [B, T, D] and text_mask [B, T]; negative_text and negative_text_mask for a negative
+        prompt. Other keys, of arrays [B, ...], are passed to the denoiser as they are.
+
+    Returns:
+      The last x_hat; so the last step adds no noise.
+
+    Raises:
+      UserError: an unknown prediction.
     """
-    to_x_eps = lookup(PREDICTIONS, "diffusion.prediction", prediction).to_x_eps
-    # Named, because under vmap the faster "rbg" generator does not keep each key's stream.
-    key_of = functools.partial(jax.random.key, impl="threefry2x32")
-    keys_b = jax.vmap(key_of)(jnp.asarray(seeds_b, jnp.uint32))
-
-    def draw_noise(i):
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys_b)
-
-    def step(carry, inputs):
-        z_t, _ = carry
-        i, log_snr_t, log_snr_s = inputs
-        output = guided_output(denoise, z_t, log_snr_t, cond, config.guidance_weight)
-        x_hat, _ = to_x_eps(output, z_t, log_snr_t)
-        x_hat = THRESHOLDS[config.threshold](x_hat, config.threshold_percentile)
-        z_s = STEPS[config.name](z_t, x_hat, log_snr_t, log_snr_s, draw_noise(i), config)
-        return (z_s, x_hat), None
-
-    log_snr = schedule.log_snr(jnp.linspace(1, 0, config.num_steps + 1))
-    steps = (jnp.arange(1, config.num_steps + 1), log_snr[:-1], log_snr[1:])
-    z_1 = draw_noise(0)
-    (_, x_hat), _ = jax.lax.scan(step, (z_1, jnp.zeros_like(z_1)), steps)
+    draw = functools.partial(draw_noise, seed_keys(seeds_b), shape)
+    log_snr = SPACINGS[config.spacing](schedule, 1.0, config.num_steps)
+    x_hat = integrate(denoise, prediction, config, log_snr, draw(0), draw, cond)
     return jnp.clip(x_hat, -1, 1)

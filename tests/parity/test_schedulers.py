@@ -8,9 +8,8 @@ diffusers = pytest.importorskip("diffusers")
 
 import jax.numpy as jnp  # noqa: E402
 
-from imagen_jax import diffusion, sampling  # noqa: E402
+from imagen_jax import diffusion, sampling, solvers  # noqa: E402
 from imagen_jax.diffusion import PREDICTIONS, Schedule  # noqa: E402
-from imagen_jax.sampling import SamplerConfig  # noqa: E402
 
 SHAPE = (2, 3, 8, 8)
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
@@ -56,7 +55,7 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("timestep", TIMES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", OUTPUT_NAMES)
 @pytest.mark.parametrize("betas", BETAS)
 def test_ddim_step(betas, prediction, timestep):
     scheduler = make(diffusers.DDIMScheduler, betas, prediction)
@@ -64,13 +63,13 @@ def test_ddim_step(betas, prediction, timestep):
     theirs = scheduler.step(output, timestep, z)
     log_snr_t, log_snr_s = (log_snr_of(scheduler, k) for k in (timestep, timestep - STEP))
     x_hat = x_hat_of(prediction, output, z, log_snr_t)
-    ours = sampling.ddim_step(jnp.asarray(z.numpy()), x_hat, log_snr_t, log_snr_s, None, None)
+    ours = solvers.ddim(jnp.asarray(z.numpy()), x_hat, log_snr_t, log_snr_s)
     assert_close(x_hat, theirs.pred_original_sample)
     assert_close(ours, theirs.prev_sample)
 
 
 @pytest.mark.parametrize("timestep", TIMES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", OUTPUT_NAMES)
 @pytest.mark.parametrize("gamma, variance_type", [(0.0, "fixed_small"), (1.0, "fixed_large")])
 @pytest.mark.parametrize("betas", BETAS)
 def test_ddpm_step(betas, gamma, variance_type, prediction, timestep):
@@ -80,15 +79,96 @@ def test_ddpm_step(betas, gamma, variance_type, prediction, timestep):
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     log_snr_t, log_snr_s = (log_snr_of(scheduler, k) for k in (timestep, timestep - STEP))
     x_hat = x_hat_of(prediction, output, z, log_snr_t)
-    ours = sampling.ancestral_step(
-        jnp.asarray(z.numpy()),
-        x_hat,
-        log_snr_t,
-        log_snr_s,
-        jnp.asarray(noise.numpy()),
-        SamplerConfig("ancestral", gamma=gamma),
+
+    def noise_between(*variances):
+        return jnp.sqrt(variances[int(gamma)]) * jnp.asarray(noise.numpy())
+
+    _, ours = solvers.ancestral_step(
+        (), jnp.asarray(z.numpy()), x_hat, log_snr_t, log_snr_s, noise_between
     )
     assert_close(ours, theirs.prev_sample)
+
+
+def model(z):
+    """Stands in for a network on either side: what it reads is our z."""
+    return (0.9 * z).tanh() + 0.1 if isinstance(z, torch.Tensor) else jnp.tanh(0.9 * z) + 0.1
+
+
+@pytest.mark.parametrize("num_steps", [5, 20])
+@pytest.mark.parametrize("prediction", OUTPUT_NAMES)
+@pytest.mark.parametrize("betas", BETAS)
+def test_dpmpp_2m_trajectory(betas, prediction, num_steps):
+    """Each step from diffusers' z and our own state; its noise levels end at its smallest sigma."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule=betas,
+        prediction_type=OUTPUT_NAMES[prediction],
+        final_sigmas_type="sigma_min",
+        lower_order_final=False,
+        **BETAS[betas],
+    )
+    scheduler.set_timesteps(num_steps)
+    log_snr = jnp.float32(-2 * np.log(scheduler.sigmas.numpy()))
+    z, _ = inputs(num_steps)
+    state = solvers.dpmpp_2m_init(jnp.asarray(z.numpy()), log_snr[0])
+    for k, timestep in enumerate(scheduler.timesteps):
+        output = model(z)
+        x_hat = x_hat_of(prediction, output, z, log_snr[k])
+        z_t = jnp.asarray(z.numpy())
+        state, ours = solvers.dpmpp_2m_step(state, z_t, x_hat, log_snr[k], log_snr[k + 1], None)
+        z = scheduler.step(output, timestep, z).prev_sample
+        assert_close(ours, z)
+
+
+@pytest.mark.parametrize("prediction", OUTPUT_NAMES)
+def test_dpmpp_2m_sample(prediction):
+    """The whole way by itself, to diffusers' end at sigma = 0, which is the last x_hat."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="linear", prediction_type=OUTPUT_NAMES[prediction], **LINEAR
+    )
+    scheduler.set_timesteps(20)
+    log_snr = jnp.float32(-2 * np.log(scheduler.sigmas.numpy()[:-1]))
+    z, _ = inputs(0)
+    ours = jnp.asarray(z.numpy())
+    state = solvers.dpmpp_2m_init(ours, log_snr[0])
+    for timestep in scheduler.timesteps:
+        z = scheduler.step(model(z), timestep, z).prev_sample
+    for k in range(20):
+        x_hat, _ = PREDICTIONS[prediction].to_x_eps(model(ours), ours, log_snr[k])
+        times = log_snr[k], log_snr[min(k + 1, 19)]
+        state, ours = solvers.dpmpp_2m_step(state, ours, x_hat, *times, None)
+    assert_close(x_hat, z)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("betas", BETAS)
+def test_heun_trajectory(betas, prediction):
+    """diffusers moves y = z / alpha along sigma / alpha, in the end to 0, where y is x_hat.
+
+    Not from its last timestep: there the cosine's sigma / alpha is 20,000, and a corrected step
+    from it is mostly rounding. `solvers.evaluations` does not correct the first step.
+    """
+    scheduler = diffusers.HeunDiscreteScheduler(
+        beta_schedule=betas,
+        prediction_type=OUTPUT_NAMES[prediction],
+        **BETAS[betas],
+    )
+    scheduler.set_timesteps(timesteps=list(range(949, 0, -100)))
+    sigmas = scheduler.sigmas.numpy()
+    log_snr = jnp.float32(-2 * np.log(sigmas[:-1]))
+    y = inputs(0)[0] * float(np.sqrt(1 + sigmas[0] ** 2))
+    z_t = jnp.asarray(scheduler.scale_model_input(y, scheduler.timesteps[0]).numpy())
+    state = solvers.heun_init(z_t, log_snr[0])
+    for k, timestep in enumerate(scheduler.timesteps):
+        z = scheduler.scale_model_input(y, timestep)
+        output = model(z)
+        y = scheduler.step(output, timestep, y).prev_sample
+        x_hat = x_hat_of(prediction, output, z, log_snr[k])
+        if k + 1 == len(scheduler.timesteps):
+            assert_close(x_hat, y)
+            return
+        z_t = jnp.asarray(z.numpy())
+        state, ours = solvers.heun_step(state, z_t, x_hat, log_snr[k], log_snr[k + 1], None)
+        assert_close(ours, y / float(np.sqrt(1 + sigmas[k + 1] ** 2)))
 
 
 def test_linear_schedule_is_diffusers_linear():
@@ -147,5 +227,5 @@ def test_ddim_step_after_dynamic_threshold():
     theirs = scheduler.step(output, 499, z, use_clipped_model_output=True).prev_sample
     log_snr_t, log_snr_s = log_snr_of(scheduler, 499), log_snr_of(scheduler, 499 - STEP)
     x_hat = sampling.dynamic_threshold(x_hat_of("eps", output, z, log_snr_t), 99.5)
-    ours = sampling.ddim_step(jnp.asarray(z.numpy()), x_hat, log_snr_t, log_snr_s, None, None)
+    ours = solvers.ddim(jnp.asarray(z.numpy()), x_hat, log_snr_t, log_snr_s)
     assert_close(ours, theirs)
