@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import load_config
 from flax import nnx
 from networks import abstract, count, inputs, jit, make, random_state, with_text
 
 from imagen_jax import sharding
+from imagen_jax.config import typed
 from imagen_jax.errors import UserError
 from imagen_jax.models.efficient_unet import EfficientUNetConfig, ResNetBlock
 from imagen_jax.models.functional import functional
@@ -266,17 +268,39 @@ def test_dropout_differs_by_key():
     assert jnp.abs(first - without).max() > 1e-3 and jnp.abs(first - second).max() > 1e-3
 
 
+def shipped(name: str, argument: str | None = None) -> EfficientUNetConfig:
+    """The network of a shipped config."""
+    config = load_config(name, argument)
+    values = config.model.to_dict()
+    assert values.pop("name") == "efficient_unet"
+    text = {"text_dim": config.text.dim, "pooling": config.text.pooling}
+    return typed(EfficientUNetConfig, values, "model.", sequence=config.text.sequence, **text)
+
+
+def test_the_paper_configs_have_600_and_400_million_parameters():
+    sr256, sr1024 = shipped("sr256"), shipped("sr1024")
+    assert count(sr256) == 613_809_027 and sr256 == EfficientUNetConfig()
+    assert count(sr1024) == 442_899_843
+
+
 @pytest.mark.parametrize(
-    ("changes", "millions"),
+    ("skip", "cond_width", "sr256", "sr1024"),
     [
-        ({}, 613.809027),
-        ({"cond_width": 0}, 559.130499),
-        ({"skip": "add"}, 505.975171),
-        ({"skip": "add", "cond_width": 0}, 451.296643),
+        ("concat", 2048, 613_809_027, 605_412_227),
+        ("concat", 512, 559_130_499, 550_733_699),
+        ("add", 2048, 505_975_171, 497_578_371),
+        ("add", 512, 451_296_643, 442_899_843),
     ],
 )
-def test_readings_of_the_paper_have_the_sizes_that_the_docstring_states(changes, millions):
-    assert count(EfficientUNetConfig(**changes)) == round(millions * 1e6)
+def test_readings_of_the_paper_have_the_sizes_stated(skip, cond_width, sr256, sr1024):
+    config = EfficientUNetConfig(skip=skip, cond_width=cond_width)
+    assert count(config) == sr256
+    assert count(dataclasses.replace(config, self_attention=False)) == sr1024
+
+
+@pytest.mark.parametrize("name", ["sr256", "sr1024"])
+def test_the_small_siblings_are_small(name):
+    assert shipped(name).scan_blocks and count(shipped(name, "tiny")) < 2_000_000
 
 
 @pytest.mark.parametrize(
