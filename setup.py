@@ -29,10 +29,13 @@ setup(
         "pillow>=11",
         "safetensors>=0.5",
         "scikit-image>=0.25",
+        "sentencepiece>=0.2",
         "seqio>=0.0.20",
         "tensorboard>=2.20",
         "tensorflow>=2.20",
         "tensorflow-datasets>=4.9.9",
+        "tensorstore>=0.1.70",
+        "tokenizers>=0.21",
         "tqdm>=4.66",
     ],
     extras_require={

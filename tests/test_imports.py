@@ -28,6 +28,11 @@ OWNERS = {
     "orbax": {"checkpoint", "export"},
     "flax": {"models", "text", "data_pipelines.pretrain_text"},
     "jax.sharding": {"sharding"},
+    "tensorstore": {"text.t5x_format"},
+    "tokenizers": {"text.tokenizer"},
+    "sentencepiece": {"text.tokenizer"},
+    "torch": set(),
+    "transformers": set(),
     "clu": {"metrics"},
     "ml_collections": {"configs", *CLIS},
 }
