@@ -17,6 +17,8 @@ from imagen_jax.text.layers import ACTIVATIONS
 from imagen_jax.text.loading import Key
 from imagen_jax.text.t5 import FEED_FORWARDS, T5Config, T5Encoder
 
+_TYPES = {"int": int, "float": (int, float), "str": str}
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -61,6 +63,8 @@ class Family:
         for name, field in known.items():
             if name not in fields and field.default is dataclasses.MISSING:
                 raise UserError(f"{path}: field {name!r} is missing")
+            if name in fields and not isinstance(fields[name], _TYPES[field.type]):
+                raise UserError(f"{path}: {name} is {fields[name]!r}; expected {field.type}")
         return self.config(**{name: fields[name] for name in known if name in fields})
 
     def canonical(self, name: str) -> str:

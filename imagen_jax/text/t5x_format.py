@@ -24,6 +24,7 @@ from imagen_jax.text.stored import StoredTensor
 from imagen_jax.text.t5 import T5Config, T5Encoder
 
 INDEX_FILE = "checkpoint"
+_CACHE_BYTES = 2**28
 _BYT5_VOCAB_SIZE = 384  # which no other vocabulary has
 
 _NAMES = {
@@ -82,12 +83,14 @@ def open_t5x(folder: str | os.PathLike) -> Checkpoint:
     folder = Path(folder)
     tensors: dict[str, StoredTensor] = {}
     files = [folder / INDEX_FILE]
+    # Several devices' parts may lie in one compressed chunk; it is unpacked for all of them.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     for name, leaf in sorted(_encoder_leaves(folder / INDEX_FILE).items()):
         if isinstance(leaf, np.ndarray):
             tensors[name] = ArrayTensor(leaf)
         else:
             array_folder = folder / f"target.{name}"
-            tensors[name] = _open_zarr(array_folder)
+            tensors[name] = _open_zarr(array_folder, context)
             files += sorted(path for path in array_folder.rglob("*") if path.is_file())
     config = _config(folder, tensors)
     tensors[_POSITIONS] = tensors.pop(_POSITIONS_BY_HEAD).T
@@ -116,7 +119,7 @@ def _encoder_leaves(index: Path) -> dict[str, Any]:
     return {".".join(path): leaf for path, leaf in flat.items()}
 
 
-def _open_zarr(folder: Path) -> ArrayTensor:
+def _open_zarr(folder: Path, context: tensorstore.Context) -> ArrayTensor:
     if not (folder / ".zarray").is_file():
         raise UserError(f"{folder}: the index names this array, which is not there")
     spec = {
@@ -125,7 +128,7 @@ def _open_zarr(folder: Path) -> ArrayTensor:
         "fill_missing_data_reads": False,  # a lost file is an error, not zeros
     }
     try:
-        return ArrayTensor(tensorstore.open(spec, read=True).result())
+        return ArrayTensor(tensorstore.open(spec, read=True, context=context).result())
     except ValueError as e:
         raise UserError(f"{folder}: cannot be read as zarr ({first_line(e)})") from e
 

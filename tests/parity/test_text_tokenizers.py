@@ -1,4 +1,4 @@
-"""Tokenizers against transformers', from the same vocabulary files, trained here on a few words."""
+"""Tokenizers, and captions to embeddings, against transformers', from vocabularies trained here."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import io
 import json
 import random
 
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from imagen_jax.text import load_encoder
 from imagen_jax.text.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -29,6 +31,10 @@ AWKWARD = [
     "red blue unknownword " * 700,
     "supercalifragilisticexpialidocious" * 10,
 ]
+
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
 
 
 def corpus() -> list[str]:
@@ -101,3 +107,30 @@ def test_ids_agree(kind, train, tmp_path):
     again = load_tokenizer(saved, kind)
     assert_same_ids(again, theirs)
     assert again.name == ours.name and again.sha256 != ours.sha256
+
+
+@pytest.mark.parametrize(
+    "model, tokenizer, train, sizes",
+    [
+        ("T5EncoderModel", "T5Tokenizer", train_t5, {"d_model": 32, "d_ff": 48, "num_layers": 2}),
+        ("BertModel", "BertTokenizer", train_bert, SIZES),
+        ("CLIPTextModel", "CLIPTokenizer", train_clip, {**SIZES, "eos_token_id": 1}),
+    ],
+)
+def test_a_folder_of_weights_and_vocabulary_encodes_captions(
+    model, tokenizer, train, sizes, tmp_path
+):
+    torch = pytest.importorskip("torch")
+    train(tmp_path)
+    tokenizer = getattr(transformers, tokenizer).from_pretrained(tmp_path)
+    model_class = getattr(transformers, model)
+    torch.manual_seed(0)
+    theirs = model_class(model_class.config_class(**sizes, vocab_size=len(tokenizer))).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    captions = ["a red circle on a blue square", "", "naïve 赤い円 🦊"]
+    for caption, found in zip(captions, load_encoder(tmp_path, 64).encode(captions), strict=True):
+        with torch.no_grad():
+            out = theirs(**tokenizer(caption, return_tensors="pt"), output_hidden_states=True)
+        expected = out.hidden_states[-2] if "CLIP" in model else out.last_hidden_state
+        np.testing.assert_allclose(found.astype(np.float32), expected[0].numpy(), atol=0.02)
