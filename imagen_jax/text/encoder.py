@@ -154,6 +154,7 @@ def load_encoder(
     checkpoint = open_t5x(folder) if is_t5x(folder) else open_hf(folder)
     tokenizer = load_tokenizer(folder, checkpoint.tokenizer)
     _check_match(checkpoint, tokenizer, max_tokens)
+    module = checkpoint.load(place)
     identity = {
         "encoder": folder.name,
         "weights_sha256": sha256(checkpoint.files),
@@ -163,7 +164,7 @@ def load_encoder(
         "dim": checkpoint.config.dim,
         "dtype": DTYPE.name,
     }
-    return TextEncoder(checkpoint.load(place), tokenizer, max_tokens, identity)
+    return TextEncoder(module, tokenizer, max_tokens, identity)
 
 
 def _check_match(checkpoint: Checkpoint, tokenizer: Tokenizer, max_tokens: int) -> None:

@@ -71,7 +71,7 @@ class Checkpoint:
         nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(weights))
         num_bytes = sum(weight.nbytes for weight in weights.values())
         log.info(
-            "text encoder %s: %.2f GB of weights; the most host memory so far: %.2f GB",
+            "text encoder %s: %.3g GB of weights; the most host memory so far: %.3g GB",
             self.folder.name, num_bytes / 1e9, peak_host_bytes() / 1e9,
         )  # fmt: skip
         return nnx.merge(graphdef, state)
@@ -108,7 +108,7 @@ def _put(tensor: StoredTensor, sharding: Any) -> jax.Array:
         return parts[bounds]
 
     if sharding is None:
-        return jnp.asarray(part((slice(None),) * len(tensor.shape)))
-    array = jax.make_array_from_callback(tensor.shape, sharding, part)
-    # A transfer still under way holds on to its host memory.
-    return jax.block_until_ready(array)
+        array = jnp.asarray(part((slice(None),) * len(tensor.shape)))
+    else:
+        array = jax.make_array_from_callback(tensor.shape, sharding, part)
+    return jax.block_until_ready(array)  # a transfer under way holds on to its host memory
