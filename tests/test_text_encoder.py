@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from imagen_jax.errors import UserError
-from imagen_jax.text import TextEncoder, encoder, load_encoder
+from imagen_jax.text import TextEncoder, encoder, encoder_identity, load_encoder
 from imagen_jax.text.hf_format import WEIGHTS_FILE, load_t5, save_t5
 from imagen_jax.text.t5 import PRESETS, T5Config, T5Encoder
 from imagen_jax.text.tokenizer import ByteTokenizer
@@ -88,6 +88,20 @@ def test_the_bundled_encoder_is_what_its_files_say(bundled):
         "dim": 128,
         "dtype": "bfloat16",
     }
+
+
+def test_the_identity_is_known_without_the_weights(bundled, monkeypatch):
+    monkeypatch.delattr(encoder.Checkpoint, "load")
+    assert encoder_identity("byte-tiny") == bundled.identity
+    assert encoder_identity("byte-tiny", 64) == {**bundled.identity, "max_tokens": 64}
+    assert encoder_identity("t5-v1_1-xxl") is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bucket"), [(1, 16), (16, 16), (17, 24), (25, 32), (33, 48), (97, 128), (129, 192)]
+)
+def test_lengths_are_rounded_up_by_less_than_half(tokens, bucket):
+    assert encoder._bucket(tokens) == bucket
 
 
 def test_the_bundled_embeddings_have_unit_scale(bundled):

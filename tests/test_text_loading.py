@@ -14,12 +14,15 @@ from flax import nnx
 
 from imagen_jax.sharding import (
     MeshConfig,
+    batch_ways,
     bytes_per_device,
     make_mesh,
+    put_batch,
     weight_shardings,
     with_shardings,
 )
 from imagen_jax.text import load_encoder, loading
+from imagen_jax.text.encoder import BATCH
 from imagen_jax.text.hf_format import open_hf, save_t5
 from imagen_jax.text.stored import FileTensor, contiguous_strides
 from imagen_jax.text.t5 import PRESETS, T5Config, T5Encoder
@@ -50,6 +53,21 @@ def test_sharded_and_unsharded_outputs_agree(folder):
     assert sharded.identity == whole.identity
     for a, b in zip(whole.encode(captions), sharded.encode(captions), strict=True):
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.02)
+
+
+def test_a_batch_spread_over_devices_gives_the_same_bits(folder):
+    mesh = make_mesh(MeshConfig())
+    spread = load_encoder(
+        folder,
+        place=functools.partial(weight_shardings, mesh),
+        put=functools.partial(put_batch, mesh),
+        ways=batch_ways(mesh),
+    )
+    captions = [f"{i} red circles" for i in range(40)]
+    [batch] = spread.batches(captions)
+    assert batch.positions == 8 * BATCH * 16
+    for caption, expected in zip(captions, load_encoder(folder).encode(captions), strict=True):
+        np.testing.assert_array_equal(batch.embeddings[caption], expected)
 
 
 class Reads:
