@@ -73,10 +73,6 @@ def read_dataset(data_dir: str, name: str) -> Iterator[Found]:
             yield Found(f"{name}:{split}", number, caption)
 
 
-def _text(opened: io.BufferedIOBase) -> io.TextIOWrapper:
-    return io.TextIOWrapper(opened, "utf-8-sig", errors="surrogateescape", newline="")
-
-
 def _read_lines(opened, file: str, column: str) -> Iterator[tuple[int, str]]:
     # Not the lines of a text file, which end at a lone \r too.
     for number, line in enumerate(opened, 1):
@@ -85,10 +81,11 @@ def _read_lines(opened, file: str, column: str) -> Iterator[tuple[int, str]]:
 
 def _read_csv(opened, file: str, column: str) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(_LONGEST_FIELD)
-    rows = csv.DictReader(_text(opened))
-    _check_column(file, column, rows.fieldnames or [])
-    for row in rows:
-        yield rows.line_num, row[column] or ""
+    with io.TextIOWrapper(opened, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        rows = csv.DictReader(text)
+        _check_column(file, column, rows.fieldnames or [])
+        for row in rows:
+            yield rows.line_num, row[column] or ""
 
 
 def _read_parquet(opened, file: str, column: str) -> Iterator[tuple[int, str]]:

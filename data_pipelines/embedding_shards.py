@@ -21,6 +21,7 @@ from data_pipelines.embeddings import (
     write_json,
 )
 from data_pipelines.skips import Skip, summary
+from imagen_jax import cli
 
 REPORT = "report.json"
 
@@ -95,7 +96,8 @@ def write_shard(store: Store, shard: Shard, encoder, progress: Progress | None =
 @contextlib.contextmanager
 def _record_writer(path: epath.Path) -> Iterator[Callable[[bytes], int]]:
     """A function that adds a record to the file and returns the byte where that starts."""
-    from tensorflow import io as tf_io  # slow to import, and a finished shard does not need it
+    with cli.quiet_imports():  # slow to import, and a finished shard does not need it
+        from tensorflow import io as tf_io
 
     size = 0
 

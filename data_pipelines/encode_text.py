@@ -123,7 +123,7 @@ def encode(store: embeddings.Store, shards: list[embedding_shards.Shard], encode
     if len(pending) < len(shards):
         print(f"{len(shards) - len(pending)} of {len(shards)} shards were there", file=sys.stderr)
     captions = tokens = positions = 0
-    start = time.perf_counter()
+    start, looked_at = time.perf_counter(), 0
     total = sum(len(shard.found) for shard in pending)
     with tqdm(total=total, unit=" captions", mininterval=0.5) as bar:
 
@@ -137,6 +137,8 @@ def encode(store: embeddings.Store, shards: list[embedding_shards.Shard], encode
         for shard in pending:
             bar.set_postfix_str(f"shard {shard.number} of {store.num_shards}", refresh=False)
             embedding_shards.write_shard(store, shard, encoder, progress)
+            looked_at += len(shard.found)
+            bar.update(looked_at - bar.n)  # those skipped
     if tokens:
         rate = tokens / (time.perf_counter() - start)
         fixed = captions * encoder.max_tokens
@@ -158,8 +160,6 @@ def main(argv: list[str]) -> None:
     encoder = load_encoder(FLAGS.encoder, FLAGS.max_tokens, FLAGS.fsdp)
     store = embeddings.create_store(FLAGS.out, encoder.identity, FLAGS.dtype, FLAGS.num_shards)
     found = tqdm((item for read in reads for item in read()), "reading", unit=" captions")
-    with cli.quiet_imports():
-        import tensorflow  # noqa: F401 - loads here, quietly
     encode(store, assign(store, found, part, parts), encoder)
     report(store)
 
