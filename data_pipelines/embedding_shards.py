@@ -22,6 +22,7 @@ from data_pipelines.embeddings import (
 )
 from data_pipelines.skips import Skip, summary
 from imagen_jax import cli
+from imagen_jax.errors import UserError
 
 REPORT = "report.json"
 
@@ -63,6 +64,9 @@ def write_shard(store: Store, shard: Shard, encoder, progress: Progress | None =
 
     Args:
       encoder: the TextEncoder whose identity the store has.
+
+    Raises:
+      UserError: an embedding is not finite.
     """
     captions, skipped = _usable(shard, encoder)
     store.file(shard.number, ".json").unlink(missing_ok=True)
@@ -71,6 +75,8 @@ def write_shard(store: Store, shard: Shard, encoder, progress: Progress | None =
     with _record_writer(store.file(shard.number, ".tfrecord")) as write:
         for batch in encoder.batches(captions):
             for caption, embedding in batch.embeddings.items():
+                if not np.isfinite(embedding.astype(np.float32)).all():
+                    raise UserError(f"the embedding of caption {caption!r} is not finite")
                 for name, form in FORMS.items():
                     packed = form.pack(embedding)
                     unpacked = form.unpack(packed, store.dim)

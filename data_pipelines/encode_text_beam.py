@@ -1,12 +1,12 @@
 r"""The same store as encode_text makes, byte for byte, made by a fleet with Apache Beam.
 
     pip install -c constraints-beam.txt -e '.[beam]'
-    python -m data_pipelines.encode_text_beam --out=gs://bucket/stores/t5-xxl \
-        --encoder=/models/t5-v1_1-xxl --captions='gs://bucket/captions/*.parquet' \
-        --num_shards=4096 --beam_options=runner=DataflowRunner,project=mine,region=us-central1
+    python -m data_pipelines.encode_text_beam --out=/shared/store --encoder=/shared/t5-v1_1-xxl \
+        --captions='/shared/lists/*.parquet' --num_shards=4096 \
+        --beam_options=runner=FlinkRunner,flink_master=...
 
 Each file is read by one worker, and each shard encoded and written by one. Started again, it goes
-on with the shards that are missing. Workers need the package and the encoder's folder.
+on with the shards that are missing. Workers need this package, and see the same paths.
 """
 
 from __future__ import annotations

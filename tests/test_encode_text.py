@@ -137,6 +137,16 @@ def test_the_report_has_sizes_and_errors_of_both_forms(tmp_path):
     assert "GiB per million" in embedding_shards.describe(store, report)
 
 
+def test_an_embedding_that_is_not_finite_is_never_stored(tmp_path):
+    class Broken(Encoder):
+        def batches(self, captions):
+            for caption in captions:
+                yield Batch({caption: np.full((2, 4), np.nan, ml_dtypes.bfloat16)}, 32)
+
+    with pytest.raises(UserError, match=r"'.* red circles' is not finite"):
+        fill(tmp_path, encoder=Broken())
+
+
 def test_other_settings_are_refused_with_both(tmp_path):
     fill(tmp_path)
     with pytest.raises(UserError, match=r"stored_dtype=bfloat16 \(now int8\)"):
