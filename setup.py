@@ -27,12 +27,16 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
+        "pyarrow>=18",
         "safetensors>=0.5",
         "scikit-image>=0.25",
+        "sentencepiece>=0.2",
         "seqio>=0.0.20",
         "tensorboard>=2.20",
         "tensorflow>=2.20",
         "tensorflow-datasets>=4.9.9",
+        "tensorstore>=0.1.70",
+        "tokenizers>=0.21",
         "tqdm>=4.66",
     ],
     extras_require={
@@ -42,5 +46,8 @@ setup(
         "parity": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.57"],
         # SeqIO's offline caching of tasks wants a fast CRC.
         "data": ["google-crc32c>=1.5"],
+        # Beam holds protobuf at 6, for which SeqIO needs this sentencepiece; versions that were
+        # tested together are in constraints-beam.txt.
+        "beam": ["apache-beam>=2.77", "sentencepiece==0.2.2"],
     },
 )

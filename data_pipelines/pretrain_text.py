@@ -42,7 +42,7 @@ from imagen_jax.text.tokenizer import PAD_ID, ByteTokenizer
 MODEL = "byte-tiny"
 DECODER_LAYERS = 2
 MAX_BYTES = 180
-BUCKET = 64  # inputs are padded to a multiple of this, as the frozen encoder pads them
+BUCKET = 64  # inputs are padded to a multiple of this
 BATCH_TOKENS = 2048
 WARMUP_STEPS = 200
 HELDOUT_BATCHES = 8

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple
@@ -25,12 +24,15 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipelines.embeddings import caption_key
+from data_pipelines.skips import Skip, summary
 from imagen_jax.errors import UserError
 
 VERSION = "1.0.0"
 REPORT = "report.json"  # next to the records: what was taken, and each thing skipped
 INFO = "dataset_info.json"  # what tfds writes last
 _OFFSETS = "offsets-{split}.npy"
+_KEYS = "captions-{split}.npy"
 SHARD = 2048  # candidates per file, and captions per call of the encoder
 
 _COMMANDS = {
@@ -38,14 +40,6 @@ _COMMANDS = {
     "folder": "python -m data_pipelines.folder --data_dir={data_dir} --images=FOLDER",
     "emoji": "python -m data_pipelines.emoji --data_dir={data_dir}",
 }
-
-
-class Skip(NamedTuple):
-    """A candidate that becomes no record: its name, a reason to count by, and what was wrong."""
-
-    name: str
-    reason: str
-    detail: str = ""
 
 
 class Split(NamedTuple):
@@ -102,6 +96,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     ):
         self._splits = splits
         self._encoder = encoder
+        self._keys: dict[tuple[str, int], list[bytes]] = {}
         self.metadata = {"text_identity": dict(encoder.identity), "settings": dict(settings)}
         self.report = {"skipped": [], **(report or {})}
         super().__init__(data_dir=data_dir, config=config)
@@ -130,19 +125,21 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         del dl_manager
         return {
             name: [
-                lambda split=split, start=start: self._shard(split, start)
+                lambda name=name, start=start: self._shard(name, start)
                 for start in range(0, len(split.items), SHARD)
             ]
             for name, split in self._splits.items()
             if split.items
         }
 
-    def _shard(self, split: Split, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _shard(self, name: str, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        split = self._splits[name]
         with ThreadPoolExecutor() as pool:
             loaded = list(pool.map(split.load, split.items[start : start + SHARD]))
         self.report["skipped"] += [record for record in loaded if isinstance(record, Skip)]
         made = [record for record in loaded if not isinstance(record, Skip)]
         self._bar.update(len(loaded) - len(made))
+        self._keys[name, start] = [caption_key(record["caption"]) for record in made]
         embeddings = self._encoder.encode(
             [record["caption"] for record in made],
             progress=lambda done, total: self._bar.set_postfix_str(
@@ -176,15 +173,12 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         for name, split in self.info.splits.items():
             with (self.data_path / _OFFSETS.format(split=name)).open("wb") as file:
                 np.save(file, _find_records(split.filepaths))
+            keys = [key for at in sorted(self._keys) if at[0] == name for key in self._keys[at]]
+            with (self.data_path / _KEYS.format(split=name)).open("wb") as file:
+                np.save(file, np.array(keys, "S16"))
 
     def _name(self) -> str:
         return "/".join(filter(None, (self.name, self.builder_config and self.builder_config.name)))
-
-
-def summary(skipped: Sequence[Skip]) -> str:
-    """The reasons for what was skipped, with their counts, the most frequent first."""
-    counts = Counter(skip.reason for skip in skipped)
-    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common()) or "nothing"
 
 
 def _find_records(paths: Sequence[epath.Path]) -> np.ndarray:
@@ -202,6 +196,31 @@ def record_offsets(info: tfds.core.DatasetInfo, split: str) -> tuple[list[str], 
     """The files of a split; and for each record, int64 [n, 2], the file's number and its byte."""
     with (epath.Path(info.data_dir) / _OFFSETS.format(split=split)).open("rb") as file:
         return [str(path) for path in info.splits[split].filepaths], np.load(file)
+
+
+def caption_keys(info: tfds.core.DatasetInfo, split: str) -> np.ndarray:
+    """The keys of a split's captions in the order of its records, S16 [n]; see embeddings.
+
+    Raises:
+      UserError: the dataset is older than such keys.
+    """
+    path = epath.Path(info.data_dir) / _KEYS.format(split=split)
+    if not path.exists():
+        raise UserError(f"{path} is missing: prepare this dataset again, with --overwrite")
+    with path.open("rb") as file:
+        return np.load(file)
+
+
+def captions(info: tfds.core.DatasetInfo, split: str) -> Iterator[str]:
+    """The captions of a split, in the order of its records."""
+    from tensorflow.train import Example
+
+    for path in info.splits[split].filepaths:
+        with path.open("rb") as file:
+            while header := file.read(12):
+                example = Example.FromString(file.read(struct.unpack("<Q", header[:8])[0]))
+                file.seek(4, io.SEEK_CUR)
+                yield example.features.feature["caption"].bytes_list.value[0].decode()
 
 
 def open_dataset(data_dir: str, name: str) -> tfds.core.DatasetBuilder:

@@ -10,10 +10,12 @@ text_embeddings bfloat16 [n, dim] without padding. It is opened where its record
 
 from __future__ import annotations
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
-from data_pipelines import records
+from data_pipelines import embeddings, records
+from imagen_jax.errors import UserError
 
 _TASKS = {
     "scenes_32": "scenes/32",
@@ -44,19 +46,30 @@ class RecordsSource(seqio.DataSource):
       data_dir: where datasets live.
       start: the first global position; where to resume.
       block: how many consecutive positions a shard takes at a time.
+      embeddings: the path of a store to take embeddings from; "" for those in the records.
     """
 
-    def __init__(self, name: str, data_dir: str = "data", start: int = 0, block: int = 1):
+    def __init__(
+        self,
+        name: str,
+        data_dir: str = "data",
+        start: int = 0,
+        block: int = 1,
+        embeddings: str = "",
+    ):
         super().__init__(
             splits=_SPLITS,
             caching_permitted=False,  # SeqIO's cache cannot hold images and bfloat16
             performs_internal_shuffling=True,
         )
         self.name, self.data_dir, self.start, self.block = name, data_dir, start, block
+        self.embeddings = embeddings
 
-    def at(self, data_dir: str, start: int = 0, block: int = 1) -> RecordsSource:
+    def at(
+        self, data_dir: str, start: int = 0, block: int = 1, embeddings: str = ""
+    ) -> RecordsSource:
         """The same dataset in `data_dir`, from global position `start` on."""
-        return RecordsSource(self.name, data_dir, start, block)
+        return RecordsSource(self.name, data_dir, start, block, embeddings)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -79,7 +92,7 @@ class RecordsSource(seqio.DataSource):
         """The records of this shard, decoded; endless if `shuffle`. No seed is seed 0.
 
         Raises:
-          UserError: there is no such dataset in data_dir.
+          UserError: there is no such dataset in data_dir, or the store lacks one of its captions.
         """
         info = records.open_dataset(self.data_dir, self.name).info
         paths, offsets = records.record_offsets(info, split)
@@ -95,7 +108,18 @@ class RecordsSource(seqio.DataSource):
             serialized = _read_record(paths[offsets[index, 0]], offsets[index, 1])
             return info.features.deserialize_example(serialized)
 
-        return indices.map(read, tf.data.AUTOTUNE)
+        rows = indices.map(read, tf.data.AUTOTUNE)
+        if not self.embeddings:
+            return decode_embeddings(rows)
+        store = embeddings.open_store(self.embeddings)
+        where = store.locate(records.caption_keys(info, split))
+        if (missing := np.flatnonzero(where[:, 0] < 0)).size:
+            caption = read(tf.constant(missing[0]))["caption"].numpy().decode()
+            raise UserError(
+                f"data.embeddings={self.embeddings} lacks {missing.size} of the {n} captions of "
+                f"{self.name}:{split}, for example {caption!r}"
+            )
+        return _join(tf.data.Dataset.zip(rows, indices), store, where)
 
     def _positions(self, shard: seqio.ShardInfo) -> tf.data.Dataset:
         """This shard's global positions, int64, without end."""
@@ -139,11 +163,40 @@ def decode_embeddings(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.map(decode, tf.data.AUTOTUNE)
 
 
+def _join(dataset: tf.data.Dataset, store: embeddings.Store, where: np.ndarray) -> tf.data.Dataset:
+    """Pairs of a record and its index -> the record with its embedding in a store.
+
+    `where` is what store.locate says of all records.
+    """
+    paths = tf.constant([str(store.file(i, ".tfrecord")) for i in range(store.num_shards)])
+    where = tf.constant(where)
+
+    def replace(record: dict[str, tf.Tensor], index: tf.Tensor) -> dict[str, tf.Tensor]:
+        stored = _read_record(paths[where[index, 0]], where[index, 1])
+        others = {k: v for k, v in record.items() if k != "text_tokens"}
+        return {**others, "text_embeddings": _UNPACK[store.dtype](stored, store.dim)}
+
+    return dataset.map(replace, tf.data.AUTOTUNE)
+
+
+def _unpack_int8(stored: tf.Tensor, dim: int) -> tf.Tensor:
+    tokens = tf.reshape(tf.io.decode_raw(stored, tf.int8), [-1, 4 + dim])
+    scales = tf.bitcast(tokens[:, :4], tf.float32)
+    return tf.cast(tf.cast(tokens[:, 4:], tf.float32) * scales[:, None], tf.bfloat16)
+
+
+# What the `unpack` of embeddings.FORMS does, in TensorFlow.
+_UNPACK = {
+    "bfloat16": lambda stored, dim: tf.reshape(tf.io.decode_raw(stored, tf.bfloat16), [-1, dim]),
+    "int8": _unpack_int8,
+}
+
+
 for _name, _dataset in _TASKS.items():
     seqio.TaskRegistry.add(
         _name,
         source=RecordsSource(_dataset),
-        preprocessors=[decode_embeddings],
+        preprocessors=[],
         output_features={
             "image": seqio.Feature(
                 seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.uint8, rank=3

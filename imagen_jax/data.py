@@ -7,14 +7,13 @@ the data is one number, and the same whatever the number of hosts (see data_pipe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
-from data_pipelines import records, tasks
+from data_pipelines import embeddings, records, tasks
 from imagen_jax.errors import UserError
 from imagen_jax.run_config import Config
 
@@ -37,17 +36,12 @@ def open_task(config: Config) -> seqio.Task:
         raise UserError(f"config.data.task is {name!r}; allowed: {', '.join(tasks.names())}")
     task = seqio.get_mixture_or_task(name)
     identity = records.dataset_info(config.data.dir, task.source.name).text_identity
-    for key, wanted in (("encoder", Path(config.text.encoder).name), ("dim", config.text.dim)):
-        if identity[key] != wanted:
-            raise UserError(
-                f"config.text.{key} is {wanted!r}; the embeddings of data.task={name} in "
-                f"{config.data.dir} have {identity[key]!r}"
-            )
-    if identity["max_tokens"] > config.text.max_tokens:
-        raise UserError(
-            f"config.text.max_tokens is {config.text.max_tokens}; the captions of data.task={name} "
-            f"were encoded with up to {identity['max_tokens']} tokens"
-        )
+    where = f"data.task={name} in {config.data.dir}"
+    if config.data.embeddings:
+        identity = embeddings.open_store(config.data.embeddings).text_identity
+        where = f"data.embeddings={config.data.embeddings}"
+    text = config.text
+    embeddings.check_identity(identity, text.encoder, text.dim, text.max_tokens, where)
     return task
 
 
@@ -103,7 +97,8 @@ def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool
     if split not in available:
         allowed = ", ".join(available)
         raise UserError(f"data.task={config.data.task} has no split {split!r}; it has: {allowed}")
-    dataset = task.replace(source=task.source.at(**source)).get_dataset(
+    source = task.source.at(**source, embeddings=config.data.embeddings)
+    dataset = task.replace(source=source).get_dataset(
         sequence_length=None,
         split=split,
         shuffle=shuffle,

@@ -97,6 +97,7 @@ class DataConfig:
     Attributes:
       task: a SeqIO task, see `data_pipelines.tasks`.
       dir: where the prepared datasets lie.
+      embeddings: a store to take the captions' embeddings from; "" for those in the records.
       eval_split: held out, for the evaluation loss.
       sample_split: its first captions are drawn during training.
       build: draw the embedded dataset if it is not there yet (scenes tasks only).
@@ -105,6 +106,7 @@ class DataConfig:
 
     task: str
     dir: str = "data"
+    embeddings: str = ""
     eval_split: str = "validation"
     sample_split: str = "validation"
     build: bool = False

@@ -33,6 +33,13 @@ OWNERS = {
     "orbax": {"checkpoint", "export"},
     "flax": {"models", "text", "data_pipelines.pretrain_text"},
     "jax.sharding": {"sharding"},
+    "apache_beam": {"data_pipelines.encode_text_beam"},
+    "pyarrow": {"data_pipelines.caption_lists"},
+    "tensorstore": {"text.t5x_format"},
+    "tokenizers": {"text.tokenizer"},
+    "sentencepiece": {"text.tokenizer"},
+    "torch": set(),
+    "transformers": set(),
     "clu": {"metrics"},
     "ml_collections": {"configs", *CLIS},
 }

@@ -162,7 +162,7 @@ def digests(path):
 
 def test_preparing_twice_gives_the_same_bytes(tmp_path):
     first, second = (writing.prepare(Toy(tmp_path / name)) for name in "ab")
-    assert digests(first) == digests(second) and len(digests(first)) == 4
+    assert digests(first) == digests(second) and len(digests(first)) == 6
 
 
 def test_preparing_again_reuses_replaces_or_refuses(tmp_path, capsys):

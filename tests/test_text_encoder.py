@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 from flax import nnx
 
 from imagen_jax.errors import UserError
-from imagen_jax.text import TextEncoder, encoder, load_encoder
-from imagen_jax.text.hf_format import CONFIG_FILE, WEIGHTS_FILE, load_t5, save_t5
+from imagen_jax.text import TextEncoder, encoder, encoder_identity, load_encoder
+from imagen_jax.text.hf_format import WEIGHTS_FILE, load_t5, save_t5
 from imagen_jax.text.t5 import PRESETS, T5Config, T5Encoder
 from imagen_jax.text.tokenizer import ByteTokenizer
 
@@ -82,10 +83,25 @@ def test_the_bundled_encoder_is_what_its_files_say(bundled):
         "encoder": "byte-tiny",
         "weights_sha256": None,
         "tokenizer": "bytes",
+        "tokenizer_sha256": hashlib.sha256(b"").hexdigest(),
         "max_tokens": 192,
         "dim": 128,
         "dtype": "bfloat16",
     }
+
+
+def test_the_identity_is_known_without_the_weights(bundled, monkeypatch):
+    monkeypatch.delattr(encoder.Checkpoint, "load")
+    assert encoder_identity("byte-tiny") == bundled.identity
+    assert encoder_identity("byte-tiny", 64) == {**bundled.identity, "max_tokens": 64}
+    assert encoder_identity("t5-v1_1-xxl") is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bucket"), [(1, 16), (16, 16), (17, 24), (25, 32), (33, 48), (97, 128), (129, 192)]
+)
+def test_lengths_are_rounded_up_by_less_than_half(tokens, bucket):
+    assert encoder._bucket(tokens) == bucket
 
 
 def test_the_bundled_embeddings_have_unit_scale(bundled):
@@ -111,8 +127,9 @@ def test_unknown_names_tokenizers_and_lengths_are_refused(tmp_path):
         load_encoder("byte-huge")
     with pytest.raises(UserError, match="max_tokens is 0"):
         load_encoder(max_tokens=0)
-    (tmp_path / CONFIG_FILE).write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
-    with pytest.raises(UserError, match="'T5Tokenizer'; supported: ByT5Tokenizer"):
+    t5 = T5Encoder(PRESETS["byte-tiny"], rngs=nnx.Rngs(0))
+    save_t5(t5, tmp_path, dtype=np.float32, extra={"tokenizer_class": "LlamaTokenizer"})
+    with pytest.raises(UserError, match="'LlamaTokenizer'; supported: ByT5Tokenizer, T5Tokenizer"):
         load_encoder(tmp_path)
 
 

@@ -1,5 +1,5 @@
 """Frozen text encoders: captions in, embeddings out, never trained with the diffusion models."""
 
-from imagen_jax.text.encoder import TextEncoder, load_encoder
+from imagen_jax.text.encoder import TextEncoder, encoder_identity, load_encoder
 
-__all__ = ["TextEncoder", "load_encoder"]
+__all__ = ["TextEncoder", "encoder_identity", "load_encoder"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,36 +16,69 @@ import numpy as np
 from flax import nnx
 
 from imagen_jax.errors import UserError
-from imagen_jax.text.hf_format import WEIGHTS_FILE, load_t5, read_config
-from imagen_jax.text.t5 import T5Encoder
-from imagen_jax.text.tokenizer import PAD_ID, ByteTokenizer
+from imagen_jax.text.files import sha256
+from imagen_jax.text.hf_format import open_hf
+from imagen_jax.text.loading import Checkpoint, Place
+from imagen_jax.text.t5x_format import is_t5x, open_t5x
+from imagen_jax.text.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "weights"
-# By the field that Hugging Face's config.json names a tokenizer with.
-TOKENIZERS = {"ByT5Tokenizer": ByteTokenizer}
+DTYPE = np.dtype(ml_dtypes.bfloat16)
+
+# Embedding tables have rows that no caption needs: sentinels, and padding to a round number.
+MAX_UNUSED_ROWS = 1024
 
 # An embedding depends on the shape of the program that computed it, in the last bits. So a shape
 # depends on the caption alone: its length rounded up to a bucket, in a batch that is always full.
-BUCKET = 64
-BATCH = 32
+MIN_BUCKET = 16
+BATCH = 32  # rows on each device
+
+# Moves arrays [rows, ...] by name to the devices, the rows split evenly over them.
+Put = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
+
+
+class Batch(NamedTuple):
+    """What one call of the network gave.
+
+    Attributes:
+        embeddings: bfloat16 [num_tokens, dim] of each caption.
+        positions: how many the network computed, padding included.
+    """
+
+    embeddings: dict[str, np.ndarray]
+    positions: int
 
 
 class TextEncoder:
-    """A frozen T5 encoder with its tokenizer; `load_encoder` makes one.
+    """A frozen encoder with its tokenizer; `load_encoder` makes one.
 
     Attributes:
         dim: width of an embedding.
-        max_tokens: the longest caption taken, in tokens, its end-of-sequence token included.
+        dtype: of an embedding, bfloat16.
+        max_tokens: the longest caption taken, in tokens, those that mark its beginning and end
+            included.
         identity: what an embedding depends on besides its caption, JSON-able: stored with
             embeddings computed ahead, and compared before they are used.
     """
 
-    def __init__(self, t5: T5Encoder, tokenizer: ByteTokenizer, max_tokens: int, identity: dict):
-        self.dim = t5.config.d_model
+    dtype = DTYPE
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        identity: dict,
+        put: Put | None = None,
+        ways: int = 1,
+    ):
+        self.dim = module.config.dim
         self.max_tokens = max_tokens
         self.identity = identity
         self._tokenizer = tokenizer
-        graphdef, self._weights = nnx.split(t5)
+        self._max_positions = module.config.max_positions or math.inf
+        self._put, self._rows = put or (lambda batch: batch), BATCH * ways
+        graphdef, self._weights = nnx.split(module)
 
         @jax.jit
         def apply(weights, ids_bt, mask_bt):
@@ -55,8 +89,15 @@ class TextEncoder:
 
         self._apply = apply
 
+    def __call__(self, ids_bt: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Token ids int [B, T] and bool [B, T], True at real tokens -> bfloat16 [B, T, dim], mask.
+
+        Embeddings at padding are meaningless.
+        """
+        return self._apply(self._weights, ids_bt, mask_bt), mask_bt
+
     def num_tokens(self, caption: str) -> int:
-        """How many tokens `caption` has, its end-of-sequence token included."""
+        """How many tokens `caption` has, those that mark its beginning and end included."""
         return len(self._tokenizer.encode(caption))
 
     def encode(
@@ -71,19 +112,28 @@ class TextEncoder:
         Raises:
             UserError: a caption has more than `max_tokens` tokens or is not valid Unicode.
         """
-        buckets = defaultdict(list)
         distinct = dict.fromkeys(captions)
-        for caption in distinct:
-            ids = self._checked_ids(caption)
-            buckets[-(-len(ids) // BUCKET) * BUCKET].append((caption, ids))
         embeddings: dict[str, np.ndarray] = {}
-        for length, rows in sorted(buckets.items()):
-            for start in range(0, len(rows), BATCH):
-                batch = rows[start : start + BATCH]
-                embeddings.update(self._encode_batch(batch, length))
-                if progress is not None:
-                    progress(len(embeddings), len(distinct))
+        for batch in self.batches(distinct):
+            embeddings.update(batch.embeddings)
+            if progress is not None:
+                progress(len(embeddings), len(distinct))
         return [embeddings[caption] for caption in captions]
+
+    def batches(self, captions: Iterable[str]) -> Iterator[Batch]:
+        """The embeddings of distinct captions, the shortest first, as they are computed.
+
+        Raises:
+            UserError: as for `encode`, before anything is computed.
+        """
+        buckets = defaultdict(list)
+        for caption in captions:
+            ids = self._checked_ids(caption)
+            buckets[min(_bucket(len(ids)), self._max_positions)].append((caption, ids))
+        for length, rows in sorted(buckets.items()):
+            for start in range(0, len(rows), self._rows):
+                batch = rows[start : start + self._rows]
+                yield Batch(self._encode_batch(batch, length), self._rows * length)
 
     def _checked_ids(self, caption: str) -> list[int]:
         ids = self._tokenizer.encode(caption)
@@ -97,51 +147,113 @@ class TextEncoder:
     def _encode_batch(
         self, batch: list[tuple[str, list[int]]], length: int
     ) -> dict[str, np.ndarray]:
-        ids_bt = np.full((BATCH, length), PAD_ID, np.int32)
-        mask_bt = np.zeros((BATCH, length), bool)
+        ids_bt = np.full((self._rows, length), PAD_ID, np.int32)
+        mask_bt = np.zeros((self._rows, length), bool)
         for row, (_, ids) in enumerate(batch):
             ids_bt[row, : len(ids)] = ids
             mask_bt[row, : len(ids)] = True
-        out_btd = np.asarray(self._apply(self._weights, ids_bt, mask_bt))
+        out_btd = np.asarray(self(**self._put({"ids_bt": ids_bt, "mask_bt": mask_bt}))[0])
         # Copies, because a view would keep its whole padded batch in memory.
         return {c: out_btd[row, : len(ids)].copy() for row, (c, ids) in enumerate(batch)}
 
 
+def _bucket(num_tokens: int) -> int:
+    """The next power of two or three quarters of one: few programs, and little padding."""
+    power = 1 << (num_tokens - 1).bit_length()
+    return max(MIN_BUCKET, power * 3 // 4 if num_tokens <= power * 3 // 4 else power)
+
+
 def load_encoder(
-    name_or_path: str | os.PathLike = "byte-tiny", max_tokens: int = 192
+    name_or_path: str | os.PathLike = "byte-tiny",
+    max_tokens: int = 192,
+    place: Place | None = None,
+    put: Put | None = None,
+    ways: int = 1,
 ) -> TextEncoder:
-    """A frozen encoder by the name of a bundled one, or from a folder that `load_t5` reads.
+    """A frozen encoder by the name of a bundled one, or from a folder with its files.
+
+    Args:
+        name_or_path: a folder in Hugging Face's format (T5, BERT, CLIP), or a T5X checkpoint
+            beside whose arrays the vocabulary lies.
+        max_tokens: the longest caption to take.
+        place: where the weights go, from their shapes: for instance
+            `functools.partial(sharding.weight_shardings, mesh)`.
+        put: where a batch goes, for instance `functools.partial(sharding.put_batch, mesh)`; by
+            default to the default device.
+        ways: into how many parts `put` splits a batch.
 
     Raises:
-        UserError: no such encoder, an incomplete folder, an unknown tokenizer, max_tokens < 1.
+        UserError: no such encoder; a file is missing, damaged or of another kind of model;
+            weights and vocabulary do not match; max_tokens is below 1 or beyond the encoder's
+            positions.
     """
+    checkpoint, tokenizer = _open(name_or_path, max_tokens)
+    module = checkpoint.load(place)
+    identity = _identity(checkpoint, tokenizer, max_tokens)
+    return TextEncoder(module, tokenizer, max_tokens, identity, put, ways)
+
+
+def encoder_identity(
+    name_or_path: str | os.PathLike, max_tokens: int = 192
+) -> dict[str, Any] | None:
+    """What `load_encoder(name_or_path, max_tokens).identity` would be; no weight is loaded.
+
+    Returns:
+        None if there is no such encoder here.
+
+    Raises:
+        UserError: as for `load_encoder`.
+    """
+    if not _folder(name_or_path).is_dir():
+        return None
+    return _identity(*_open(name_or_path, max_tokens), max_tokens)
+
+
+def _bundled() -> list[str]:
+    return sorted(path.name for path in BUNDLED.iterdir())
+
+
+def _folder(name_or_path: str | os.PathLike) -> Path:
+    return BUNDLED / name_or_path if name_or_path in _bundled() else Path(name_or_path)
+
+
+def _open(name_or_path: str | os.PathLike, max_tokens: int) -> tuple[Checkpoint, Tokenizer]:
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
-    bundled = sorted(path.name for path in BUNDLED.iterdir())
-    folder = BUNDLED / name_or_path if name_or_path in bundled else Path(name_or_path)
+    folder = _folder(name_or_path)
     if not folder.is_dir():
         raise UserError(
-            f"text encoder {str(name_or_path)!r}: neither a folder nor one of {', '.join(bundled)}"
+            f"text encoder {str(name_or_path)!r}: neither a folder nor one of "
+            f"{', '.join(_bundled())}"
         )
-    tokenizer_class = read_config(folder).get("tokenizer_class")
-    if tokenizer_class not in TOKENIZERS:
-        raise UserError(
-            f"text encoder {str(name_or_path)!r}: tokenizer_class in config.json is "
-            f"{tokenizer_class!r}; supported: {', '.join(TOKENIZERS)}"
-        )
-    tokenizer = TOKENIZERS[tokenizer_class]()
-    t5 = load_t5(folder)
-    identity = {
-        "encoder": folder.name,
-        "weights_sha256": _sha256(folder / WEIGHTS_FILE),
+    checkpoint = open_t5x(folder) if is_t5x(folder) else open_hf(folder)
+    tokenizer = load_tokenizer(folder, checkpoint.tokenizer)
+    _check_match(checkpoint, tokenizer, max_tokens)
+    return checkpoint, tokenizer
+
+
+def _identity(checkpoint: Checkpoint, tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:
+    return {
+        "encoder": checkpoint.folder.name,
+        "weights_sha256": sha256(checkpoint.files),
         "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
         "max_tokens": max_tokens,
-        "dim": t5.config.d_model,
-        "dtype": np.dtype(ml_dtypes.bfloat16).name,
+        "dim": checkpoint.config.dim,
+        "dtype": DTYPE.name,
     }
-    return TextEncoder(t5, tokenizer, max_tokens, identity)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_match(checkpoint: Checkpoint, tokenizer: Tokenizer, max_tokens: int) -> None:
+    """Raises UserError unless weights, vocabulary and the token limit go together."""
+    folder, config = str(checkpoint.folder), checkpoint.config
+    if not 0 <= config.vocab_size - tokenizer.vocab_size < MAX_UNUSED_ROWS:
+        raise UserError(
+            f"text encoder {folder!r}: its {tokenizer.name} vocabulary has {tokenizer.vocab_size} "
+            f"tokens, its weights have {config.vocab_size}; they belong to different encoders"
+        )
+    if config.max_positions is not None and max_tokens > config.max_positions:
+        raise UserError(
+            f"max_tokens is {max_tokens}; text encoder {folder!r} has {config.max_positions} "
+            "positions"
+        )

@@ -1,80 +1,107 @@
-"""T5 encoders on disk: config.json and model.safetensors, with Hugging Face's names."""
+"""Encoders on disk as Hugging Face lays them out: a folder of config.json and weight files."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import nnx, traverse_util
 
 from imagen_jax.errors import UserError
 from imagen_jax.files import replacing
-from imagen_jax.text.t5 import T5Config, T5Encoder
+from imagen_jax.text.families import FAMILIES, T5_NAMES, namer
+from imagen_jax.text.files import read_json
+from imagen_jax.text.loading import Checkpoint
+from imagen_jax.text.stored import FileTensor, read_safetensors
+from imagen_jax.text.t5 import T5Encoder
+from imagen_jax.text.tokenizer import TOKENIZER_CONFIG_FILE
+from imagen_jax.text.torch_format import read_torch
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_FEED_FORWARD = "gated-gelu"  # what sets v1.1 apart from the first T5
+# The first that is there is read. Of each there may be one file, or an index of several.
+WEIGHT_FILES = {WEIGHTS_FILE: read_safetensors, "pytorch_model.bin": read_torch}
+# What some versions write as tokenizer_class where the vocabulary is in a tokenizer.json.
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
-_NAMES = {
-    "embed.embedding": "shared.weight",
-    "relative_bias.table.embedding": (
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    ),
-    "final_norm.scale": "encoder.final_layer_norm.weight",
-}
-_BLOCK_NAMES = {
-    "attention_norm.scale": "layer.0.layer_norm.weight",
-    "attention.query.kernel": "layer.0.SelfAttention.q.weight",
-    "attention.key.kernel": "layer.0.SelfAttention.k.weight",
-    "attention.value.kernel": "layer.0.SelfAttention.v.weight",
-    "attention.out.kernel": "layer.0.SelfAttention.o.weight",
-    "mlp_norm.scale": "layer.1.layer_norm.weight",
-    "mlp.gate.kernel": "layer.1.DenseReluDense.wi_0.weight",
-    "mlp.up.kernel": "layer.1.DenseReluDense.wi_1.weight",
-    "mlp.down.kernel": "layer.1.DenseReluDense.wo.weight",
-}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
-def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The config.json of an encoder's folder.
+def open_hf(folder: str | os.PathLike) -> Checkpoint:
+    """The encoder in a folder of Hugging Face's, of a family in FAMILIES; other parts are ignored.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: a file or a config field is missing or damaged, or it is another kind of model.
     """
-    path = Path(folder) / CONFIG_FILE
-    try:
-        return json.loads(path.read_text())
-    except OSError as e:
-        raise UserError(f"text encoder {str(folder)!r}: cannot read {CONFIG_FILE}") from e
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from e
+    folder = Path(folder)
+    fields = read_json(folder / CONFIG_FILE)
+    kind = fields.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{folder / CONFIG_FILE}: model_type is {kind!r}; supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    files, tensors = _open_weights(folder)
+    return Checkpoint(
+        folder=folder,
+        module=family.module,
+        config=family.read_config(fields, folder / CONFIG_FILE),
+        tensors={family.canonical(name): tensor for name, tensor in tensors.items()},
+        stored_name=namer(family.names, _LEAVES),
+        kernels_reversed=True,
+        files=files,
+        tokenizer=_tokenizer_class(folder, fields, family.tokenizer),
+    )
+
+
+def _tokenizer_class(folder: Path, fields: dict[str, Any], default: str) -> str:
+    """The folder's tokenizer_class, which may stand in either of two files, or `default`."""
+    if (folder / TOKENIZER_CONFIG_FILE).is_file():
+        fields = {**fields, **read_json(folder / TOKENIZER_CONFIG_FILE)}
+    name = fields.get("tokenizer_class") or default
+    return default if name in GENERIC_TOKENIZERS else str(name).removesuffix("Fast")
+
+
+def _open_weights(folder: Path) -> tuple[list[Path], dict[str, FileTensor]]:
+    """The weight files in the order of their names, and all tensors in them."""
+    for name, read in WEIGHT_FILES.items():
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.is_file():
+            return [whole], read(whole)
+        if index.is_file():
+            files = _shards(index)
+            return files, {name: tensor for file in files for name, tensor in read(file).items()}
+    expected = ", ".join(f"{name}, {name}.index.json" for name in WEIGHT_FILES)
+    raise UserError(f"text encoder {str(folder)!r}: no weights; expected one of {expected}")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, by their names."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        raise UserError(f"{index}: 'weight_map' is not a map of tensors to files")
+    files = [index.parent / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if file.parent != index.parent or not file.is_file():
+            raise UserError(f"{index}: shard {str(file.name)!r} is not in its folder")
+    return files
 
 
 def load_t5(folder: str | os.PathLike) -> T5Encoder:
-    """Loads a T5 v1.1 encoder, one tensor at a time, into float32; a decoder is left unread.
+    """Loads a T5 encoder into float32; a decoder is left unread.
 
     Raises:
-        UserError: a file, a config field or a tensor is missing, or has the wrong shape.
+        UserError: as `open_hf` and `Checkpoint.load`, or another family than T5.
     """
-    config = _t5_config(read_config(folder), Path(folder) / CONFIG_FILE)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))))
-    path = Path(folder) / WEIGHTS_FILE
-    try:
-        with safetensors.safe_open(path, framework="np") as weights:
-            flat = {key: _read(weights, path, key, spec) for key, spec in _flatten(state)}
-    except (OSError, safetensors.SafetensorError) as e:
-        raise UserError(f"{path}: cannot be read as safetensors ({e})") from e
-    nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(flat))
-    return nnx.merge(graphdef, state)
+    checkpoint = open_hf(folder)
+    if checkpoint.module is not T5Encoder:
+        raise UserError(f"{folder}: holds a {checkpoint.module.__name__}; expected a T5Encoder")
+    return checkpoint.load()
 
 
 def save_t5(
@@ -88,14 +115,14 @@ def save_t5(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    name, weights = namer(T5_NAMES, _LEAVES), nnx.to_pure_dict(nnx.state(encoder))
     tensors = {
-        _hf_name(key): np.ascontiguousarray(_transposed(key, np.asarray(value)), dtype)
-        for key, value in _flatten(nnx.state(encoder))
+        name(key): np.ascontiguousarray(value.T if key[-1] == "kernel" else value, dtype)
+        for key, value in traverse_util.flatten_dict(weights).items()
     }
     config = {
         "model_type": "t5",
         "architectures": ["T5EncoderModel"],
-        "feed_forward_proj": _FEED_FORWARD,
         **dataclasses.asdict(encoder.config),
         **extra,
     }
@@ -103,42 +130,3 @@ def save_t5(
         temporary.write_bytes(safetensors.numpy.save(tensors, {"format": "np"}))
     with replacing(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _t5_config(fields: dict[str, Any], path: Path) -> T5Config:
-    found = fields.get("feed_forward_proj")
-    if found != _FEED_FORWARD:
-        raise UserError(
-            f"{path}: feed_forward_proj is {found!r}; only {_FEED_FORWARD!r} (T5 v1.1) is supported"
-        )
-    known = {f.name: f for f in dataclasses.fields(T5Config)}
-    for name, field in known.items():
-        if name not in fields and field.default is dataclasses.MISSING:
-            raise UserError(f"{path}: field {name!r} is missing")
-    return T5Config(**{name: fields[name] for name in known if name in fields})
-
-
-def _flatten(state: nnx.State) -> Iterator[tuple[tuple, jax.Array]]:
-    yield from traverse_util.flatten_dict(nnx.to_pure_dict(state)).items()
-
-
-def _hf_name(key: tuple) -> str:
-    if key[0] == "blocks":
-        return f"encoder.block.{key[1]}.{_BLOCK_NAMES['.'.join(key[2:])]}"
-    return _NAMES[".".join(key)]
-
-
-def _transposed(key: tuple, array: np.ndarray) -> np.ndarray:
-    """Projections are [in, out] here and [out, in] on disk; other tensors are the same."""
-    return array.T if key[-1] == "kernel" else array
-
-
-def _read(weights, path: Path, key: tuple, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    name = _hf_name(key)
-    if name not in weights.keys():  # noqa: SIM118 (not a dict, nor iterable)
-        raise UserError(f"{path}: tensor {name!r} is missing; expected shape {spec.shape}")
-    found = tuple(weights.get_slice(name).get_shape())
-    expected = spec.shape[::-1] if key[-1] == "kernel" else spec.shape
-    if found != expected:
-        raise UserError(f"{path}: tensor {name!r} has shape {found}; config.json says {expected}")
-    return jnp.asarray(_transposed(key, weights.get_tensor(name)), jnp.float32)

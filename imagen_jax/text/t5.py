@@ -1,7 +1,10 @@
-"""The T5 v1.1 encoder: relative positions, RMS norm, gated GELU, no biases anywhere.
+"""The T5 encoder: relative positions, RMS norm, no biases anywhere.
 
-Sources: Raffel et al. 2020 (arXiv:1910.10683) and the v1.1 changes of Shazeer 2020
-(arXiv:2002.05202). Imagen conditions on this encoder's output, frozen (arXiv:2205.11487, 2.1).
+Sources: Raffel et al. 2020 (arXiv:1910.10683), the gated feed-forward of v1.1 by Shazeer 2020
+(arXiv:2002.05202), and ByT5, v1.1 on bytes (arXiv:2105.13626). LM-adapted T5 and Flan-T5 are v1.1
+trained further. What sets v1.0 apart beyond the feed-forward, its output layer tied to the token
+embedding, is in the decoder. Imagen conditions on this encoder's output, frozen
+(arXiv:2205.11487, section 2.1).
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-MASKED = -1e30  # float32: exp() of it is exactly zero, and no row is ever without a real token
+from imagen_jax.text.layers import MASKED
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The shape of a T5 v1.1 encoder; the field names are those of Hugging Face's config.json."""
+    """The shape of a T5 encoder; the field names are those of Hugging Face's config.json."""
 
     d_model: int
     d_kv: int
@@ -30,15 +33,35 @@ class T5Config:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+
+    @property
+    def dim(self) -> int:
+        return self.d_model
+
+    @property
+    def max_positions(self) -> int | None:
+        return None  # positions are relative
 
 
+# "t5-v1_1-*" is also the shape of the LM-adapted and the Flan checkpoints of the same size.
 PRESETS = {
     "byte-tiny": T5Config(128, 32, 256, num_layers=6, num_heads=4, vocab_size=384),
+    "t5-small": T5Config(512, 64, 2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
+    "t5-base": T5Config(768, 64, 3072, num_layers=12, num_heads=12, feed_forward_proj="relu"),
+    "t5-large": T5Config(1024, 64, 4096, num_layers=24, num_heads=16, feed_forward_proj="relu"),
+    "t5-3b": T5Config(1024, 128, 16384, num_layers=24, num_heads=32, feed_forward_proj="relu"),
+    "t5-11b": T5Config(1024, 128, 65536, num_layers=24, num_heads=128, feed_forward_proj="relu"),
     "t5-v1_1-small": T5Config(512, 64, 1024, num_layers=8, num_heads=6),
     "t5-v1_1-base": T5Config(768, 64, 2048, num_layers=12, num_heads=12),
     "t5-v1_1-large": T5Config(1024, 64, 2816, num_layers=24, num_heads=16),
     "t5-v1_1-xl": T5Config(2048, 64, 5120, num_layers=24, num_heads=32),
     "t5-v1_1-xxl": T5Config(4096, 64, 10240, num_layers=24, num_heads=64),
+    "byt5-small": T5Config(1472, 64, 3584, num_layers=12, num_heads=6, vocab_size=384),
+    "byt5-base": T5Config(1536, 64, 3968, num_layers=18, num_heads=12, vocab_size=384),
+    "byt5-large": T5Config(1536, 64, 3840, num_layers=36, num_heads=16, vocab_size=384),
+    "byt5-xl": T5Config(2560, 64, 6720, num_layers=36, num_heads=32, vocab_size=384),
+    "byt5-xxl": T5Config(4672, 64, 12352, num_layers=36, num_heads=64, vocab_size=384),
 }
 
 
@@ -161,6 +184,20 @@ class GatedGelu(nnx.Module):
         return self.down(jax.nn.gelu(self.gate(x_btd), approximate=True) * self.up(x_btd))
 
 
+class Relu(nnx.Module):
+    """Feed-forward of v1.0: relu(x W_hidden), projected back."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.hidden = Linear(config.d_model, config.d_ff, config.d_model**-0.5, rngs=rngs)
+        self.down = Linear(config.d_ff, config.d_model, config.d_ff**-0.5, rngs=rngs)
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        return self.down(jax.nn.relu(self.hidden(x_btd)))
+
+
+FEED_FORWARDS = {"gated-gelu": GatedGelu, "relu": Relu}
+
+
 class EncoderBlock(nnx.Module):
     """Self-attention, then feed-forward: each pre-normed, each with a residual connection."""
 
@@ -168,7 +205,7 @@ class EncoderBlock(nnx.Module):
         self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config)
-        self.mlp = GatedGelu(config, rngs=rngs)
+        self.mlp = FEED_FORWARDS[config.feed_forward_proj](config, rngs=rngs)
 
     def __call__(self, x_btd: jax.Array, bias_bhtt: jax.Array) -> jax.Array:
         y_btd = self.attention_norm(x_btd)

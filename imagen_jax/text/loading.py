@@ -1,0 +1,114 @@
+"""From a checkpoint on disk to an encoder on its devices, one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from imagen_jax.errors import UserError
+from imagen_jax.text.stored import StoredTensor
+
+log = logging.getLogger("imagen_jax")
+
+# Where a weight is in a module: ("blocks", 3, "attention", "query", "kernel").
+Key = tuple[str | int, ...]
+# From a tree of jax.ShapeDtypeStruct to the same tree of shardings, for instance
+# functools.partial(sharding.weight_shardings, mesh).
+Place = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An encoder's files, opened: everything about it is known, and no weight is read yet.
+
+    Attributes:
+        module: built as `module(config, rngs=...)`.
+        config: has `dim`, `vocab_size` and `max_positions`, which is None for no limit.
+        tensors: by their names in the files.
+        stored_name: the name in the files of the weight at a key of the module.
+        kernels_reversed: whether projections are [out, in] in the files; here they are [in, out].
+        files: all files with weights, in the order in which they are hashed.
+        tokenizer: a key of `tokenizer.TOKENIZERS`.
+    """
+
+    folder: Path
+    module: type[nnx.Module]
+    config: Any
+    tensors: dict[str, StoredTensor]
+    stored_name: Callable[[Key], str]
+    kernels_reversed: bool
+    files: list[Path]
+    tokenizer: str
+
+    def load(self, place: Place | None = None) -> nnx.Module:
+        """The encoder in float32: each weight goes to its devices before the next is read.
+
+        Args:
+            place: where the weights go; by default to the default device. A process reads only
+                the parts that its own devices hold.
+
+        Raises:
+            UserError: a tensor is missing or has the wrong shape.
+        """
+        module = nnx.eval_shape(lambda: self.module(self.config, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(module)
+        specs = traverse_util.flatten_dict(nnx.to_pure_dict(state))
+        stored = {key: self._checked(key, spec) for key, spec in specs.items()}
+        shardings = dict.fromkeys(specs)
+        if place is not None:
+            shardings = traverse_util.flatten_dict(place(traverse_util.unflatten_dict(specs)))
+        weights = {key: _put(tensor, shardings[key]) for key, tensor in stored.items()}
+        nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(weights))
+        num_bytes = sum(weight.nbytes for weight in weights.values())
+        log.info(
+            "text encoder %s: %.3g GB of weights; the most host memory so far: %.3g GB",
+            self.folder.name, num_bytes / 1e9, peak_host_bytes() / 1e9,
+        )  # fmt: skip
+        return nnx.merge(graphdef, state)
+
+    def _checked(self, key: Key, spec: jax.ShapeDtypeStruct) -> StoredTensor:
+        name = self.stored_name(key)
+        reverse = self.kernels_reversed and key[-1] == "kernel"
+        expected = spec.shape[::-1] if reverse else spec.shape
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise UserError(f"{self.folder}: tensor {name!r} is missing; expected shape {expected}")
+        if tensor.shape != expected:
+            raise UserError(
+                f"{self.folder}: tensor {name!r} has shape {tensor.shape}; "
+                f"its configuration says {expected}"
+            )
+        return tensor.T if reverse else tensor
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process has had at any time."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _put(tensor: StoredTensor, sharding: Any) -> jax.Array:
+    """The tensor on its devices, in float32; what was read of it is forgotten."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=True))
+        if bounds not in parts:  # several devices may hold the same part
+            parts[bounds] = tensor.read(index).astype(np.float32, copy=False)
+        return parts[bounds]
+
+    if sharding is None:
+        array = jnp.asarray(part((slice(None),) * len(tensor.shape)))
+    else:
+        array = jax.make_array_from_callback(tensor.shape, sharding, part)
+    return jax.block_until_ready(array)  # a transfer under way holds on to its host memory
