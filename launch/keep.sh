@@ -52,10 +52,11 @@ look() {
   found=$(states) || return 0
   found=${found//$'\n'/, }
   case ", $found," in
-    *", exit 2,"*) say "training refused its input; launch/logs.sh has the line" && exit 2 ;;
     *", running,"*) return ;;
-    ", exit 0,") say "training is done" && exit 0 ;;
+    # Also where the others gave up on a worker that could not be started.
     *", none,"*) say "setting up and starting" && begin && return ;;
+    *", exit 2,"*) say "training refused its input; launch/logs.sh has the line" && exit 2 ;;
+    ", exit 0,") say "training is done" && exit 0 ;;
     ", exit 75,") ;; # all saved and stopped, as before a preemption
     *)
       restarts=$((restarts + 1))

@@ -233,10 +233,17 @@ def test_keep_sees_a_run_through_preemption_and_failure(fake):
     ]  # fmt: skip
 
 
+def test_keep_starts_a_worker_that_the_others_missed(fake):
+    (fake / "states").write_text(3 * "READY\n")
+    (fake / "workers").write_text("running,none\nexit 2,none\nexit 0\n")
+    assert keep().returncode == 0
+    assert verbs(fake) == [*LOOK, *LOOK, *BEGIN[1:], *LOOK]
+
+
 @pytest.mark.parametrize(
     ("workers", "code", "words"),
     [
-        ("running,exit 2\n", 2, "refused its input"),
+        ("running,exit 2\nexit 0,exit 2\n", 2, "refused its input"),
         (3 * "exit 1,exit 134\n", 1, "failed too often (exit 1, exit 134)"),
     ],
 )
