@@ -24,25 +24,31 @@ STEPS = 2000
 CONFIG_FILE = """
 import json, pathlib
 from ml_collections import ConfigDict
+from imagen_jax import sharding
+
+assert sharding.MIN_SHARDED_SIZE
+sharding.MIN_SHARDED_SIZE = 64  # so that every process holds a part of these small weights
 
 def get_config():
     return ConfigDict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
 """
-# Children compile little and have few devices each, whatever this process has.
+# Children compile little and have one device each, whatever this process has.
 ENV = {
     **os.environ,
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "XLA_FLAGS": "",
 }
 
 
 @pytest.fixture(scope="module")
 def values(tiny_data):
+    """The config of one process; that of many differs in the mesh."""
     values = shrink(load_config("demo")).to_dict()
     values["data"].update(dir=tiny_data, build=False)
+    values["model"].update(image_size=16, channel_mult=(1,))
     values.update(
         num_steps=STEPS, log_every=1, eval_every=3, eval_batches=1, sample_every=3, num_samples=2,
         checkpoint_every=STEPS,
@@ -54,7 +60,8 @@ def values(tiny_data):
 def config_file(values, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "small.py"
     path.write_text(CONFIG_FILE)
-    path.with_suffix(".json").write_text(json.dumps(values))
+    many = {**values, "mesh": {"data": 1, "fsdp": -1}}
+    path.with_suffix(".json").write_text(json.dumps(many))
     return path
 
 
@@ -230,7 +237,8 @@ def train_and_preempt(num_processes, config_file, workdir):
     assert {int(i) for i, _ in stops} == set(range(num_processes)), output
     assert len({step for _, step in stops}) == 1, output
     step = int(stops[0][1])
-    assert (workdir / "checkpoints" / f"step_{step}").is_dir()
+    saved = workdir / "checkpoints" / f"step_{step}" / "state"
+    assert len(list(saved.glob("ocdbt.process_*"))) == num_processes
     return step
 
 
