@@ -17,6 +17,8 @@ from jax.experimental import multihost_utils
 from imagen_jax import cli, rendezvous
 from imagen_jax.errors import UserError
 
+DAY_MS = 24 * 60 * 60 * 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -95,9 +97,16 @@ def join(job: Job, settings: Mapping, join_timeout: int, heartbeat_timeout: int)
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process has called it with this name."""
+    """Returns once every process has called it with this name, hours later if need be.
+
+    Between devices there would be a limit: on CPUs a collective gives up on a process that comes
+    half a minute late.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        # Private, for want of a public barrier that needs no devices.
+        from jax._src.distributed import global_state
+
+        global_state.client.wait_at_barrier(name, timeout_in_ms=DAY_MS)
 
 
 @contextlib.contextmanager
