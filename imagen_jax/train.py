@@ -5,6 +5,9 @@
 Any key of the config can be given on the command line: --config.model.embed_dim=64. Run the same
 command again to go on from the last checkpoint. The workdir holds config.json, metrics.jsonl,
 TensorBoard events, checkpoints/ and samples/.
+
+Exit codes: 0 trained to the last step; 75 saved and stopped before it (SIGTERM, Ctrl-C); 2 bad
+input.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,6 +38,9 @@ from imagen_jax.run_config import Config, parse
 
 FLAGS = flags.FLAGS
 
+# EX_TEMPFAIL of sysexits.h, "try again": what restarts a run must tell a preemption from its end.
+STOPPED = 75
+
 
 def define_flags() -> None:
     """Defined only by the program that runs, so that modules can be imported side by side."""
@@ -52,6 +59,10 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", "host:port of process 0, if given by hand.")
     flags.DEFINE_integer("num_processes", 1, "Processes in all, with --coordinator.")
     flags.DEFINE_integer("process_id", 0, "This process, with --coordinator.")
+    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all processes at the start.")
+    flags.DEFINE_integer(
+        "heartbeat_timeout", 100, "Seconds of silence after which a process is taken for dead."
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,13 +70,39 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if not FLAGS.config or not FLAGS.workdir:
         raise UserError("--config=FILE and --workdir=DIR are both needed (see --help)")
-    distributed.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.distributed)
+    if "://" in FLAGS.workdir:
+        raise UserError(
+            f"--workdir is {FLAGS.workdir!r}; it must be a path that all hosts share, such as a "
+            "mounted bucket (docs/launch.md)"
+        )
     config = parse(config_files.load(FLAGS.config, FLAGS.set))
-    train(config, Path(FLAGS.workdir).absolute(), distributed.StopRequest())
+    workdir = Path(FLAGS.workdir).absolute()
+    start_processes({"workdir": str(workdir), "config": dataclasses.asdict(config)})
+    with distributed.failing_at_once():
+        finished = train(config, workdir, distributed.StopRequest())
+    if not finished:
+        sys.exit(STOPPED)
 
 
-def train(config: Config, workdir: Path, stop: distributed.StopRequest) -> None:
-    """Runs until `num_steps`, or until `stop` asks, and leaves a checkpoint of the last step."""
+def start_processes(settings: dict[str, Any]) -> None:
+    """Joins the other processes that the flags speak of, if any; all must have equal `settings`."""
+    if FLAGS.coordinator:
+        job = distributed.Job(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    elif FLAGS.distributed:
+        job = distributed.discover(FLAGS.join_timeout)
+    elif FLAGS.num_processes != 1:
+        raise UserError(f"--num_processes is {FLAGS.num_processes}; it needs --coordinator")
+    else:
+        return
+    distributed.join(job, settings, FLAGS.join_timeout, FLAGS.heartbeat_timeout)
+
+
+def train(config: Config, workdir: Path, stop: distributed.StopRequest) -> bool:
+    """Runs until `num_steps`, or until `stop` asks, and leaves a checkpoint of the last step.
+
+    Returns:
+      Whether the run is now trained to `num_steps`.
+    """
     built = experiment.build(config)
     check_fits(built, device_memory())
     # TensorFlow is most of a cold start; a bad config should fail before it is imported.
@@ -73,6 +110,7 @@ def train(config: Config, workdir: Path, stop: distributed.StopRequest) -> None:
         from imagen_jax import data, metrics
 
     ensure_data(config)
+    distributed.wait_for_all("data")
     data.open_task(config)
     make_workdir(workdir)
     # Closed even if training fails, so that a save under way is finished or cleanly dropped.
@@ -82,7 +120,7 @@ def train(config: Config, workdir: Path, stop: distributed.StopRequest) -> None:
         start = int(state.step)
         if start >= config.num_steps:
             log.info("already trained for %d steps: %s", start, workdir)
-            return
+            return True
         host = (jax.process_index(), jax.process_count())
         batches = data.train_batches(config, position["examples"], *host)
         sizes = (config.num_steps, config.batch_size, built.model_flops)
@@ -94,7 +132,7 @@ def train(config: Config, workdir: Path, stop: distributed.StopRequest) -> None:
                 log.info("\n%s", metrics.overview(built.abstract_params))
             devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
             log.info("training %s parameters on %s", f"{built.num_params:,}", devices)
-            run_loop(built, state, start, batches, logger, actions, stop)
+            return run_loop(built, state, start, batches, logger, actions, stop)
 
 
 def start_or_resume(built: experiment.Experiment, checkpoints: Checkpoints):
@@ -110,8 +148,11 @@ def start_or_resume(built: experiment.Experiment, checkpoints: Checkpoints):
     return state, position
 
 
-def run_loop(built, state, start, batches, logger, actions, stop) -> None:
-    """The loop itself. Metrics are fetched one step late, so the host never stalls the device."""
+def run_loop(built, state, start, batches, logger, actions, stop) -> bool:
+    """The loop itself; True if it reached the last step.
+
+    Metrics are fetched one step late, so the host never stalls the device.
+    """
     config = built.config
     logger.restart_clock()
     pending = None
@@ -132,7 +173,8 @@ def run_loop(built, state, start, batches, logger, actions, stop) -> None:
                 logger.paused(time.perf_counter() - before)
             if stopping:
                 log.info("stopped at step %d; the same command goes on from there", step)
-                break
+                return step == config.num_steps
+    return True
 
 
 def fetch(logger, pending, log_every: int, force: bool = False) -> None:
@@ -186,8 +228,8 @@ class Actions:
         losses = []
         for i, batch in enumerate(self._eval_batches):
             with jax.transfer_guard("allow"):
-                key = self._built.put_replicated(jax.random.key(i))
-            losses.append(self._built.eval_loss(state.ema, self._built.put(batch), key))
+                loss = self._built.eval_loss(state.ema, self._built.put(batch), jax.random.key(i))
+            losses.append(loss)
         loss = float(np.mean(jax.device_get(losses)))
         self._logger.write(step, {"eval_loss": loss})
         log.info("step %d  eval loss %.4f", step, loss)

@@ -21,6 +21,7 @@ ALLOWED_SIBLINGS = {
     "train_step": {"optim"},
     "metrics": {"train_step"},
     "data": {"run_config"},
+    "distributed": {"rendezvous"},
     "report": {"pictures"},
     "models.efficient_unet": {"models.layers", "models.network"},
     "models.network": {"models.layers"},
@@ -46,7 +47,7 @@ OWNERS = {
 
 
 def modules():
-    for folder in ("imagen_jax", "data_pipelines", "configs"):
+    for folder in ("imagen_jax", "data_pipelines", "configs", "launch"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             yield name.removeprefix("imagen_jax.").removesuffix(".__init__"), path

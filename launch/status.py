@@ -1,0 +1,112 @@
+"""Shows a run from any host that sees its workdir: step rate, last checkpoint, TensorBoard.
+
+    python -m launch.status --workdir=runs/demo
+
+Needs nothing but Python, starts nothing and disturbs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+# A run is called silent when a line is overdue by this factor, and by at least so many seconds.
+OVERDUE, PATIENCE = 3.0, 120.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the summary; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = fail
+    parser.add_argument("--workdir", required=True, type=Path)
+    workdir = parser.parse_args(argv).workdir
+    if not (workdir / "config.json").exists():
+        fail(f"--workdir={workdir} holds no run: config.json is missing")
+    for name, value in summary(workdir.absolute(), time.time()).items():
+        print(f"{name:<12} {value}")
+    return 0
+
+
+def fail(message: str) -> None:
+    """One line, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def summary(workdir: Path, now: float) -> dict[str, str]:
+    """What there is to know of a run, by name.
+
+    Args:
+      workdir: as imagen_jax.train was given it.
+      now: seconds since the epoch.
+    """
+    config = json.loads((workdir / "config.json").read_text())
+    lines = read_lines(workdir / "metrics.jsonl")
+    steps = [line for line in lines if "step_time" in line]
+    evals = [line for line in lines if "eval_loss" in line]
+    out = {"workdir": str(workdir)}
+    if steps:
+        age = now - (workdir / "metrics.jsonl").stat().st_mtime
+        out |= progress(steps[-1], config, age)
+    else:
+        out["step"] = "none yet"
+    if evals:
+        out["eval loss"] = f"{evals[-1]['eval_loss']:.4f} at step {evals[-1]['step']:,}"
+    out["checkpoint"] = newest(workdir / "checkpoints", "", now)
+    out["samples"] = newest(workdir / "samples", ".png", now)
+    out["tensorboard"] = f"tensorboard --logdir={workdir}"
+    return out
+
+
+def progress(last: dict, config: dict, age: float) -> dict[str, str]:
+    """The rows about the newest line of metrics, written `age` seconds ago."""
+    step, end, seconds = last["step"], config["num_steps"], last["step_time"]
+    out = {"step": f"{step:,} of {end:,} ({step / end:.1%}), written {duration(age)} ago"}
+    rate = f"{1 / seconds:.3g} steps/s, {last['images_per_s']:.4g} images/s"
+    if "mfu" in last:
+        rate += f", MFU {last['mfu']:.1%}"
+    out["rate"] = rate
+    if step >= end:
+        out["state"] = "done"
+    elif age > max(PATIENCE, OVERDUE * seconds * config["log_every"]):
+        out["state"] = f"silent for {duration(age)}: stopped, or stuck"
+    else:
+        out["state"] = f"running, {duration(seconds * (end - step))} to go"
+    out["loss"] = f"{last['loss']:.4f}"
+    return out
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of metrics; the last may be half written."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def newest(folder: Path, suffix: str, now: float) -> str:
+    """The step_N of the highest N, with its age; unfinished checkpoints have longer names."""
+    name = re.compile(rf"step_(\d+){re.escape(suffix)}")
+    found = {int(m[1]): p for p in folder.glob("*") if (m := name.fullmatch(p.name))}
+    if not found:
+        return "none yet"
+    last = found[max(found)]
+    return f"{last}, {duration(now - last.stat().st_mtime)} ago"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 3d04h, 1h02m, 3m05s or 12s."""
+    minutes, s = divmod(max(0, int(seconds)), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02d}h"
+    if hours:
+        return f"{hours}h{m:02d}m"
+    return f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

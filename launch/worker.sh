@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# What the scripts beside it have done on each worker of a slice.
+#
+#   launch/worker.sh install IMAGE       set up the virtual environment, or pull IMAGE if not ""
+#   launch/worker.sh start IMAGE ARGS    start imagen_jax.train ARGS detached, in IMAGE if not ""
+#   launch/worker.sh stop                have it save and stop
+#   launch/worker.sh state               none, running, or exit and the code it ended with
+#   launch/worker.sh status WORKDIR      step rate, last checkpoint, TensorBoard directory
+#   launch/worker.sh log                 print the log
+#   launch/worker.sh follow              print the log as it grows
+#
+# The log and the state lie in ~/imagen_jax_run.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+state_dir=$HOME/imagen_jax_run
+container=imagen_jax
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+install() {
+  if [[ -n ${1:-} ]]; then
+    sudo docker pull --quiet "$1"
+    return
+  fi
+  # The VMs' own Python is older than this project needs.
+  python3 -m pip install --quiet --user uv
+  python3 -m uv venv --quiet --allow-existing --python 3.11 .venv
+  python3 -m uv pip install --quiet --python $python --constraint constraints.txt --editable '.[tpu]'
+}
+
+state() {
+  if [[ -f $state_dir/exit ]]; then
+    echo "exit $(<"$state_dir/exit")"
+  elif [[ ! -f $state_dir/supervisor ]]; then
+    echo none
+  elif grep --quiet --text supervise "/proc/$(<"$state_dir/supervisor")/cmdline" 2>/dev/null; then
+    echo running
+  else
+    echo "exit 137" # the VM was restarted under it
+  fi
+}
+
+start() {
+  [[ $(state) != running ]] || die "a run is on already; launch/stop.sh ends it"
+  mkdir -p "$state_dir"
+  rm -f "$state_dir/exit"
+  setsid nohup "$PWD/launch/worker.sh" supervise "$@" >>"$state_dir/train.log" 2>&1 </dev/null &
+  echo $! >"$state_dir/supervisor"
+}
+
+# Runs training, and leaves its process id and then its exit code.
+supervise() {
+  local image=$1 command=("$python" -u) code=0
+  shift
+  if [[ -n $image ]]; then
+    command=(sudo docker run --rm --init --name "$container" --privileged --net=host
+      --volume /mnt:/mnt "$image" python -u)
+  fi
+  "${command[@]}" -m imagen_jax.train --distributed "$@" &
+  echo $! >"$state_dir/pid"
+  wait $! || code=$?
+  echo "$code" >"$state_dir/exit"
+}
+
+stop() {
+  [[ $(state) == running ]] || return 0
+  # A container belongs to root.
+  kill -TERM "$(<"$state_dir/pid")" 2>/dev/null || sudo docker kill --signal=TERM "$container"
+}
+
+status() {
+  # Needs no package, so that it runs beside a container too.
+  python3 -m launch.status --workdir="$1"
+}
+
+case ${1:-} in
+  install | start | supervise | stop | state | status) "$@" ;;
+  log) cat "$state_dir/train.log" ;;
+  follow) tail -n 50 -F "$state_dir/train.log" ;;
+  *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && [[ ${1:-} == --help ]] ;;
+esac
