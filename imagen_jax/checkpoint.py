@@ -62,7 +62,7 @@ class Checkpoints:
         if step == self.latest_step():
             return
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.PyTreeSave(state),
             position=ocp.args.JsonSave(position),
             identity=ocp.args.JsonSave(identity),
         )
@@ -80,10 +80,21 @@ class Checkpoints:
         step = self._existing(step)
         self._check_identity(step, identity)
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()
+            state=_restore_args(abstract_state), position=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["position"]
+
+    def restore_ema(self, abstract_ema: Any, identity: dict, step: int | None = None) -> Any:
+        """Only the averaged weights of `step`: what sampling needs, a fraction of the state.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        step = self._existing(step)
+        self._check_identity(step, identity)
+        args = ocp.args.Composite(state=_restore_args({"ema": abstract_ema}))
+        return self._manager.restore(step, args=args)["state"]["ema"]
 
     def wait(self) -> None:
         """Blocks until a save in flight is complete."""
@@ -112,3 +123,9 @@ class Checkpoints:
                     f"checkpoint {self.directory} step {step} is of another model: config.{key} "
                     f"is {wanted.get(key)!r}, the checkpoint has {saved.get(key)!r}"
                 )
+
+
+def _restore_args(target: Any) -> ocp.args.PyTreeRestore:
+    """Reads what is in `target`, ShapeDtypeStructs with shardings, and nothing besides."""
+    args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=True)
