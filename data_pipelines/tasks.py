@@ -1,7 +1,8 @@
 """The SeqIO tasks, and the source they read: records by index, in an order that is a formula.
 
-A task yields, in addition to the strings id, caption, category and scene, image uint8 [H, W, 3] and
-text_embeddings bfloat16 [n, dim] without padding. It is opened where its records are:
+A task yields, in addition to the strings id, caption, category and scene, image uint8 [H, W, 3],
+text_embeddings bfloat16 [n, dim] without padding, and position, int64, where in the stream it is.
+It is opened where its records are:
 
     task = seqio.get_mixture_or_task("scenes_32")
     task = task.replace(source=task.source.at(data_dir="data", start=0))
@@ -97,18 +98,19 @@ class RecordsSource(seqio.DataSource):
         info = records.open_dataset(self.data_dir, self.name).info
         paths, offsets = records.record_offsets(info, split)
         n = len(offsets)
-        indices = self._positions(shard_info or seqio.ShardInfo(0, 1))
-        if shuffle:
-            indices = indices.map(lambda g: _shuffled(g, n, seed or 0))
-        else:
-            indices = indices.take_while(lambda g: g < n)
+        positions = self._positions(shard_info or seqio.ShardInfo(0, 1))
+        if not shuffle:
+            positions = positions.take_while(lambda g: g < n)
+        indices = positions.map(lambda g: _shuffled(g, n, seed or 0) if shuffle else g)
         paths, offsets = tf.constant(paths), tf.constant(offsets)
 
         def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
             serialized = _read_record(paths[offsets[index, 0]], offsets[index, 1])
             return info.features.deserialize_example(serialized)
 
-        rows = indices.map(read, tf.data.AUTOTUNE)
+        rows = tf.data.Dataset.zip(indices, positions).map(
+            lambda index, g: {**read(index), "position": g}, tf.data.AUTOTUNE
+        )
         if not self.embeddings:
             return decode_embeddings(rows)
         store = embeddings.open_store(self.embeddings)

@@ -22,7 +22,7 @@ tf.config.set_visible_devices([], "GPU")
 
 Batch = dict[str, np.ndarray]
 
-TOO_SMALL = "an image is smaller than config.model.image_size"
+TOO_SMALL = "an image is smaller than config.model.image_size (or config.data.image_size, if set)"
 
 
 def open_task(config: Config) -> seqio.Task:
@@ -107,11 +107,13 @@ def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool
         num_epochs=1,  # a shuffled source is endless by itself
         try_in_mem_cache=False,
     )
-    size, dim = config.unet.image_size, config.text.dim
 
     def shape(row):
-        text = tf.ensure_shape(row["text_embeddings"], (None, dim))
-        return {**row, "image": _fit(row["image"], size), "text_embeddings": text}
+        text = tf.ensure_shape(row["text_embeddings"], (None, config.text.dim))
+        image = _fit(row["image"], config.full_size)
+        if config.full_size > config.unet.image_size:
+            image = _crop(image, row["position"] if shuffle else None, config)
+        return {**row, "image": image, "text_embeddings": text}
 
     return dataset.map(shape, tf.data.AUTOTUNE)
 
@@ -129,6 +131,22 @@ def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
     tf.debugging.assert_greater_equal(side, size, TOO_SMALL)
     image = tf.cond(tf.equal(side, size), lambda: image, shrink)
     return tf.ensure_shape(image, (size, size, 3))
+
+
+def _crop(image: tf.Tensor, position: tf.Tensor | None, config: Config) -> tf.Tensor:
+    """A square of model.image_size, its place random in the seed and position; without, central.
+
+    Its corner is a multiple of the upscaling, so that shrinking the crop gives exactly the crop of
+    the shrunk image: super-resolution sees in training what it will be given.
+    """
+    size, step = config.unet.image_size, config.upscale
+    places = (config.full_size - size) // step + 1
+    if position is None:
+        corner = tf.fill([2], places // 2)
+    else:
+        seed = tf.stack([tf.constant(config.seed, tf.int64), position])
+        corner = tf.random.stateless_uniform([2], seed, maxval=places, dtype=tf.int32)
+    return tf.image.crop_to_bounding_box(image, *tf.unstack(corner * step), size, size)
 
 
 def _numpy_batches(config: Config, dataset: tf.data.Dataset, size: int) -> Iterator[Batch]:

@@ -30,6 +30,16 @@ def lookup(table: Mapping[str, Any], key: str, name: str) -> Any:
     return table[name]
 
 
+def to_float(image: jax.Array) -> jax.Array:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """Values in [-1, 1] -> uint8 pixels."""
+    return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
 # Schedules: (t, log_snr_min, log_snr_max) -> log_snr.
 
 

@@ -11,9 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from imagen_jax.diffusion import Cond, Denoiser, Schedule, alpha_sigma, q_sample
+from imagen_jax.diffusion import Cond, Denoiser, Schedule, alpha_sigma, q_sample, to_float
 from imagen_jax.errors import UserError
-from imagen_jax.sampling import SPACINGS, SamplerConfig, draw_noise, integrate, seed_keys
+from imagen_jax.sampling import SPACINGS, SamplerConfig, draw_noise, integrate, sample, seed_keys
 
 
 def image_to_image(
@@ -130,3 +130,35 @@ def interpolate(
     log_snr = SPACINGS[config.spacing](schedule, 1.0, config.num_steps)
     x_hat = integrate(denoise, prediction, config, log_snr, draw(0), draw, cond)
     return jnp.clip(x_hat, -1, 1)
+
+
+# What `draw` takes out of cond, and edits by.
+INPUTS = ("image", "mask", "to_seed", "fraction")
+
+
+def draw(
+    denoise: Denoiser,
+    schedule: Schedule,
+    prediction: str,
+    config: SamplerConfig,
+    seeds_b: jax.Array,
+    shape: tuple[int, int, int],
+    cond: Cond,
+) -> jax.Array:
+    """`sampling.sample`, or the edit that the INPUTS in cond ask for: float32 [B, *shape].
+
+    image uint8 [B, H, W, 3] and mask bool [B, H, W, 1]: `inpaint`, with config.resample; image
+    alone: `image_to_image`, with config.strength; to_seed uint32 [B] and fraction [B]:
+    `interpolate`.
+    """
+    given = {k: cond[k] for k in INPUTS if k in cond}
+    cond = {k: v for k, v in cond.items() if k not in given}
+    common = (denoise, schedule, prediction, config, seeds_b)
+    if "to_seed" in given:
+        return interpolate(*common, given["to_seed"], given["fraction"], shape, cond)
+    if "image" not in given:
+        return sample(*common, shape, cond)
+    image = to_float(given["image"])
+    if "mask" in given:
+        return inpaint(*common, image, given["mask"], cond, config.resample)
+    return image_to_image(*common, image, cond, config.strength)

@@ -17,14 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import diffusion, optim, sharding
+from imagen_jax import cascade, diffusion, editing, optim, sharding
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.errors import UserError
+from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
 from imagen_jax.models.functional import functional
-from imagen_jax.models.unet import UNet
+from imagen_jax.models.unet import UNet, UNetConfig
 from imagen_jax.run_config import Config, parse
-from imagen_jax.sampling import SamplerConfig, sample
+from imagen_jax.sampling import SamplerConfig
 from imagen_jax.train_step import TrainState, init_state, train_step
+
+NETWORKS = {UNetConfig: UNet, EfficientUNetConfig: EfficientUNet}
 
 
 class Experiment:
@@ -45,7 +48,8 @@ class Experiment:
         sharding.check_batch(self.mesh, config.batch_size, config.microbatches)
         self.schedule = diffusion.Schedule(config.diffusion.schedule)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
-        self._network = functional(lambda rngs: UNet(config.unet, rngs=rngs))
+        network = NETWORKS[type(config.unet)]
+        self._network = functional(lambda rngs: network(config.unet, rngs=rngs))
         self._run_block = sharding.block_runner(self.mesh, config.mesh.remat)
 
         shapes = jax.eval_shape(self._init)
@@ -106,14 +110,16 @@ class Experiment:
         The backward pass costs twice the forward; recomputation is not counted.
         """
         c = self.config
-        batch = self.abstract_batch
-        z = jax.ShapeDtypeStruct((1, *batch["image"].shape[1:]), jnp.float32)
-        log_snr = jax.ShapeDtypeStruct((1,), jnp.float32)
-        cond = {
-            k: jax.ShapeDtypeStruct((1, *batch[k].shape[1:]), batch[k].dtype)
-            for k in ("text", "text_mask")
+
+        def forward(params, batch):
+            z, cond = self._inputs(batch, jax.random.key(0))
+            return self._network.apply(params, z, jnp.zeros(z.shape[0]), cond)
+
+        batch = {
+            k: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+            for k, x in self.abstract_batch.items()
         }
-        lowered = jax.jit(self._network.apply).lower(self.abstract_params, z, log_snr, cond)
+        lowered = jax.jit(forward).lower(self.abstract_params, batch)
         return 3.0 * c.batch_size * (lowered.cost_analysis() or {}).get("flops", 0.0)
 
     @property
@@ -158,13 +164,13 @@ class Experiment:
         images = []
         for start in range(0, len(seeds), size):
             rows = np.minimum(np.arange(start, start + size), len(seeds) - 1)
-            part = self.put_replicated((seeds[rows], {k: v[rows] for k, v in cond.items()}))
+            part = (seeds[rows], {k: v[rows] for k, v in cond.items()})
+            part = jax.device_put(part, self.batch_sharding)
             drawn = np.asarray(jax.device_get(self._draw(params, *part, sampler)))
             images.append(drawn[: len(seeds) - start])
             if progress:
                 progress(len(images[-1]))
-        x = np.concatenate(images)
-        return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype(np.uint8)
+        return diffusion.to_uint8(np.concatenate(images))
 
     def _init(self) -> TrainState:
         params = self._network.init(jax.random.key(self.config.seed))
@@ -175,12 +181,19 @@ class Experiment:
             self._network.apply, params, run=self._run_block, dropout_key=dropout_key
         )
 
+    def _inputs(self, batch: dict[str, jax.Array], key: jax.Array):
+        """A batch's images in [-1, 1] and what they are conditioned on; key is for its noise."""
+        x = diffusion.to_float(batch["image"])
+        cond = {"text": batch["text"], "text_mask": batch["text_mask"]}
+        if self.config.unet.low_res:
+            cond |= cascade.training_condition(x, self.config.unet.low_res, key)
+        return x, cond
+
     def _loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array):
         d = self.config.diffusion
-        noise_key, drop_key, dropout_key = jax.random.split(key, 3)
-        x = batch["image"].astype(jnp.float32) / 127.5 - 1.0
+        noise_key, drop_key, dropout_key, aug_key = jax.random.split(key, 4)
+        x, cond = self._inputs(batch, aug_key)
         drop_b = jax.random.bernoulli(drop_key, d.caption_dropout, (x.shape[0],))
-        cond = {"text": batch["text"], "text_mask": batch["text_mask"]}
         return diffusion.diffusion_loss(
             self._denoiser(params, dropout_key if self.config.unet.dropout else None),
             x,
@@ -196,10 +209,13 @@ class Experiment:
         return self._loss(params, batch, key)[0].mean()
 
     def _sample(self, params: Any, seeds_b: jax.Array, cond: dict, sampler: SamplerConfig):
-        size = self.config.unet.image_size
-        shape, prediction = (size, size, 3), self.config.diffusion.prediction
-        denoise = self._denoiser(params)
-        return sample(denoise, self.schedule, prediction, sampler, seeds_b, shape, cond)
+        size, prediction = self.config.unet.image_size, self.config.diffusion.prediction
+        height = width = size
+        if self.config.unet.low_res:
+            height, width = (self.config.upscale * n for n in cond["low_res"].shape[1:3])
+            cond = cond | cascade.sampling_condition(cond["low_res"], sampler.aug_level, seeds_b)
+        shape, denoise = (height, width, 3), self._denoiser(params)
+        return editing.draw(denoise, self.schedule, prediction, sampler, seeds_b, shape, cond)
 
 
 def build(
@@ -223,6 +239,6 @@ def load(workdir: Path, step: int | None = None) -> tuple[Experiment, Any]:
     here = {"mesh": sharding.MeshConfig(), "batch_size": jax.device_count(), "microbatches": 1}
     experiment = Experiment(dataclasses.replace(config, **here))
     checkpoints = Checkpoints(workdir)
-    state, _ = checkpoints.restore(experiment.abstract_state, config.identity, step)
+    ema = checkpoints.restore_ema(experiment.abstract_state.ema, config.identity, step)
     checkpoints.close()
-    return experiment, state.ema
+    return experiment, ema

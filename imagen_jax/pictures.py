@@ -18,19 +18,21 @@ def grid(images: np.ndarray, captions: list[str], columns: int = 4, side: int = 
     Args:
       images: uint8 [N, H, W, 3].
       captions: N strings, wrapped to the width of a cell.
-      side: pixels an image takes on the sheet; enlarged without smoothing, to show real pixels.
+      side: height of an image on the sheet; enlarged without smoothing, to show real pixels.
     """
     font = ImageFont.load_default(11)
     pad, line = 8, 14
-    wrapped = [textwrap.wrap(c, max(10, side // 6))[:6] for c in captions]
+    width = side * images.shape[2] // images.shape[1]
+    wrapped = [textwrap.wrap(c, max(10, width // 6))[:6] for c in captions]
     height = side + pad + line * max((len(w) for w in wrapped), default=0)
     rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + pad) + pad, rows * (height + pad) + pad), "white")
+    size = columns * (width + pad) + pad, rows * (height + pad) + pad
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
-        x, y = pad + (i % columns) * (side + pad), pad + (i // columns) * (height + pad)
+        x, y = pad + (i % columns) * (width + pad), pad + (i // columns) * (height + pad)
         method = Image.Resampling.NEAREST if image.shape[0] <= side else Image.Resampling.LANCZOS
-        sheet.paste(Image.fromarray(image).resize((side, side), method), (x, y))
+        sheet.paste(Image.fromarray(image).resize((width, side), method), (x, y))
         for j, text in enumerate(lines):
             draw.text((x, y + side + 2 + j * line), text, fill="black", font=font)
     return sheet

@@ -16,13 +16,16 @@ from ml_dtypes import bfloat16
 from imagen_jax import diffusion, optim, sharding
 from imagen_jax.checkpoint import CheckpointConfig
 from imagen_jax.config import require, typed
+from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.network import POOLING, SEQUENCE
 from imagen_jax.models.unet import UNetConfig
 from imagen_jax.sampling import SamplerConfig
 
+UNETS = {"unet": UNetConfig, "efficient_unet": EfficientUNetConfig}
+
 # Of the U-Net's config: what may differ between a checkpoint and the run that reads it, and what
 # stands in the section `text`.
-NOT_WEIGHTS = ("dtype", "dropout", "text_dim", "pooling", "sequence")
+NOT_WEIGHTS = ("dtype", "dropout", "scan_blocks", "text_dim", "pooling", "sequence")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,8 @@ class DataConfig:
       sample_split: its first captions are drawn during training.
       build: draw the embedded dataset if it is not there yet (scenes tasks only).
       num_train: how many scenes to draw then.
+      image_size: side to which images are brought, of which training sees random crops of
+        model.image_size pixels; 0 is model.image_size, no crop (section 2.5: 1024 and 256).
     """
 
     task: str
@@ -111,6 +116,7 @@ class DataConfig:
     sample_split: str = "validation"
     build: bool = False
     num_train: int = 20_000
+    image_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,17 +151,36 @@ class Config:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 up to, not including, 1")
 
     @functools.cached_property
-    def unet(self) -> UNetConfig:
+    def unet(self) -> UNetConfig | EfficientUNetConfig:
         """The section `model`, together with what it must know of the text."""
-        text = self.text
+        values = {"name": "unet", **self.model}
+        name, text = values.pop("name"), self.text
+        require(name in UNETS, "model.name", name, ", ".join(UNETS))
         return typed(
-            UNetConfig,
-            self.model,
+            UNETS[name],
+            values,
             "model.",
             text_dim=text.dim,
             pooling=text.pooling,
             sequence=text.sequence,
         )
+
+    @functools.cached_property
+    def full_size(self) -> int:
+        """Side of the images that crops are taken from, pixels."""
+        return self.data.image_size or self.unet.image_size
+
+    @property
+    def upscale(self) -> int:
+        """By how much a super-resolution stage enlarges its low-resolution input; 1 for a base."""
+        return self.unet.image_size // (self.unet.low_res or self.unet.image_size)
+
+    def check_crop(self) -> None:
+        """Raises UserError unless crops of the images can be taken, aligned to low-res pixels."""
+        size, crop = self.data.image_size, self.unet.image_size
+        allowed = f"0, or model.image_size={crop} or more in steps of {self.upscale}"
+        fits = size == 0 or (size >= crop and size % self.upscale == 0)
+        require(fits, "data.image_size", size, allowed)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -164,10 +189,11 @@ class Config:
         names = {
             "text": ("encoder", "dim", "pooling", "sequence"),
             "diffusion": ("schedule", "prediction"),
-            "model": [f.name for f in dataclasses.fields(UNetConfig) if f.name not in NOT_WEIGHTS],
+            "model": [f.name for f in dataclasses.fields(self.unet) if f.name not in NOT_WEIGHTS],
         }
         return {f"{s}.{n}": getattr(parts[s], n) for s in parts for n in names[s]} | {
-            "optimizer.name": self.optimizer.name
+            "model.name": self.model.get("name", "unet"),
+            "optimizer.name": self.optimizer.name,
         }
 
 
@@ -179,5 +205,5 @@ def parse(config: Mapping[str, Any]) -> Config:
     """
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     parsed = typed(Config, values)
-    parsed.unet  # noqa: B018 - a bad model key must fail here, not at the first step
+    parsed.check_crop()  # with it, model.*: a bad key must fail here, not at the first step
     return parsed

@@ -90,6 +90,9 @@ class SamplerConfig:
       guidance_batched: both passes in one batch, or one after another in half the memory.
       threshold: of x_hat, a key of THRESHOLDS.
       threshold_percentile: of |x_hat|, for the dynamic threshold.
+      aug_level: noise on the image that a super-resolution stage enlarges, 0 to 1.
+      strength: how much of an image to start from may change, above 0 to 1.
+      resample: how often each step is taken where only a part is painted anew.
     """
 
     name: str = "ddim"
@@ -103,6 +106,9 @@ class SamplerConfig:
     guidance_batched: bool = True
     threshold: str = "dynamic"
     threshold_percentile: float = 99.5
+    aug_level: float = 0.1
+    strength: float = 1.0
+    resample: int = 1
 
     def __post_init__(self):
         lookup(SOLVERS, "sampling.name", self.name)
@@ -118,6 +124,9 @@ class SamplerConfig:
             ("guidance_interval", ordered, "(low, high) with low < high, or None"),
             ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "[0, 1]"),
             ("threshold_percentile", 0 < self.threshold_percentile <= 100, "(0, 100]"),
+            ("aug_level", 0 <= self.aug_level <= 1, "[0, 1]"),
+            ("strength", 0 < self.strength <= 1, "(0, 1]"),
+            ("resample", self.resample >= 1, "1 or more"),
         )
         for key, ok, allowed in checks:
             require(ok, f"sampling.{key}", getattr(self, key), allowed)
@@ -140,7 +149,12 @@ def seed_keys(seeds_b: jax.Array, stream: int = 0) -> jax.Array:
 
 def draw_noise(keys_b: jax.Array, shape: tuple[int, ...], i: jax.Array) -> jax.Array:
     """The i-th standard normal noise of each key, float32 [B, *shape]."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys_b)
+
+    def normal(key):
+        # Of its size, too: else a cascade's stages would share the first of their noise.
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), shape[0]), shape)
+
+    return jax.vmap(normal)(keys_b)
 
 
 def integrate(

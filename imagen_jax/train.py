@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from imagen_jax import cli, distributed, experiment, pictures, sharding
+from imagen_jax import cascade, cli, distributed, experiment, pictures, sharding
 from imagen_jax import config as config_files
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import log
@@ -201,6 +201,7 @@ class Actions:
             if config.eval_every and config.eval_batches
             else []
         )
+        self._sample_batch = cascade.batch_size(config.unet.image_size)
         self._prompts = (
             data.examples(config, config.data.sample_split, config.num_samples)
             if config.sample_every
@@ -235,10 +236,20 @@ class Actions:
         log.info("step %d  eval loss %.4f", step, loss)
 
     def sample(self, step: int, state: Any) -> None:
-        """A grid drawn with the EMA weights, always from the same prompts and seeds."""
+        """A grid drawn with the EMA weights, always from the same prompts and seeds.
+
+        One of super-resolution shows what it was given, what it drew, and the true image.
+        """
         seeds = np.arange(len(self._prompts), dtype=np.uint32)
         cond = {k: np.stack([p[k] for p in self._prompts]) for k in ("text", "text_mask")}
-        images = self._built.draw(state.ema, seeds, cond)
+        if size := self._built.config.unet.low_res:
+            true = np.stack([p["image"] for p in self._prompts])
+            cond["low_res"] = cascade.shrink_pixels(true, size)
+        images = self._built.draw(state.ema, seeds, cond, batch_size=self._sample_batch)
+        if size:
+            given = cond["low_res"].repeat(self._built.config.upscale, 1)
+            given = given.repeat(self._built.config.upscale, 2)
+            images = np.concatenate([given, images, true], axis=2)
         if jax.process_index() == 0:
             sheet = pictures.grid(images, [p["caption"] for p in self._prompts])
             path = self._workdir / "samples" / f"step_{step:08d}.png"
@@ -262,8 +273,8 @@ def check_fits(built, available: float) -> None:
     """
     weights = sharding.bytes_per_device(built.abstract_state.params)
     config = built.config
-    pixels = config.unet.resolutions[0] ** 2 * config.batch_size
-    block = pixels * config.unet.embed_dim * jnp.dtype(config.unet.dtype).itemsize
+    side, channels = config.unet.first_level
+    block = config.batch_size * side**2 * channels * jnp.dtype(config.unet.dtype).itemsize
     activations = 2 * block / (built.batch_ways * config.microbatches)
     # Gradients are as large as the weights.
     needed = built.state_bytes_per_device + weights + activations

@@ -52,6 +52,26 @@ def shrink(config):
     return config
 
 
+def shrink_sr(config):
+    """The same for a super-resolution config: 32x32 to 64x64."""
+    config.batch_size = 8
+    config.num_steps = 100
+    config.num_samples = 4
+    config.optimizer.warmup_steps = 1
+    config.data.image_size = 64
+    config.model.image_size = 64
+    config.model.low_res = 32
+    config.model.widths = (8, 16)
+    config.model.num_res_blocks = (1, 2)
+    config.model.cond_width = 16
+    config.model.num_heads = 2
+    config.model.dtype = "float32"
+    config.text.dim = 8
+    config.text.max_tokens = 6
+    config.sampling.num_steps = 2
+    return config
+
+
 @pytest.fixture
 def tiny_config():
     return shrink(load_config("demo"))

@@ -86,6 +86,11 @@ class EfficientUNetConfig(NetworkConfig):
     def emb_width(self) -> int:
         return self.cond_width or 4 * self.widths[0]
 
+    @property
+    def first_level(self) -> tuple[int, int]:
+        """Height (and width) of the largest activations of blocks, and their channels."""
+        return self.image_size // 2, self.widths[0]
+
     def __post_init__(self):
         """Raises UserError for a value out of range, or values that do not fit together."""
         super().__post_init__()

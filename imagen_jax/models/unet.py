@@ -68,6 +68,11 @@ class UNetConfig(NetworkConfig):
         return self.cond_width or 4 * self.embed_dim
 
     @property
+    def first_level(self) -> tuple[int, int]:
+        """Height (and width) of the largest activations, and their channels."""
+        return self.resolutions[0], self.widths[0]
+
+    @property
     def resolutions(self) -> tuple[int, ...]:
         finest = self.image_size // self.patch_size
         return tuple(finest >> level for level in range(len(self.channel_mult)))
