@@ -69,7 +69,8 @@ class EfficientUNetConfig(NetworkConfig):
         queries, keys and values are twice as wide as the level. Also of the text pooling.
       self_attention: pixels attend to pixels as well as to text; without, to text alone (sr1024).
       scan_blocks: the equal blocks of a level are compiled once and looped over, so that compiling
-        takes no longer with more of them; without, they are unrolled, with the same parameters.
+        takes no longer with more of them; without, they are unrolled, with the same parameters. On
+        a CPU, where XLA is slow at the gradient of a convolution inside a loop, turn it off.
     """
 
     image_size: int = 256
