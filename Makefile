@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/demo
 
-.PHONY: help setup demo test test-slow test-parity lint
+.PHONY: help setup demo demo-cascade test test-slow test-parity lint
 
 help:
 	@echo "make demo         set up, train the demo on the embedded data, draw held-out captions"
+	@echo "make demo-cascade after it, train super-resolution and draw both stages"
 	@echo "make test         set up and run the default tests (PYTHON=python3.12 for another Python)"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make test-parity  comparisons with torch libraries (installs the parity extra)"
@@ -34,6 +35,12 @@ $(VENV)/.installed-parity: $(VENV)/.installed-test
 demo: setup
 	$(BIN)/python -m imagen_jax.train --config=configs/demo.py --workdir=$(RUN)
 	$(BIN)/python -m imagen_jax.evaluate --workdir=$(RUN)
+
+# The demo's pictures enlarged: a cascade of two stages.
+demo-cascade: demo
+	$(BIN)/python -m imagen_jax.train --config=configs/demo_sr.py --workdir=$(RUN)_sr
+	$(BIN)/python -m imagen_jax.sample --workdir=$(RUN),$(RUN)_sr --out=$(RUN)_sr/cascade \
+	    --all_stages --prompts="a red circle;a blue square on a white background;three green stars"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/parity

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.model.image_size = 32
     config.model.patch_size = 4  # puts the work at 8x8, where a CPU is fast; 1 in the paper
     config.model.embed_dim = 64
+    config.model.cond_width = 128  # 4 x embed_dim in the paper; then text is half of the work
     config.model.channel_mult = (1, 2)
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = (8, 4)

@@ -4,6 +4,8 @@
 
 The text, all of it there without a download:
 - captions of the scenes grammar, its training split only, so no held-out combination is seen;
+- the same followed by what they claim, spelled out, which is the span to be predicted: the encoder
+  has to keep which color, shape, number and place belongs to what, whatever the wording;
 - docstrings of the Python standard library and the topics of its `help()` (PSF license);
 - names of Unicode symbols, in lower case: "smiling face with sunglasses" (Unicode license).
 
@@ -23,6 +25,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +38,7 @@ from flax import nnx
 from imagen_jax import cli
 from imagen_jax.errors import UserError
 from imagen_jax.text.hf_format import save_t5
-from imagen_jax.text.pretraining import SpanPredictor, corrupt_spans, span_loss
+from imagen_jax.text.pretraining import SpanPredictor, corrupt_spans, span_loss, take_ending
 from imagen_jax.text.t5 import PRESETS
 from imagen_jax.text.tokenizer import PAD_ID, ByteTokenizer
 
@@ -46,18 +49,31 @@ BUCKET = 64  # inputs are padded to a multiple of this
 BATCH_TOKENS = 2048
 WARMUP_STEPS = 200
 HELDOUT_BATCHES = 8
-MIXTURE = {"captions": 0.6, "docstrings": 0.3, "symbol names": 0.1}
+MIXTURE = {"spelled-out captions": 0.5, "captions": 0.2, "docstrings": 0.2, "symbol names": 0.1}
+MAX_ENDING = 96  # tokens of a spelled-out caption's claims, with sentinel and end
+_ENCODE = ByteTokenizer().encode
 SYMBOLS = (range(0x2190, 0x2C00), range(0x1F000, 0x1FB00))
 
 
-def caption_texts(number: int, rng: np.random.Generator) -> list[str]:
-    """Distinct captions of `number` training scenes."""
+class Text(NamedTuple):
+    """A text, and the ending to be predicted from it; "" where random spans are."""
+
+    text: str
+    ending: str = ""
+
+
+def caption_texts(number: int, rng: np.random.Generator) -> tuple[list[Text], list[Text]]:
+    """Distinct captions of `number` training scenes: alone, and with their claims as ending."""
+    from data_pipelines.scenes.claims import spelled_out
     from data_pipelines.scenes.grammar import sample_scene
 
-    return list(dict.fromkeys(sample_scene(rng, "train").caption for _ in range(number)))
+    scenes = [sample_scene(rng, "train") for _ in range(number)]
+    claims = {scene.caption: spelled_out(scene.claims) for scene in scenes}
+    fitting = [Text(c, e) for c, e in claims.items() if len(e.encode()) <= MAX_ENDING - 2]
+    return [Text(caption) for caption in claims], fitting
 
 
-def docstring_texts() -> list[str]:
+def docstring_texts() -> list[Text]:
     """Distinct pieces of the standard library's docstrings and help topics, MAX_BYTES at most."""
     from pydoc_data.topics import topics
 
@@ -70,7 +86,7 @@ def docstring_texts() -> list[str]:
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
         documents += [ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, kinds)]
     pieces = (p for text in documents for p in _pieces(text))
-    return list(dict.fromkeys(pieces))
+    return [Text(piece) for piece in dict.fromkeys(pieces)]
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -89,53 +105,56 @@ def _pieces(text: str) -> Iterator[str]:
                 yield piece
 
 
-def symbol_texts() -> list[str]:
+def symbol_texts() -> list[Text]:
     """The names of Unicode's arrows, shapes, pictographs and emoji, in lower case."""
     names = (unicodedata.name(chr(c), "").lower() for block in SYMBOLS for c in block)
-    return [name for name in names if name]
+    return [Text(name) for name in names if name]
 
 
 class Corpus:
-    """Token ids of every source's texts, split into training and held-out, in buckets of length."""
+    """Every source's texts, split into training and held-out; batches are of one length each."""
 
-    def __init__(self, sources: dict[str, list[str]], seed: int):
+    def __init__(self, sources: dict[str, list[Text]], seed: int):
         rng = np.random.default_rng(seed)
-        encode = ByteTokenizer().encode
-        self.train: dict[str, list[np.ndarray]] = {}
-        self.heldout: dict[str, list[np.ndarray]] = {}
+        self.train: dict[str, list[Text]] = {}
+        self.heldout: dict[str, list[Text]] = {}
         for name, texts in sources.items():
-            ids = [np.array(encode(texts[i])[:-1], np.int32) for i in rng.permutation(len(texts))]
-            cut = max(1, len(ids) // 50)
-            self.heldout[name], self.train[name] = ids[:cut], ids[cut:]
+            shuffled = [texts[i] for i in rng.permutation(len(texts))]
+            cut = max(1, len(texts) // 50)
+            self.heldout[name], self.train[name] = shuffled[:cut], shuffled[cut:]
 
     def batches(
-        self, parts: dict[str, list[np.ndarray]], rng: np.random.Generator
+        self, parts: dict[str, list[Text]], rng: np.random.Generator
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Endless (inputs, targets): sources by MIXTURE, each batch of texts about equally long."""
         names = [name for name in MIXTURE if name in parts]
         shares = np.array([MIXTURE[name] for name in names])
-        waiting: dict[int, list[np.ndarray]] = {}
+        waiting: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
         while True:
             texts = parts[names[rng.choice(len(names), p=shares / shares.sum())]]
-            ids = texts[rng.integers(len(texts))]
-            length = -(-(len(ids) + 1) // BUCKET) * BUCKET
-            rows = waiting.setdefault(length, [])
-            rows.append(ids)
+            text = texts[rng.integers(len(texts))]
+            pair = _corrupted(text, rng)
+            length = -(-len(pair[0]) // BUCKET) * BUCKET
+            shape = (length, MAX_ENDING if text.ending else length // 4)
+            rows = waiting.setdefault(shape, [])
+            rows.append(pair)
             if len(rows) == BATCH_TOKENS // length:
-                yield _corrupted(waiting.pop(length), length, rng)
+                yield tuple(map(_padded, zip(*waiting.pop(shape), strict=True), shape))
 
 
-def _corrupted(
-    rows: list[np.ndarray], length: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _corrupted(text: Text, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     vocab_size = PRESETS[MODEL].vocab_size
-    inputs = np.full((len(rows), length), PAD_ID, np.int32)
-    targets = np.full((len(rows), length // 4), PAD_ID, np.int32)
-    for row, ids in enumerate(rows):
-        left, taken = corrupt_spans(ids, vocab_size, rng)
-        inputs[row, : len(left)] = left
-        targets[row, : len(taken)] = taken
-    return inputs, targets
+    ids, ending = (np.array(_ENCODE(part)[:-1], np.int32) for part in text)
+    if text.ending:
+        return take_ending(np.concatenate([ids, ending]), len(ids), vocab_size)
+    return corrupt_spans(ids, vocab_size, rng)
+
+
+def _padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+    out = np.full((len(rows), length), PAD_ID, np.int32)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids
+    return out
 
 
 def train(
@@ -218,8 +237,11 @@ def main(argv: Sequence[str]) -> None:
     out = Path(flags.FLAGS.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; it must be a folder, or not be there yet")
+    rng = np.random.default_rng(flags.FLAGS.seed)
+    captions, spelled_out = caption_texts(flags.FLAGS.captions, rng)
     sources = {
-        "captions": caption_texts(flags.FLAGS.captions, np.random.default_rng(flags.FLAGS.seed)),
+        "captions": captions,
+        "spelled-out captions": spelled_out,
         "docstrings": docstring_texts(),
         "symbol names": symbol_texts(),
     }

@@ -11,6 +11,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from imagen_jax.files import replacing
 
+MOST_ON_A_SHEET = 64
+
 
 def grid(images: np.ndarray, captions: list[str], columns: int = 4, side: int = 128) -> Image.Image:
     """A sheet of images with their captions beneath.

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from data_pipelines.pretrain_text import docstring_texts, symbol_texts
+from data_pipelines.scenes.claims import spelled_out
 from imagen_jax.text import load_encoder
-from imagen_jax.text.pretraining import SpanPredictor, corrupt_spans, span_loss
+from imagen_jax.text.pretraining import SpanPredictor, corrupt_spans, span_loss, take_ending
 from imagen_jax.text.t5 import PRESETS, T5Config
 from imagen_jax.text.tokenizer import EOS_ID
 
@@ -42,6 +43,28 @@ def test_inputs_and_targets_hold_the_whole_text(length):
         sentinels = inputs[inputs >= 259]
         assert sentinels.tolist() == list(range(VOCAB - 1, VOCAB - 1 - len(sentinels), -1))
         assert (targets < 259).sum() - 1 == max(1, round(0.15 * length))
+
+
+def test_an_ending_is_one_span():
+    ids = np.arange(3, 23).astype(np.int32)
+    inputs, targets = take_ending(ids, 12, VOCAB)
+    assert inputs.tolist() == [*range(3, 15), VOCAB - 1, EOS_ID]
+    assert targets.tolist() == [VOCAB - 1, *range(15, 23), EOS_ID]
+    assert restored(inputs, targets) == ids.tolist()
+
+
+def test_claims_are_spelled_out():
+    claims = [
+        {"kind": "object", "object": {"shape": "circle", "color": "red"}},
+        {"kind": "size", "object": {"shape": "circle", "color": "red"}, "size": "large"},
+        {"kind": "count", "object": {"shape": "star"}, "count": 2},
+        {"kind": "relation", "a": {"shape": "star"}, "b": {"word": "CAT"}, "relation": "above"},
+        {"kind": "word", "word": "CAT", "color": "blue"},
+        {"kind": "background", "color": "navy"},
+    ]
+    assert spelled_out(claims) == (
+        'red circle; large circle; 2 stars; star above "CAT"; blue "CAT"; navy background'
+    )
 
 
 def test_every_position_is_taken_equally_often():
@@ -78,7 +101,7 @@ def test_the_model_that_is_trained_has_at_most_two_million_parameters():
 def test_the_texts_at_hand_are_plenty_distinct_and_short():
     for texts, at_least in ((docstring_texts(), 10_000), (symbol_texts(), 3_000)):
         assert len(set(texts)) == len(texts) > at_least
-        assert max(len(text.encode()) for text in texts) <= 180
+        assert max(len(text.text.encode()) for text in texts) <= 180
 
 
 def pretrain(*args: str) -> subprocess.CompletedProcess:

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from conftest import ROOT, load_config, shrink
 from PIL import Image
@@ -178,19 +177,3 @@ def test_help_explains():
     assert "--workdir" in done.stdout and "Run the same command again" in " ".join(
         done.stdout.split()
     )
-
-
-def test_samples_are_images_of_the_prompts(finished, tmp_path):
-    from imagen_jax import sample
-
-    built, params = experiment.load(finished)
-    assert built.config.batch_size == len(built.mesh.devices.ravel())
-    text = {
-        "text": np.zeros((2, 6, 8), np.float32),
-        "text_mask": np.ones((2, 6), bool),
-    }
-    images = built.draw(params, np.arange(2, dtype=np.uint32), text)
-    sample.write(tmp_path, images, ["a", "b"], np.arange(2), {"name": "ddim"}, columns=2)
-    first = Image.open(tmp_path / "00000.png")
-    assert first.info["prompt"] == "a" and first.info["seed"] == "0"
-    np.testing.assert_array_equal(np.asarray(first), images[0])

@@ -1,7 +1,8 @@
 """How a byte-level encoder learns from text alone: T5's span corruption, with a small decoder.
 
 Sources: arXiv:1910.10683, section 3.1.4 (the objective); arXiv:2105.13626 (ByT5: bytes, mean span
-20, sentinels within the vocabulary). The decoder exists for this objective only; no file keeps it.
+20, sentinels within the vocabulary); arXiv:2205.05131 (UL2: a text's ending as its one span). The
+decoder exists for this objective only; no file keeps it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,17 @@ def corrupt_spans(
     inputs[starts] = sentinels
     targets = np.insert(ids, starts, sentinels)[np.insert(taken, starts, True)]
     return np.append(inputs[~taken | first], EOS_ID), np.append(targets, EOS_ID)
+
+
+def take_ending(ids: np.ndarray, start: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `corrupt_spans`, but the one span is all from `start` on: the text is to be continued.
+
+    Source: the sequential denoiser of UL2 (arXiv:2205.05131, section 3.1.2).
+    """
+    sentinel = vocab_size - 1
+    return np.append(ids[:start], [sentinel, EOS_ID]), np.concatenate(
+        [[sentinel], ids[start:], [EOS_ID]]
+    )
 
 
 def _noise_mask(length: int, rng: np.random.Generator) -> np.ndarray:

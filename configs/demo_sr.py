@@ -1,0 +1,65 @@
+"""Super-resolution for the demo: 32x32 -> 64x64 by a small Efficient U-Net, on the same scenes.
+
+The recipe is configs/sr256.py made small. With the base model of configs/demo.py it is a cascade
+of two stages:
+
+    python -m imagen_jax.train --config=configs/demo.py --workdir=runs/demo
+    python -m imagen_jax.train --config=configs/demo_sr.py --workdir=runs/demo_sr
+    python -m imagen_jax.sample --workdir=runs/demo,runs/demo_sr --prompts="a red circle"
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.num_steps = 1200
+    config.batch_size = 16
+    config.log_every = 50
+    config.eval_every = 400
+    config.eval_batches = 4
+    config.sample_every = 400
+    config.num_samples = 8
+    config.checkpoint_every = 600
+    config.ema_decay = 0.99
+
+    config.data = ConfigDict()
+    config.data.task = "scenes_64"
+    config.data.build = True
+    config.data.num_train = 6000
+    config.data.sample_split = "heldout"
+
+    config.model = ConfigDict()
+    config.model.name = "efficient_unet"
+    config.model.image_size = 64
+    config.model.low_res = 32
+    config.model.widths = (32, 64)
+    config.model.num_res_blocks = (1, 2)
+    config.model.skip = "concat"
+    config.model.cond_width = 64
+    config.model.num_heads = 4
+    config.model.scan_blocks = False  # a CPU convolves more slowly inside a loop
+    config.model.dtype = "float32"
+
+    config.text = ConfigDict()
+    config.text.encoder = "byte-tiny"
+    config.text.dim = 128
+    config.text.max_tokens = 128
+
+    config.diffusion = ConfigDict()
+    config.diffusion.prediction = "v"  # little is left to draw: eps would be all noise
+    config.diffusion.weighting = "v"
+    config.diffusion.low_discrepancy = True
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.grad_clip = 1.0
+
+    config.sampling = ConfigDict()
+    config.sampling.num_steps = 16
+    config.sampling.guidance_weight = 1.0
+    config.sampling.aug_level = 0.1
+    return config
