@@ -38,7 +38,13 @@ from flax import nnx
 from imagen_jax import cli
 from imagen_jax.errors import UserError
 from imagen_jax.text.hf_format import save_t5
-from imagen_jax.text.pretraining import SpanPredictor, corrupt_spans, span_loss, take_ending
+from imagen_jax.text.pretraining import (
+    SpanPredictor,
+    corrupt_spans,
+    span_loss,
+    take_ending,
+    unit_scale,
+)
 from imagen_jax.text.t5 import PRESETS
 from imagen_jax.text.tokenizer import PAD_ID, ByteTokenizer
 
@@ -191,7 +197,10 @@ def train(
         batches = corpus.batches({name: texts}, np.random.default_rng(seed + 2))
         measured = [loss_fn(params, *next(batches)) for _ in range(HELDOUT_BATCHES)]
         losses[name] = round(float(jnp.mean(jnp.stack(measured))), 4)
-    return nnx.merge(graphdef, params), losses
+    model = nnx.merge(graphdef, params)
+    samples = [text.text for texts in corpus.heldout.values() for text in texts[:200]]
+    unit_scale(model.encoder, [np.array(_ENCODE(text), np.int32) for text in samples])
+    return model, losses
 
 
 class _Progress:

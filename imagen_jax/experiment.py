@@ -21,13 +21,17 @@ from imagen_jax import cascade, diffusion, editing, optim, sharding
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.errors import UserError
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
-from imagen_jax.models.functional import functional
+from imagen_jax.models.functional import Functional, functional
 from imagen_jax.models.unet import UNet, UNetConfig
 from imagen_jax.run_config import Config, parse
 from imagen_jax.sampling import SamplerConfig
 from imagen_jax.train_step import TrainState, init_state, train_step
 
 NETWORKS = {UNetConfig: UNet, EfficientUNetConfig: EfficientUNet}
+
+
+def _network(config: UNetConfig | EfficientUNetConfig) -> Functional:
+    return functional(lambda rngs: NETWORKS[type(config)](config, rngs=rngs))
 
 
 class Experiment:
@@ -48,8 +52,7 @@ class Experiment:
         sharding.check_batch(self.mesh, config.batch_size, config.microbatches)
         self.schedule = diffusion.Schedule(config.diffusion.schedule)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
-        network = NETWORKS[type(config.unet)]
-        self._network = functional(lambda rngs: network(config.unet, rngs=rngs))
+        self._network = _network(config.unet)
         self._run_block = sharding.block_runner(self.mesh, config.mesh.remat)
 
         shapes = jax.eval_shape(self._init)
@@ -109,11 +112,14 @@ class Experiment:
 
         The backward pass costs twice the forward; recomputation is not counted.
         """
-        c = self.config
+        c, unet = self.config, self.config.unet
+        if isinstance(unet, EfficientUNetConfig):
+            unet = dataclasses.replace(unet, scan_blocks=False)  # XLA counts a loop's body once
+        network = _network(unet)
 
         def forward(params, batch):
             z, cond = self._inputs(batch, jax.random.key(0))
-            return self._network.apply(params, z, jnp.zeros(z.shape[0]), cond)
+            return network.apply(params, z, jnp.zeros(z.shape[0]), cond)
 
         batch = {
             k: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)

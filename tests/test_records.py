@@ -98,7 +98,10 @@ def test_a_record_comes_back_as_it_was(data_dir):
     dataset = task.get_dataset(split="validation", shuffle=False, try_in_mem_cache=False)
     rows = list(dataset.as_numpy_iterator())
     assert [row["id"] for row in rows] == [b"n%d" % i for i in range(7)]
-    assert rows[3].keys() == {"id", "image", "caption", "category", "scene", "text_embeddings"}
+    assert rows[3].keys() == {"id", "image", "caption", "category", "scene", "text_embeddings"} | {
+        "position"
+    }
+    assert [row["position"] for row in rows] == list(range(7))
     assert rows[3]["caption"] == b"number 3"
     np.testing.assert_array_equal(rows[3]["image"], np.full((8, 9, 3), [3, 0, 7], np.uint8))
     embeddings = rows[3]["text_embeddings"]

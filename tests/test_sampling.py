@@ -93,8 +93,8 @@ def test_the_step_uses_the_thresholded_x_hat(threshold):
     config = SamplerConfig("ddim", num_steps=2, threshold=threshold)
     schedule = Schedule(log_snr_min=-6.0, log_snr_max=6.0)
     x = run(lambda z, *_: 2.0 * z, config, [4], null_cond(1), schedule, "x")
-    key = jax.random.fold_in(jax.random.key(4, impl="threefry2x32"), 0)
-    z = jax.random.normal(key, SHAPE)[None]
+    keys_b = sampling.seed_keys(np.array([4], np.uint32))
+    z = sampling.draw_noise(keys_b, SHAPE, 0)
     for log_snr_t, log_snr_s in [(-6.0, 0.0), (0.0, 6.0)]:
         x_hat = sampling.THRESHOLDS[threshold](2.0 * z, 99.5)
         z = solvers.ddim(z, x_hat, log_snr_t, log_snr_s)
