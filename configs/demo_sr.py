@@ -14,20 +14,20 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 1200
+    config.num_steps = 500
     config.batch_size = 16
     config.log_every = 50
-    config.eval_every = 400
+    config.eval_every = 250
     config.eval_batches = 4
-    config.sample_every = 400
+    config.sample_every = 250
     config.num_samples = 8
-    config.checkpoint_every = 600
+    config.checkpoint_every = 250
     config.ema_decay = 0.99
 
     config.data = ConfigDict()
     config.data.task = "scenes_64"
     config.data.build = True
-    config.data.num_train = 6000
+    config.data.num_train = 5000
     config.data.sample_split = "heldout"
 
     config.model = ConfigDict()

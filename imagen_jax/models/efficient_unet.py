@@ -183,7 +183,14 @@ class Blocks(nnx.Module):
             return h, None if self.decodes else h
 
         each = (jnp.arange(self.count), stacked, skips_nbhwc)
-        return jax.lax.scan(step, h_bhwc, each, reverse=self.decodes, unroll=self.unroll)
+        if not self.unroll:
+            return jax.lax.scan(step, h_bhwc, each, reverse=self.decodes)
+        # Not scan's own unrolling, which leaves a loop around a single block.
+        h, outputs = h_bhwc, []
+        for i in reversed(range(self.count)) if self.decodes else range(self.count):
+            h, output = step(h, jax.tree.map(lambda x, i=i: x[i], each))
+            outputs.append(output)
+        return h, None if self.decodes else jnp.stack(outputs)
 
 
 class CombineEmbs(nnx.Module):
