@@ -16,8 +16,9 @@ stages draw another prompt than the base (with --aug_level of about 0.3).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from imagen_jax import cascade, cli, experiment, pictures, prompts
 from imagen_jax.errors import UserError
 from imagen_jax.files import replacing
-from imagen_jax.text import load_encoder
+from imagen_jax.text import TextEncoder, load_encoder
 
 FLAGS = flags.FLAGS
 
@@ -93,7 +94,8 @@ def main(argv: Sequence[str]) -> None:
     stages = [load_stage(i, Path(w).absolute()) for i, w in enumerate(FLAGS.workdir)]
     given = read_given(stages)
     cascade.check_order(stages, stages[0].low_res if "low_res" in given else None)
-    conds = [condition(stage, requests) for stage in stages]
+    load = functools.cache(load_encoder)  # stages usually share theirs, which may be large
+    conds = [condition(stage, requests, load) for stage in stages]
     draw(stages, requests, conds, given, Path(FLAGS.out))
 
 
@@ -170,14 +172,16 @@ def read_given(stages: list[cascade.Stage]) -> dict[str, np.ndarray]:
     return given
 
 
-def condition(stage: cascade.Stage, requests: list[Request]) -> dict[str, np.ndarray]:
+def condition(
+    stage: cascade.Stage, requests: list[Request], load: Callable[[str, int], TextEncoder]
+) -> dict[str, np.ndarray]:
     """What a stage is told of each request, on the host: text [N, T, D], text_mask [N, T], ...
 
     Raises:
       UserError: a prompt longer than config.text.max_tokens.
     """
     text = stage.built.config.text
-    encoder = load_encoder(text.encoder, text.max_tokens)
+    encoder = load(text.encoder, text.max_tokens)
 
     def encode(captions):
         return text.pad(encoder.encode(captions))

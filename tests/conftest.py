@@ -32,12 +32,20 @@ def load_config(name, argument=None):
     return module.get_config(argument) if argument else module.get_config()
 
 
-def shrink(config):
-    """A shipped config made so small that a step takes milliseconds; the recipe stays."""
+def _shrink_run(config):
     config.batch_size = 8
     config.num_steps = 100
     config.num_samples = 4
     config.optimizer.warmup_steps = 1
+    config.model.dtype = "float32"
+    config.text.dim = 8
+    config.text.max_tokens = 6
+    config.sampling.num_steps = 2
+    return config
+
+
+def shrink(config):
+    """A shipped config made so small that a step takes milliseconds; the recipe stays."""
     config.model.image_size = 32
     config.model.patch_size = 4
     config.model.embed_dim = 8
@@ -45,19 +53,11 @@ def shrink(config):
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = (4,)
     config.model.per_head_channels = 8
-    config.model.dtype = "float32"
-    config.text.dim = 8
-    config.text.max_tokens = 6
-    config.sampling.num_steps = 2
-    return config
+    return _shrink_run(config)
 
 
 def shrink_sr(config):
     """The same for a super-resolution config: 32x32 to 64x64."""
-    config.batch_size = 8
-    config.num_steps = 100
-    config.num_samples = 4
-    config.optimizer.warmup_steps = 1
     config.data.image_size = 64
     config.model.image_size = 64
     config.model.low_res = 32
@@ -65,11 +65,7 @@ def shrink_sr(config):
     config.model.num_res_blocks = (1, 2)
     config.model.cond_width = 16
     config.model.num_heads = 2
-    config.model.dtype = "float32"
-    config.text.dim = 8
-    config.text.max_tokens = 6
-    config.sampling.num_steps = 2
-    return config
+    return _shrink_run(config)
 
 
 @pytest.fixture
