@@ -43,6 +43,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
         "test": ["pytest>=8", "ruff>=0.14"],
+        # libtpu, TPUs' compiler, of the version that this JAX wants; it needs no TPU.
+        "plan": ["jax[tpu]>=0.10"],
         "parity": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.57"],
         # SeqIO's offline caching of tasks wants a fast CRC.
         "data": ["google-crc32c>=1.5"],
