@@ -1,0 +1,84 @@
+"""Names of slices give their shapes; what is none is refused with those that are."""
+
+import importlib.util
+
+import pytest
+
+from imagen_jax import topologies
+from imagen_jax.errors import UserError
+
+EVERY = [
+    f"{family}-{chips * chip.cores}"
+    for family, (chip, shapes) in topologies.FAMILIES.items()
+    for chips in shapes
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "chips", "hosts"),
+    [
+        ("v4-8", "2x2x1", 4, 1),
+        ("v4-512", "4x8x8", 256, 64),
+        ("v4-4096", "8x16x16", 2048, 512),
+        ("v5p-128", "4x4x4", 64, 16),
+        ("v5litepod-8", "2x4", 8, 1),
+        ("v5e-256", "16x16", 256, 64),
+        ("v6e-16", "4x4", 16, 4),
+        ("cpu", "1", 1, 1),
+        ("gpu", "1", 1, 1),
+    ],
+)
+def test_a_name_gives_its_shape(name, shape, chips, hosts):
+    found = topologies.lookup(name)
+    assert (found.shape, found.num_chips, found.num_hosts) == (shape, chips, hosts)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_shape_multiplies_to_its_chips(name):
+    found = topologies.lookup(name)
+    assert found.num_chips * found.chip.cores == int(name.rpartition("-")[2])
+    assert found.num_chips == 1 or found.links > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "links"), [("v4-8", 2), ("v4-64", 3), ("v4-512", 6), ("v5e-16", 2), ("v5e-256", 4)]
+)
+def test_a_torus_has_more_links_than_a_mesh(name, links):
+    found = topologies.lookup(name)
+    assert found.links == links
+    assert found.ici_bytes_per_s == links * 50e9
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("v4-500", "v4-512"),
+        ("v4-7", "v4-8"),
+        ("v9-8", "v5litepod-N"),
+        ("tpu", "v6e-N"),
+        ("", "cpu"),
+    ],
+)
+def test_an_unknown_name_is_told_what_there_is(name, allowed):
+    with pytest.raises(UserError, match=allowed) as e:
+        topologies.lookup(name)
+    assert repr(name) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_devices_without_the_compiler(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a)
+    )
+    with pytest.raises(UserError, match=r"libtpu.*\[plan\]"):
+        topologies.devices(topologies.lookup("v4-8"))
+    assert len(topologies.devices(topologies.lookup("gpu"))) == 1
+
+
+def test_devices_are_those_of_the_slice():
+    pytest.importorskip("libtpu")
+    for name in EVERY:
+        found = topologies.lookup(name)
+        devices = topologies.devices(found)
+        assert len(devices) == found.num_chips
+        assert len({d.process_index for d in devices}) == found.num_hosts
