@@ -25,6 +25,20 @@ Batch = dict[str, np.ndarray]
 TOO_SMALL = "an image is smaller than config.model.image_size (or config.data.image_size, if set)"
 
 
+def build(config: Config) -> None:
+    """Draws the scenes of `data.task`, if they are not there yet; for the key `data.build`.
+
+    Raises:
+      UserError: the task is not one of scenes, or others are there.
+    """
+    from data_pipelines.scenes import builder  # only a run that may have to draw needs it
+
+    text = config.text
+    builder.prepare(
+        config.data.task, config.data.dir, config.data.num_train, text.encoder, text.max_tokens
+    )
+
+
 def open_task(config: Config) -> seqio.Task:
     """The SeqIO task of `data.task`, after checking that its records fit the config.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
@@ -24,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from imagen_jax import cascade, cli, distributed, experiment, pictures, sharding
+from imagen_jax import cascade, cli, distributed, experiment, fits, pictures
 from imagen_jax import config as config_files
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import log
@@ -104,12 +102,13 @@ def train(config: Config, workdir: Path, stop: distributed.StopRequest) -> bool:
       Whether the run is now trained to `num_steps`.
     """
     built = experiment.build(config)
-    check_fits(built, device_memory())
+    fits.check_fits(built, fits.device_memory())
     # TensorFlow is most of a cold start; a bad config should fail before it is imported.
     with cli.quiet_imports():
         from imagen_jax import data, metrics
 
-    ensure_data(config)
+    if config.data.build and jax.process_index() == 0:
+        data.build(config)
     distributed.wait_for_all("data")
     data.open_task(config)
     make_workdir(workdir)
@@ -256,56 +255,6 @@ class Actions:
             pictures.save(sheet, path)
             self._logger.writer.write_images(step, {"samples": np.asarray(sheet)[None]})
             log.info("step %d  samples: %s", step, path)
-
-
-def device_memory() -> float:
-    """Bytes of one device's memory; a CPU's devices share the machine's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return stats.get("bytes_limit", physical / jax.local_device_count())
-
-
-def check_fits(built, available: float) -> None:
-    """Raises UserError, with the figures, if a device of `available` bytes cannot hold the run.
-
-    Counted is what every run needs at the least: weights, EMA, optimizer state, gradients, and the
-    input and output of one block at the first level.
-    """
-    weights = sharding.bytes_per_device(built.abstract_state.params)
-    config = built.config
-    side, channels = config.unet.first_level
-    block = config.batch_size * side**2 * channels * jnp.dtype(config.unet.dtype).itemsize
-    activations = 2 * block / (built.batch_ways * config.microbatches)
-    # Gradients are as large as the weights.
-    needed = built.state_bytes_per_device + weights + activations
-    if needed > available:
-        raise UserError(
-            f"{built.num_params / 1e9:.2f}B parameters at batch {config.batch_size} need at least "
-            f"{needed / 2**30:.1f} GiB a device; each of {jax.device_count()} device(s) here has "
-            f"{available / 2**30:.1f} GiB: raise config.mesh.fsdp on more devices, lower "
-            "config.batch_size, or try the recipe small with --config=configs/base64.py:tiny"
-        )
-
-
-def ensure_data(config: Config) -> None:
-    """Draws the embedded scenes if the config says so and they are not there yet."""
-    if not config.data.build or jax.process_index() != 0:
-        return
-    from data_pipelines import writing
-    from data_pipelines.scenes.builder import Scenes
-    from imagen_jax.text import load_encoder
-
-    data, text = config.data, config.text
-    if not data.task.startswith("scenes_"):
-        raise UserError(f"config.data.build is True; data.task={data.task} is not a scenes task")
-    builder = Scenes(
-        data_dir=data.dir,
-        resolution=int(data.task.removeprefix("scenes_")),
-        counts={"train": data.num_train, "validation": 500, "heldout": 500},
-        seed=0,
-        encoder=load_encoder(text.encoder, text.max_tokens),
-    )
-    writing.prepare(builder)
 
 
 def make_workdir(workdir: Path) -> None:

@@ -22,6 +22,7 @@ ALLOWED_SIBLINGS = {
     "metrics": {"train_step"},
     "data": {"run_config"},
     "distributed": {"rendezvous"},
+    "fits": {"sharding"},
     "report": {"pictures"},
     "models.efficient_unet": {"models.layers", "models.network"},
     "models.network": {"models.layers"},

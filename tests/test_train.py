@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, load_config, shrink
 from PIL import Image
 
-from imagen_jax import distributed, evaluate, experiment, run_config, train
+from imagen_jax import distributed, evaluate, experiment, fits, run_config, train
 from imagen_jax.errors import UserError
 
 
@@ -121,7 +121,7 @@ def test_sigterm_asks_to_stop():
 def test_too_large_a_model_is_one_line_with_figures_and_a_way_out():
     built = experiment.build(run_config.parse(load_config("base64")))
     with pytest.raises(UserError) as e:
-        train.check_fits(built, available=16 * 2**30)
+        fits.check_fits(built, available=16 * 2**30)
     message = str(e.value)
     assert "1.99B" in message and "16.0 GiB" in message and "configs/base64.py:tiny" in message
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_pipelines import records
+from data_pipelines import records, writing
 from data_pipelines.scenes.draw import render
 from data_pipelines.scenes.grammar import sample_scene
+from imagen_jax.errors import UserError
 
 RESOLUTIONS = (32, 64, 256, 1024)
 SPLITS = ("train", "validation", "heldout")
@@ -65,3 +66,29 @@ class Scenes(records.RecordsBuilder):
             encoder=encoder,
             settings={"seed": seed, **{f"num_{split}": n for split, n in counts.items()}},
         )
+
+
+def prepare(task: str, data_dir: str, num_train: int, encoder: str, max_tokens: int) -> None:
+    """Writes the scenes that a SeqIO task reads, or finds them already written.
+
+    Args:
+      task: scenes_ with one of RESOLUTIONS.
+      data_dir: the folder that holds datasets.
+      num_train: scenes of the train split; the others have 500 each.
+      encoder, max_tokens: as text.load_encoder takes them.
+
+    Raises:
+      UserError: the task is not one of scenes, or other scenes are there.
+    """
+    from imagen_jax.text import load_encoder  # imports JAX
+
+    if not task.startswith("scenes_"):
+        raise UserError(f"config.data.build is True; data.task={task} is not a scenes task")
+    builder = Scenes(
+        data_dir=data_dir,
+        resolution=int(task.removeprefix("scenes_")),
+        counts={"train": num_train, "validation": 500, "heldout": 500},
+        seed=0,
+        encoder=load_encoder(encoder, max_tokens),
+    )
+    writing.prepare(builder)
