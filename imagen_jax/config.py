@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,19 +16,24 @@ from typing import Any, TypeVar
 from imagen_jax.errors import UserError
 
 T = TypeVar("T")
+# Slices of TPUs as Cloud names them, "v4-512"; topologies.py knows which there are.
+TOPOLOGY = re.compile(r"v\d\w*-\d+|cpu|gpu")
 
 
 def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """What `get_config` of a config file returns, as nested dicts, with overrides applied.
 
     Args:
-      file: a path, and after a colon an argument for get_config: "configs/base64.py:tiny".
+      file: a path, and after a colon an argument for get_config, or the TPU slice that becomes
+        mesh.topology, or both: "configs/base64.py:tiny", ":v4-512", ":1b,v4-128".
       overrides: "model.embed_dim=64" each; the value is a Python literal, or else a string.
 
     Raises:
       UserError: no such file, an argument it does not take, or an override that is not key=value.
     """
-    path, _, argument = file.partition(":")
+    path, _, words = file.partition(":")
+    topology = [w for w in words.split(",") if TOPOLOGY.fullmatch(w)]
+    argument = ",".join(w for w in words.split(",") if w not in topology)
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"--config is {file!r}; no such config file (for example configs/demo.py)")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -37,7 +43,7 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
         values = (module.get_config(argument) if argument else module.get_config()).to_dict()
     except (TypeError, ValueError) as e:
         raise UserError(f"--config is {file!r}: {e}") from e
-    for override in overrides:
+    for override in (*(f"mesh.topology={t}" for t in topology), *overrides):
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")

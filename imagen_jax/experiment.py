@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, diffusion, editing, optim, sharding
+from imagen_jax import cascade, diffusion, editing, optim, sharding, topologies
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.errors import UserError
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
@@ -40,6 +40,7 @@ class Experiment:
     Attributes:
       config: the typed config.
       mesh: the device mesh.
+      microbatches: parts in which a batch is taken.
       abstract_state: TrainState of ShapeDtypeStructs that carry shardings.
       init: () -> TrainState on the devices; the state never lies on one of them whole.
       step: jitted (state, batch) -> (state, metrics); donates the state.
@@ -48,12 +49,27 @@ class Experiment:
 
     def __init__(self, config: Config, devices: list[jax.Device] | None = None):
         self.config = config
+        devices = jax.devices() if devices is None else devices
+        topology = topologies.lookup(config.mesh.topology) if config.mesh.topology else None
+        if topology and len(devices) != topology.num_chips:
+            raise UserError(
+                f"config.mesh.topology is {topology.name!r}, {topology.num_chips} chips; here are "
+                f"{len(devices)} device(s)"
+            )
         self.mesh = sharding.make_mesh(config.mesh, devices)
-        sharding.check_batch(self.mesh, config.batch_size, config.microbatches)
+        self.microbatches = config.microbatches or sharding.count_microbatches(
+            self.mesh,
+            config.batch_size,
+            config.device_batch,
+            topology.chip.hbm_bytes if topology else topologies.device_memory(),
+        )
+        sharding.check_batch(self.mesh, config.batch_size, self.microbatches)
         self.schedule = diffusion.Schedule(config.diffusion.schedule)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
         self._network = _network(config.unet)
-        self._run_block = sharding.block_runner(self.mesh, config.mesh.remat)
+        self._run_block = sharding.block_runner(
+            self.mesh, config.mesh.remat, jnp.dtype(config.unet.dtype)
+        )
 
         shapes = jax.eval_shape(self._init)
         shardings = sharding.weight_shardings(self.mesh, shapes)
@@ -73,7 +89,7 @@ class Experiment:
                 optimizer=self.optimizer,
                 ema_decay=config.ema_decay,
                 seed=config.seed,
-                microbatches=config.microbatches,
+                microbatches=self.microbatches,
             ),
             in_shardings=(shardings, self.batch_sharding),
             out_shardings=(shardings, whole),

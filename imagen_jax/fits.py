@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
@@ -10,13 +9,6 @@ import jax.numpy as jnp
 
 from imagen_jax import sharding
 from imagen_jax.errors import UserError
-
-
-def device_memory() -> float:
-    """Bytes of one device's memory; a CPU's devices share the machine's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return stats.get("bytes_limit", physical / jax.local_device_count())
 
 
 def check_fits(built: Any, available: float) -> None:
@@ -32,7 +24,7 @@ def check_fits(built: Any, available: float) -> None:
     config = built.config
     side, channels = config.unet.first_level
     block = config.batch_size * side**2 * channels * jnp.dtype(config.unet.dtype).itemsize
-    activations = 2 * block / (built.batch_ways * config.microbatches)
+    activations = 2 * block / (built.batch_ways * built.microbatches)
     # Gradients are as large as the weights.
     needed = built.state_bytes_per_device + weights + activations
     if needed > available:

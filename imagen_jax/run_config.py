@@ -121,7 +121,13 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All config keys. Intervals are in steps; 0 turns the action off."""
+    """All config keys. Intervals are in steps; 0 turns the action off.
+
+    Attributes:
+      microbatches: parts of a batch whose gradients are averaged; 0 is as few as device_batch asks.
+      device_batch: examples that a device with 30 GiB takes at once, others in proportion (the next
+        lower power of two); read only if microbatches is 0.
+    """
 
     seed: int
     num_steps: int
@@ -129,6 +135,7 @@ class Config:
     data: DataConfig
     model: dict
     microbatches: int = 1
+    device_batch: int = 0
     log_every: int = 100
     eval_every: int = 0
     eval_batches: int = 4
@@ -144,8 +151,11 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self):
-        for key in ("num_steps", "batch_size", "microbatches", "log_every", "num_samples"):
+        for key in ("num_steps", "batch_size", "log_every", "num_samples"):
             require(getattr(self, key) > 0, key, getattr(self, key), "1 or more")
+        least = 0 if self.device_batch > 0 else 1
+        allowed = "1 or more, or 0 with device_batch above 0"
+        require(self.microbatches >= least, "microbatches", self.microbatches, allowed)
         for key in ("eval_every", "eval_batches", "sample_every", "checkpoint_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 up to, not including, 1")

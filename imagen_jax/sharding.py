@@ -1,8 +1,8 @@
 """The mesh, and how weights and batches lie on it. The only module that knows jax.sharding.
 
-Weight shardings are inferred from shapes, outside the model (ZeRO-3): every large weight is split
-over `fsdp` along its largest divisible axis, with its EMA and optimizer state beside it, and is
-gathered where it is used, inside the rematerialised block (`block_runner`).
+Weight shardings are inferred from shapes, outside the model. Every large weight is split over
+`fsdp`, with its EMA and optimizer state beside it (ZeRO-3), and over `tensor` along its output
+channels; the part that `fsdp` took away is gathered where the weight is used (`block_runner`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,43 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.config import require
 from imagen_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
-REMAT = ("none", "block")
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
+
+# Rematerialization by name: what the backward pass finds of a block's forward pass. Gathered
+# weights are never kept: they are gathered again.
+_POLICIES = jax.checkpoint_policies
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": _POLICIES.save_anything_except_these_names("weight"),
+    "save_products": _POLICIES.save_only_these_names("conv", "attention"),
+    "save_attention": _POLICIES.save_only_these_names("attention"),
+    "block": _POLICIES.nothing_saveable,
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["conv", "attention"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 # A weight smaller than this is not worth a collective; it stays replicated.
 MIN_SHARDED_SIZE = 2**16
+# Rows and columns of a TPU's tile. Of a weight that is split finer XLA gathers no parts: it adds up
+# whole arrays of zeros around them.
+TILE = (8, 128)
+# At 64 ways the 2B model's weights, EMA and optimizer state are 0.25 GiB a device, and a part of
+# its narrowest matrix, 512 rows, still is a tile.
+MOST_FSDP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +57,20 @@ class MeshConfig:
     """Config section `mesh`: the size of each axis (-1 takes the devices that are left).
 
     Attributes:
+      topology: the TPU slice it is meant for, such as "v4-512"; "" is whatever is there.
+      slice: slices of TPUs, joined by the data center's network: one part of the batch each.
       data: replicas of the model, each with its part of the batch.
-      fsdp: the batch and the weights are both split over this axis.
-      tensor: reserved for tensor parallelism; 1 for now.
-      remat: "none" keeps activations for the backward pass, "block" recomputes each block.
+      fsdp: the batch and the weights are both split over this axis; 0 is all devices of a slice,
+        but at most MOST_FSDP.
+      tensor: the output channels of weights, and with them heads, are split over this axis.
+      remat: what of a block is computed anew in the backward pass: "none" (nothing; activations
+        are kept), "save_products" (all but its convolutions and attention: what costs little),
+        "save_attention" (all but its attention), "block" (all), or "offload" (as save_products, but
+        they are kept in the host's memory).
     """
 
+    topology: str = ""
+    slice: int = 1
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -46,28 +78,47 @@ class MeshConfig:
 
     def __post_init__(self):
         require(self.remat in REMAT, "mesh.remat", self.remat, ", ".join(REMAT))
-        require(self.tensor == 1, "mesh.tensor", self.tensor, 1)
         for axis in AXES:
             size = getattr(self, axis)
-            require(size == -1 or size > 0, f"mesh.{axis}", size, "-1 or a positive number")
+            ok = size == -1 or size > 0 or (axis == "fsdp" and size == 0)
+            require(ok, f"mesh.{axis}", size, "-1 or a positive number")
         sizes = [getattr(self, axis) for axis in AXES]
         require(sizes.count(-1) <= 1, "mesh", tuple(sizes), "at most one axis of size -1")
 
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """The size of each axis on so many devices.
+
+        Raises:
+          UserError: if they do not multiply to that number.
+        """
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        if self.fsdp == 0:
+            others = math.prod(max(sizes[a], 1) for a in AXES if a != "fsdp")
+            sizes["fsdp"] = math.gcd(max(num_devices // others, 1), MOST_FSDP)
+        known = math.prod(s for s in sizes.values() if s != -1)
+        sizes = {a: num_devices // known if s == -1 else s for a, s in sizes.items()}
+        if math.prod(sizes.values()) != num_devices:
+            shape = " x ".join(f"{a}={getattr(self, a)}" for a in AXES)
+            raise UserError(f"config.mesh is {shape}; it must multiply to {num_devices} devices")
+        return sizes
+
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The device mesh with axes AXES.
+    """The device mesh with axes AXES: neighbours along `tensor`, then `fsdp`, are near each other.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = math.prod(s for s in sizes if s != -1)
-    sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    if math.prod(sizes) != len(devices):
-        shape = " x ".join(f"{a}={getattr(config, a)}" for a in AXES)
-        raise UserError(f"config.mesh is {shape}; it must multiply to {len(devices)} devices")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    sizes = tuple(config.sizes(len(devices)).values())
+    if sizes[0] > 1 and hasattr(devices[0], "slice_index"):
+        inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
+    else:
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -86,18 +137,43 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
         )
 
 
+def count_microbatches(mesh: Mesh, batch_size: int, device_batch: int, memory: float) -> int:
+    """As few equal parts of the batch as let a device take its share of one at once.
+
+    Args:
+      device_batch: examples that a device with 30 GiB takes at once.
+      memory: bytes of a device; twice as many take twice as much. 0 is unknown, as 30 GiB.
+    """
+    scale = 2.0 ** math.floor(math.log2(memory / (30 * 2**30))) if memory else 1
+    most = max(1, int(device_batch * scale))
+    share = max(1, batch_size // batch_ways(mesh))
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
+
+
+def _weight_spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
+    """How a weight is split, from its shape [..., in, out] alone.
+
+    `tensor` takes the output channels. `fsdp` takes the largest of the other axes whose parts are
+    whole tiles, else the largest that it divides.
+    """
+    if not shape or math.prod(shape) < MIN_SHARDED_SIZE:
+        return P()
+    last = len(shape) - 1
+    spec: list[str | None] = [None] * len(shape)
+    if mesh.shape["tensor"] > 1 and shape[last] % mesh.shape["tensor"] == 0:
+        spec[last] = "tensor"
+    ways = mesh.shape["fsdp"]
+    free = [d for d in range(len(shape)) if spec[d] is None and shape[d] % ways == 0]
+    if ways > 1 and free:
+        whole = {last - 1: TILE[0] * ways, last: TILE[1] * ways}
+        axis = max(free, key=lambda d: (shape[d] % whole.get(d, 1) == 0, shape[d]))
+        spec[axis] = "fsdp"
+    return P(*spec)
+
+
 def weight_shardings(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for every array (or ShapeDtypeStruct) of a state, from its shape alone."""
-    ways = mesh.shape["fsdp"]
-
-    def leaf(x):
-        divisible = [d for d in range(len(x.shape)) if x.shape[d] % ways == 0]
-        if ways == 1 or math.prod(x.shape) < MIN_SHARDED_SIZE or not divisible:
-            return NamedSharding(mesh, P())
-        axis = max(divisible, key=lambda d: x.shape[d])
-        return NamedSharding(mesh, P(*("fsdp" if d == axis else None for d in range(axis + 1))))
-
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(lambda x: NamedSharding(mesh, _weight_spec(mesh, x.shape)), tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -131,27 +207,65 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def block_runner(mesh: Mesh, remat: str) -> Callable[..., Any]:
+def gatherer(mesh: Mesh, dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    """Weight -> the same with what `fsdp` split made whole, in `dtype`: half the bytes to send.
+
+    Its gradient is added up and split in one go (reduce-scatter), which XLA only does if told where
+    the gradient is to lie.
+    """
+
+    def constrain(x, spec):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    @jax.custom_vjp
+    def gather(x):
+        spec = _weight_spec(mesh, x.shape)
+        if "fsdp" not in spec:
+            return x
+        gathered = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return constrain(constrain(x.astype(dtype), spec), gathered)
+
+    def backward(like, g):
+        return (constrain(g.astype(like.dtype), _weight_spec(mesh, g.shape)),)
+
+    gather.defvjp(lambda x: (gather(x), jnp.zeros((), x.dtype)), backward)
+    return gather
+
+
+def block_runner(mesh: Mesh, remat: str, dtype: Any) -> Callable[..., Any]:
     """Runs a model's block as `run(fn, params, *arrays)`, gathering its weights at use.
 
     With plain FSDP shardings XLA's partitioner un-shards the batch instead of the weights, which
-    does not fit on a chip. Constraining the weights to replicated inside jax.checkpoint, and the
-    activations to the batch sharding at the block's border, keeps one block's weights at a time.
+    does not fit on a chip. So a block's weights are constrained to be whole inside jax.checkpoint,
+    and the activations at its border to lie as the batch does.
+
+    Args:
+      remat: a key of REMAT.
+      dtype: of activations, in which weights are gathered.
     """
-    batch, whole = batch_sharding(mesh), replicated(mesh)
-    sharded = mesh.shape["fsdp"] > 1
+    batch, gather = batch_sharding(mesh), gatherer(mesh, dtype)
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
     def on_batch(x):  # everything but the dropout key, a scalar, has the batch first
         return jax.lax.with_sharding_constraint(x, batch) if x.ndim else x
 
     def gathered(fn, params, *arrays):
-        if sharded:
-            params = jax.lax.with_sharding_constraint(params, whole)
+        if split:
+            params = jax.tree.map(lambda x: checkpoint_name(gather(x), "weight"), params)
             arrays = jax.tree.map(on_batch, arrays)
         return fn(params, *arrays)
 
     def run(fn, params, *arrays):
-        step = jax.checkpoint(gathered, static_argnums=(0,)) if remat == "block" else gathered
+        if remat == "none" and not split:
+            return fn(params, *arrays)
+        # Barriers keep XLA from undoing the recomputation of products. Where those are kept, they
+        # would only have it store, in float32, what it can compute from its neighbour on the way.
+        step = jax.checkpoint(
+            gathered,
+            static_argnums=(0,),
+            policy=REMAT[remat],
+            prevent_cse=remat not in ("none", "save_products"),
+        )
         return step(fn, params, *arrays)
 
     return run

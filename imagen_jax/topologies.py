@@ -228,3 +228,12 @@ def devices(topology: Topology) -> list[Any]:
         chips_per_host_bounds=topology.host_bounds,
     )
     return list(description.devices)
+
+
+def device_memory() -> float:
+    """Bytes of the memory of a device that is here; a CPU's devices share the machine's."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit", physical / jax.local_device_count())

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from imagen_jax import cascade, cli, distributed, experiment, fits, pictures
+from imagen_jax import cascade, cli, distributed, experiment, fits, pictures, topologies
 from imagen_jax import config as config_files
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import log
@@ -102,7 +102,7 @@ def train(config: Config, workdir: Path, stop: distributed.StopRequest) -> bool:
       Whether the run is now trained to `num_steps`.
     """
     built = experiment.build(config)
-    fits.check_fits(built, fits.device_memory())
+    fits.check_fits(built, topologies.device_memory())
     # TensorFlow is most of a cold start; a bad config should fail before it is imported.
     with cli.quiet_imports():
         from imagen_jax import data, metrics

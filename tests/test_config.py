@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+from conftest import ROOT
 
-from imagen_jax.config import require, typed
+from imagen_jax.config import load, require, typed
 from imagen_jax.errors import UserError
+from imagen_jax.run_config import parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +54,19 @@ def test_require_names_key_value_and_allowed():
     require(True, "k", 1, "anything")
     with pytest.raises(UserError, match=r"config\.k is 1; allowed: 2"):
         require(False, "k", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "width", "topology"),
+    [(":v4-512", 512, "v4-512"), (":1b,v5litepod-16", 384, "v5litepod-16"), (":300m", 192, None)],
+)
+def test_the_argument_names_a_size_a_topology_or_both(argument, width, topology):
+    values = load(str(ROOT / "configs/base64.py") + argument)
+    assert values["model"]["embed_dim"] == width
+    assert values["mesh"].get("topology") == topology
+    parse(values)
+
+
+def test_an_override_of_the_topology_wins():
+    values = load(str(ROOT / "configs/base64.py:v4-8"), ["mesh.topology=v4-64"])
+    assert values["mesh"]["topology"] == "v4-64"

@@ -234,7 +234,7 @@ def test_sharded_weights_and_rematerialized_blocks_give_the_gradients_of_one_dev
     network = functional(make(TINY))
     state, args = random_state(TINY), inputs(TINY)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))
-    runner = sharding.block_runner(mesh, "block")
+    runner = sharding.block_runner(mesh, "block", jnp.float32)
     params = string_keys(nnx.to_pure_dict(state))
     placed = jax.device_put(params, sharding.weight_shardings(mesh, params))
     # The same two examples four times have the gradient of two.

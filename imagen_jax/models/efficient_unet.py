@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from imagen_jax.models.layers import (
     Attention,
@@ -137,7 +138,7 @@ class ResNetBlock(nnx.Module):
         if skip_bhwc is not None:
             skip = SKIP_SCALE * skip_bhwc
             x = jnp.concatenate([x, skip], axis=-1) if self.concat else x + skip
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = checkpoint_name(self.conv1(jax.nn.silu(self.norm1(x))), "conv")
         h = dropout(jax.nn.silu(self.norm2(h)), self.dropout_rate, key)
         return self.shortcut(x) + self.conv2(h)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 zeros_init = nnx.initializers.zeros_init()
 
@@ -151,18 +152,31 @@ class TextPooling(nnx.Module):
         pooled = masked_mean(text, mask_bt)
         if self.attend:
             mean = pooled[:, None, :]
-            k, v = jnp.split(self.kv(jnp.concatenate([mean, text], axis=1)), 2, axis=-1)
+            (q,) = split_heads(self.q(mean), 1, self.head_dim)
+            tokens = jnp.concatenate([mean, text], axis=1)
+            k, v = split_heads(self.kv(tokens), 2, self.head_dim)
             mask = jnp.concatenate([jnp.ones_like(mask_bt[:, :1]), mask_bt], axis=1)
-            pooled = attention(self.q(mean), k, v, self.head_dim, mask)[:, 0]
+            pooled = attention(q, k, v, mask)[:, 0]
         return self.out(pooled)
 
 
-def attention(q_bsc, k_btc, v_btc, head_dim: int, mask_bt: jax.Array | None = None) -> jax.Array:
-    """Multi-head attention, `head_dim` channels a head; ignores keys where the mask is False."""
-    b, _, c = q_bsc.shape
-    q, k, v = (x.reshape(b, x.shape[1], c // head_dim, head_dim) for x in (q_bsc, k_btc, v_btc))
+def split_heads(x_bsc: jax.Array, parts: int, head_dim: int) -> tuple[jax.Array, ...]:
+    """Channels [heads, parts, head_dim] -> one array [B, S, heads, head_dim] for each part.
+
+    Heads come first among the channels, so that splitting those over devices splits heads.
+    """
+    b, s, c = x_bsc.shape
+    x = x_bsc.reshape(b, s, c // (parts * head_dim), parts, head_dim)
+    return tuple(x[:, :, :, i] for i in range(parts))
+
+
+def attention(
+    q_bshd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask_bt: jax.Array | None = None
+) -> jax.Array:
+    """Multi-head attention, [B, S, heads * head_dim]; ignores keys where the mask is False."""
     mask = None if mask_bt is None else mask_bt[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(q_bsc.shape)
+    out = jax.nn.dot_product_attention(q_bshd, k_bthd, v_bthd, mask=mask)
+    return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
 
 
 class Attention(nnx.Module):
@@ -201,16 +215,16 @@ class Attention(nnx.Module):
     def __call__(self, x_bhwc: jax.Array, cond: Conditioning) -> jax.Array:
         b, h, w, c = x_bhwc.shape
         qkv = self.qkv(self.norm(x_bhwc).reshape(b, h * w, c))
-        q, *kv = jnp.split(qkv, self.parts, axis=-1)
+        q, *kv = split_heads(qkv, self.parts, self.head_dim)
         keys, values, mask = kv[:1], kv[1:], None
         if self.use_text:
             text = self.text_norm(cond.text) if self.text_norm is not None else cond.text
-            text_k, text_v = jnp.split(self.text_kv(text), 2, axis=-1)
+            text_k, text_v = split_heads(self.text_kv(text), 2, self.head_dim)
             keys, values = [*keys, text_k], [*values, text_v]
             masks = [jnp.ones((b, h * w), bool)] if kv else []
             mask = jnp.concatenate([*masks, cond.text_mask], axis=1)
         k, v = (jnp.concatenate(parts, axis=1) for parts in (keys, values))
-        out = self.out(attention(q, k, v, self.head_dim, mask))
+        out = self.out(attention(q, k, v, mask))
         if not kv:
             out = jnp.where(mask.any(1)[:, None, None], out, 0)
         return x_bhwc + out.reshape(x_bhwc.shape)
@@ -249,7 +263,7 @@ class ResBlock(nnx.Module):
 
     def __call__(self, x_bhwc: jax.Array, emb_be: jax.Array, key: jax.Array | None = None):
         resample = RESAMPLE[self.resample]
-        h = self.conv1(resample(jax.nn.silu(self.norm1(x_bhwc))))
+        h = checkpoint_name(self.conv1(resample(jax.nn.silu(self.norm1(x_bhwc)))), "conv")
         emb = self.emb(jax.nn.silu(emb_be))
         if self.scale_shift:
             h = self.norm2(h, film=jnp.split(emb, 2, axis=-1))

@@ -1,0 +1,107 @@
+"""Every stage trains to the same losses on every mesh, however its weights and heads are split."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from conftest import load_config, random_batch, shrink, shrink_sr
+
+from imagen_jax import experiment, run_config, sharding
+from imagen_jax.errors import UserError
+from imagen_jax.sharding import MeshConfig, make_mesh, weight_shardings
+
+STEPS = 20
+STAGES = {"base64": shrink, "sr256": shrink_sr, "sr1024": shrink_sr}
+slow = pytest.mark.slow
+MESHES = [
+    {"data": 2, "fsdp": 2, "tensor": 2, "remat": "block"},
+    pytest.param({"data": 8}, marks=slow),
+    pytest.param({"fsdp": 8, "data": 1}, marks=slow),
+    pytest.param({"data": 4, "fsdp": 1, "tensor": 2}, marks=slow),
+    pytest.param({"slice": 2, "data": 1, "fsdp": 4, "remat": "save_attention"}, marks=slow),
+]
+
+
+def name(mesh):
+    return "-".join(f"{k}{v}" for k, v in mesh.items())
+
+
+def stage(config_name, **mesh):
+    config = run_config.parse(STAGES[config_name](load_config(config_name)))
+    return dataclasses.replace(config, mesh=MeshConfig(**mesh), device_batch=0, microbatches=1)
+
+
+def losses(config, devices=None):
+    built = experiment.build(config, devices)
+    state, out = built.init(), []
+    for step in range(STEPS):
+        state, metrics = built.step(state, built.put(random_batch(config, step)))
+        out.append(metrics["loss"])
+    return np.array(jax.device_get(out)), built
+
+
+@functools.cache
+def on_one_device(config_name):
+    return losses(stage(config_name), jax.devices()[:1])[0]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=name)
+@pytest.mark.parametrize("config_name", ["base64", "sr256", pytest.param("sr1024", marks=slow)])
+def test_losses_are_those_of_one_device(config_name, mesh, monkeypatch):
+    # Otherwise nothing of a tiny model is worth sharding.
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 1)
+    found, built = losses(stage(config_name, **mesh))
+    np.testing.assert_allclose(found, on_one_device(config_name), rtol=1e-5)
+    assert len(set(found.tolist())) == STEPS
+    specs = {axis for x in jax.tree.leaves(built.abstract_state) for axis in x.sharding.spec}
+    split = {axis for axis in ("fsdp", "tensor") if mesh.get(axis, 1) > 1}
+    assert specs - {None} == split
+
+
+def spec(shape, **axes):
+    x = jax.ShapeDtypeStruct(shape, np.float32)
+    return tuple(weight_shardings(make_mesh(MeshConfig(data=1, **axes)), x).spec)
+
+
+def test_output_channels_go_to_tensor_and_whole_tiles_of_the_rest_to_fsdp():
+    assert spec((3, 3, 512, 1024), fsdp=4, tensor=2) == (None, None, "fsdp", "tensor")
+    assert spec((3, 3, 512, 1024), fsdp=8) == (None, None, None, "fsdp")
+    # 960 columns would be split into less than the 128 of a tile; 128 rows are 16 each.
+    assert spec((128, 960), fsdp=8) == ("fsdp", None)
+    assert spec((24, 3072), fsdp=8) == (None, "fsdp")
+    # Too small, or not divisible.
+    assert spec((64, 64), fsdp=8) == ()
+    assert spec((3, 3, 3, 9999), fsdp=8) == (None,) * 4
+
+
+def test_fsdp_of_0_is_a_whole_slice_but_at_most_64():
+    def sizes(devices, **axes):
+        return tuple(MeshConfig(fsdp=0, **axes).sizes(devices).values())
+
+    assert sizes(4) == (1, 1, 4, 1)
+    assert sizes(256) == (1, 4, 64, 1)
+    assert sizes(2048, tensor=2) == (1, 16, 64, 2)
+    assert sizes(512, slice=2) == (2, 4, 64, 1)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"), [(0, 1), (32e9, 2), (33e9, 1), (17e9, 2), (16e9, 4), (95e9, 1)]
+)
+def test_a_larger_device_takes_more_examples_at_once(memory, expected):
+    mesh = make_mesh(MeshConfig())
+    count = sharding.count_microbatches(mesh, 64, device_batch=8, memory=memory)
+    assert count == expected
+
+
+def test_microbatches_divide_the_batch():
+    mesh = make_mesh(MeshConfig())
+    assert sharding.count_microbatches(mesh, 8 * 12, device_batch=5, memory=0) == 3
+
+
+def test_a_topology_must_be_there():
+    with pytest.raises(UserError, match="'v4-512', 256 chips; here are 8 device"):
+        experiment.build(stage("base64", topology="v4-512"))
+    with pytest.raises(UserError, match="v4-7"):
+        experiment.build(stage("base64", topology="v4-7"))
