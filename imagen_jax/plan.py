@@ -19,6 +19,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -74,28 +75,42 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS.config or not FLAGS.out:
         raise UserError("--config=FILE and --out=DIR are both needed (see --help)")
     config = parse(config_files.load(FLAGS.config, FLAGS.set))
-    planner = Planner(config, topology_of(config), FLAGS.fast, Path(FLAGS.cache).expanduser())
-    out = Path(FLAGS.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out} cannot be written: {e.strerror}") from e
+    topology = topology_of(config)
+    out = make_folder(FLAGS.out)
+    planner = Planner(config, topology, FLAGS.fast, Path(FLAGS.cache).expanduser())
     plan = planner.plan(config) | {"config": FLAGS.config, "command": _command()}
-    if FLAGS.search and planner.compiles:
+    if planner.compiles and FLAGS.search:
         plan["search"] = planner.search()
-    if not plan["memory"]["fits"] and planner.compiles:
+    if planner.compiles and not plan["memory"]["fits"]:
         plan["suggestion"] = planner.suggest()
     plan["measured_input"] = measured_input(config)
+    write(plan, out)
+    print(report.text(plan))
+    log.info("\nreport: %s", out / "plan.html")
+    if not plan["memory"]["fits"]:
+        sys.exit(DOES_NOT_FIT)
+
+
+def make_folder(name: str) -> Path:
+    """Makes a folder for the report, and finds out before the work whether it can be written."""
+    out = Path(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as e:
+        raise UserError(f"--out={out} cannot be written: {e.strerror}") from e
+    return out
+
+
+def write(plan: dict[str, Any], out: Path) -> None:
+    """Writes plan.json and plan.html."""
     for name, content in (
         ("plan.json", json.dumps(plan, indent=2) + "\n"),
         ("plan.html", report.page(plan)),
     ):
         with replacing(out / name) as temporary:
             temporary.write_text(content)
-    print(report.text(plan))
-    log.info("\nreport: %s", out / "plan.html")
-    if not plan["memory"]["fits"]:
-        sys.exit(DOES_NOT_FIT)
 
 
 def topology_of(config: Config) -> Topology:
@@ -133,10 +148,9 @@ class Planner:
         run = self._run(built)
         compiled = None
         if self.compiles:
-            with self._progress(f"compiling {_setting(config)}"):
-                lowered = built.step.lower(built.abstract_state, built.abstract_batch)
+            with self._progress(f"compiling {_words(_setting(config))}"):
                 compiled = compiling.compile_step(
-                    lowered, self.topology.name, self.fast, self.cache
+                    lower(built), self.topology.name, self.fast, self.cache
                 )
             log.info(
                 "%s, %.0f s", "from the cache" if compiled.cached else "done", compiled.seconds
@@ -252,8 +266,17 @@ class Planner:
             thread.join()
 
 
+def lower(built: experiment.Experiment) -> jax.stages.Lowered:
+    """The program of a training step, for the devices that it was built on."""
+    return built.step.lower(built.abstract_state, built.abstract_batch)
+
+
 def _setting(config: Config) -> search.Setting:
     return search.Setting(config.mesh.remat, config.mesh.fsdp, config.microbatches)
+
+
+def _words(setting: search.Setting) -> str:
+    return ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(setting).items())
 
 
 def _physical_memory() -> int:

@@ -22,6 +22,8 @@ ALLOWED_SIBLINGS = {
     "metrics": {"train_step"},
     "data": {"run_config"},
     "distributed": {"rendezvous"},
+    "planning.figures": {"topologies"},
+    "planning.roofline": {"topologies"},
     "report": {"pictures"},
     "models.efficient_unet": {"models.layers", "models.network"},
     "models.network": {"models.layers"},

@@ -178,7 +178,7 @@ def _moved(program: Program, where: Computation, i: Instruction) -> float:
             users.setdefault(name, []).append(user)
     written = _size(i.shape)
     for p in (p for p in inside.values() if p.opcode == "parameter"):
-        number = int(p.rest.partition(")")[0])
+        number = p.number("^")
         used = users.get(p.name, [])
         if used and all(u.opcode == "dynamic-slice" and u.operands[0] == p.name for u in used):
             operands[number] = sum(_size(u.shape) for u in used)

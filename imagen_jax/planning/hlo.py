@@ -27,6 +27,10 @@ class Instruction:
         found = re.search(pattern, self.rest)
         return found[1] if found else ""
 
+    def number(self, before: str) -> int:
+        """The number after `before`; "^" is the start, where a parameter has its position."""
+        return int(self.attribute(rf"{before}(\d+)"))
+
 
 # By name, in order.
 Computation = dict[str, Instruction]
@@ -75,20 +79,30 @@ class Program:
         if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
             return int(known)
         condition = self.called(loop, "condition")
-        compare = next((i for i in condition.values() if i.opcode == "compare"), None)
-        if compare is None or compare.attribute(r"direction=(\w+)") != "LT":
+        found = self._comparison(condition)
+        if found is None or found[0] != "LT":
             return None
         start = where.get(loop.operands[0])
 
         def value(name: str) -> int | None:
-            found = condition.get(name)
-            if found and found.opcode == "get-tuple-element" and start:
-                index = int(found.attribute(r"index=(\d+)"))
-                return constant(where, start.operands[index])
+            source = condition.get(name)
+            if source and source.opcode == "get-tuple-element" and start:
+                return constant(where, start.operands[source.number("index=")])
             return constant(condition, name)
 
-        first, last = (value(name) for name in compare.operands)
+        first, last = map(value, found[1])
         return None if first is None or last is None else max(last - first, 0)
+
+    def _comparison(self, condition: Computation) -> tuple[str, list[str]] | None:
+        """The direction and the two names of a condition's comparison, which may be fused."""
+        for i in condition.values():
+            if i.opcode == "compare":
+                return i.attribute(r"direction=(\w+)"), list(i.operands)
+            if i.opcode == "fusion" and (inner := self._comparison(self.called(i, "calls"))):
+                names = [self.called(i, "calls")[name] for name in inner[1]]
+                if all(n.opcode == "parameter" for n in names):
+                    return inner[0], [i.operands[n.number("^")] for n in names]
+        return None
 
 
 def constant(where: Computation, name: str) -> int | None:
