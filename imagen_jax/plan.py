@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--config=FILE and --out=DIR are both needed (see --help)")
     config = parse(config_files.load(FLAGS.config, FLAGS.set))
     topology = topology_of(config)
-    out = make_folder(FLAGS.out)
-    planner = Planner(config, topology, FLAGS.fast, Path(FLAGS.cache).expanduser())
+    out, cache = make_folder("out", FLAGS.out), make_folder("cache", FLAGS.cache)
+    planner = Planner(config, topology, FLAGS.fast, cache)
     plan = planner.plan(config) | {"config": FLAGS.config, "command": _command()}
     if planner.compiles and FLAGS.search:
         plan["search"] = planner.search()
@@ -91,16 +91,16 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(DOES_NOT_FIT)
 
 
-def make_folder(name: str) -> Path:
-    """Makes a folder for the report, and finds out before the work whether it can be written."""
-    out = Path(name)
+def make_folder(flag: str, name: str) -> Path:
+    """Makes a folder, and finds out before the work whether it can be written."""
+    folder = Path(name).expanduser()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        raise UserError(f"--out={out} cannot be written: {e.strerror}") from e
-    return out
+        raise UserError(f"--{flag}={folder} cannot be written: {e.strerror}") from e
+    return folder
 
 
 def write(plan: dict[str, Any], out: Path) -> None:
@@ -144,11 +144,11 @@ class Planner:
         Raises:
           UserError: if mesh or batch do not fit the number of chips.
         """
-        built = experiment.build(config, self.devices)
+        built, setting = experiment.build(config, self.devices), self.setting(config)
         run = self._run(built)
         compiled = None
         if self.compiles:
-            with self._progress(f"compiling {_words(_setting(config))}"):
+            with self._progress(f"compiling {_words(setting)}"):
                 compiled = compiling.compile_step(
                     lower(built), self.topology.name, self.fast, self.cache
                 )
@@ -160,23 +160,28 @@ class Planner:
         plan |= {
             "topology": self._describe(),
             "mesh": dict(built.mesh.shape),
-            "setting": {**dataclasses.asdict(_setting(config)), "batch_size": config.batch_size},
+            "setting": {**dataclasses.asdict(setting), "batch_size": config.batch_size},
             "compiler": compiled and self._compiler(compiled),
         }
-        self._plans[_setting(config)] = plan
+        self._plans[setting] = plan
         return plan
 
     def search(self) -> list[dict[str, Any]]:
         """Rows of the settings tried: the setting, needed, step_s, mfu (None if unknown), note."""
-        settings = search.grid(sharding.REMAT, self._ways())
+        settings = [*search.grid(sharding.REMAT, self._ways()), self.setting(self.config)]
         return search.first_fits(settings, self._attempt)
 
     def suggest(self) -> str:
         """The nearest setting that fits, as flags; "" if none does."""
-        for setting in search.nearest(_setting(self.config), self._ways()):
+        for setting in search.nearest(self.setting(self.config), self._ways()):
             if self._attempt(setting)[0]:
                 return str(setting)
         return ""
+
+    def setting(self, config: Config) -> search.Setting:
+        """The part of a config that a search changes."""
+        fsdp = sharding.make_mesh(config.mesh, self.devices).shape["fsdp"]
+        return search.Setting(config.mesh.remat, fsdp, config.microbatches)
 
     def _ways(self) -> int:
         """Devices that share the batch."""
@@ -189,7 +194,7 @@ class Planner:
         )
         config = dataclasses.replace(self.config, mesh=mesh, microbatches=setting.microbatches)
         try:
-            plan = self._plans.get(_setting(config)) or self.plan(config)
+            plan = self._plans.get(setting) or self.plan(config)
         except UserError as e:
             return False, {**row, "note": str(e)}
         except jax.errors.JaxRuntimeError as e:
@@ -269,10 +274,6 @@ class Planner:
 def lower(built: experiment.Experiment) -> jax.stages.Lowered:
     """The program of a training step, for the devices that it was built on."""
     return built.step.lower(built.abstract_state, built.abstract_batch)
-
-
-def _setting(config: Config) -> search.Setting:
-    return search.Setting(config.mesh.remat, config.mesh.fsdp, config.microbatches)
 
 
 def _words(setting: search.Setting) -> str:

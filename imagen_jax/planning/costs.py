@@ -165,6 +165,8 @@ def _moved(program: Program, where: Computation, i: Instruction) -> float:
     if i.opcode in FREE or i.opcode.endswith("-done"):
         return 0.0
     operands = [_size(where[name].shape) if name in where else 0.0 for name in i.operands]
+    if i.opcode.endswith("-start"):
+        return 2 * sum(operands)
     if i.opcode in ("dynamic-slice", "slice"):
         return 2 * _size(i.shape)
     if i.opcode == "dynamic-update-slice":

@@ -67,9 +67,10 @@ def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool
     binds = max(bounds, key=bounds.get)
     optimal = xla.get("optimal_seconds", 0.0) * _repeats(costs, lambda o: _seconds(o, topology))
     cycles = 0.0 if fast else _cycle_seconds(costs, topology)
-    # An operation whose time XLA does not know counts as minus one second in its optimum.
+    # An operation whose time XLA does not know counts as minus one second in its optimum, which is
+    # then below what the FLOPs alone take.
     sane = [(s, n) for s, n in ((cycles, "cycles"), (optimal, "optimal_seconds")) if s > 0]
-    compiler, source = next((c for c in sane if c[0] >= bounds["compute"] / 2), (None, ""))
+    compiler, source = next((c for c in sane if c[0] >= bounds["compute"]), (None, ""))
     step = max(compiler or bounds[binds], bounds["interconnect"])
     return Estimate(
         flops=flops,
