@@ -42,6 +42,8 @@ from imagen_jax.topologies import Topology
 FLAGS = flags.FLAGS
 
 DOES_NOT_FIT = 1
+# The part of a chip's memory above which the state is worth splitting over more chips.
+WORTH_SPLITTING = 0.05
 # Seconds for which the input pipeline is timed.
 INPUT_SECONDS = 5.0
 
@@ -82,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     if planner.compiles and FLAGS.search:
         plan["search"] = planner.search()
     if planner.compiles and not plan["memory"]["fits"]:
-        plan["suggestion"] = planner.suggest()
+        plan["suggestion"] = planner.suggest(plan["memory"])
     plan["measured_input"] = measured_input(config)
     write(plan, out)
     print(report.text(plan))
@@ -171,9 +173,15 @@ class Planner:
         settings = [*search.grid(sharding.REMAT, self._ways()), self.setting(self.config)]
         return search.first_fits(settings, self._attempt)
 
-    def suggest(self) -> str:
-        """The nearest setting that fits, as flags; "" if none does."""
-        for setting in search.nearest(self.setting(self.config), self._ways()):
+    def suggest(self, memory: dict[str, Any]) -> str:
+        """The nearest setting to the config's that fits, as flags; "" if none does.
+
+        Args:
+          memory: the section of the plan that does not fit.
+        """
+        state = sum(memory["state"].values()) - memory["state"]["batch"]
+        split = state > WORTH_SPLITTING * memory["available"]
+        for setting in search.nearest(self.setting(self.config), self._ways(), split):
             if self._attempt(setting)[0]:
                 return str(setting)
         return ""

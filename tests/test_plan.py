@@ -262,10 +262,13 @@ def test_the_search_adds_microbatches_only_where_it_must():
 
 
 def test_the_nearest_setting_comes_first():
-    tried = search.nearest(search.Setting("none", 1, 1), 8)
-    assert tried[0] == search.Setting("block", 1, 1)
+    none = search.Setting("none", 1, 1)
+    tried = search.nearest(none, 8, split=True)
+    assert tried[:2] == [search.Setting("block", 1, 1), search.Setting("none", 8, 1)]
     assert tried[-1] == search.Setting("block", 8, 8)
-    assert search.nearest(search.Setting("block", 8, 1), 8)[0] == search.Setting("block", 8, 2)
+    assert {s.fsdp for s in search.nearest(none, 8, split=False)} == {1}
+    block = search.Setting("block", 8, 1)
+    assert search.nearest(block, 8, split=True)[0] == search.Setting("block", 8, 2)
 
 
 @pytest.fixture
@@ -329,7 +332,8 @@ def fake_compiler(monkeypatch, on_cpu):
 def test_what_does_not_fit_is_told_what_would(fake_compiler, tmp_path):
     config = small(mesh=sharding.MeshConfig(remat="none"))
     planner = plan.Planner(config, V4, True, tmp_path)
-    found = planner.plan(config) | {"config": "c", "command": "", "suggestion": planner.suggest()}
+    found = planner.plan(config) | {"config": "c", "command": ""}
+    found["suggestion"] = planner.suggest(found["memory"])
     assert not found["memory"]["fits"] and "pace" not in found
     said = report.verdict(found)
     assert "69.25 GiB more than the 30.75 GiB" in said and "\n" not in said

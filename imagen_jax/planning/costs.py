@@ -162,11 +162,9 @@ def _valid_places(
 
 def _moved(program: Program, where: Computation, i: Instruction) -> float:
     """Bytes that an operation reads and writes: of an array that it slices, the slice alone."""
-    if i.opcode in FREE or i.opcode.endswith("-done"):
-        return 0.0
+    if i.opcode in FREE or i.opcode.endswith(("-start", "-done")):
+        return 0.0  # what is copied ahead of its use counts where it is used
     operands = [_size(where[name].shape) if name in where else 0.0 for name in i.operands]
-    if i.opcode.endswith("-start"):
-        return 2 * sum(operands)
     if i.opcode in ("dynamic-slice", "slice"):
         return 2 * _size(i.shape)
     if i.opcode == "dynamic-update-slice":

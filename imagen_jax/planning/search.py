@@ -58,14 +58,18 @@ def first_fits(
     return results
 
 
-def nearest(tried: Setting, devices: int) -> list[Setting]:
+def nearest(tried: Setting, devices: int, split: bool) -> list[Setting]:
     """Settings that need less memory than one that does not fit, from the least to the most change.
 
     First recompute every block, then split the state over all devices, both, then smaller parts of
     the batch at a time.
+
+    Args:
+      split: whether the state is so large that splitting it is worth an attempt.
     """
+    fsdp = devices if split else tried.fsdp
     block = dataclasses.replace(tried, remat="block")
-    split = dataclasses.replace(tried, fsdp=devices)
-    both = dataclasses.replace(block, fsdp=devices)
+    both = dataclasses.replace(block, fsdp=fsdp)
     smaller = [dataclasses.replace(both, microbatches=tried.microbatches * n) for n in (2, 4, 8)]
-    return [s for s in dict.fromkeys([block, split, both, *smaller]) if s != tried]
+    settings = [block, dataclasses.replace(tried, fsdp=fsdp), both, *smaller]
+    return [s for s in dict.fromkeys(settings) if s != tried]
