@@ -56,7 +56,9 @@ class Program:
         """
         yield from self._walk(self.computations[self.entry], 1, False)
 
-    def _walk(self, where: Computation, times: int, fused: bool):
+    def _walk(
+        self, where: Computation, times: int, fused: bool
+    ) -> Iterator[tuple[Computation, Instruction, int, bool]]:
         for i in where.values():
             yield where, i, times, fused
             if i.opcode == "while":
