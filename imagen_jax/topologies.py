@@ -1,7 +1,8 @@
 """Accelerators by the names that clouds sell them under: their figures, and devices to compile for.
 
 Figures of TPUs are those of Google's pages cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, except
-the memory, which is what libtpu's compiler lets a program use of it.
+the memory, which is what libtpu's compiler lets a program use of it, and the clock: peak_flops over
+what the matrix units do in a cycle.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Chip:
       peak_flops: dense bf16 FLOP/s; 0 if unknown, and then so is everything that takes time.
       hbm_bytes_per_s: from and to that memory.
       link_bytes_per_s: of one interconnect link, in one direction.
+      clock_hz: of the cycles in which the compiler estimates time.
       cores: by which Cloud counts in the name of a slice: TensorCores for v4 and v5p.
       libtpu: the compiler's name; "" if it has none.
       config: how libtpu presents the chip: with "megacore" two cores are one device.
@@ -38,6 +40,7 @@ class Chip:
     peak_flops: float = 0.0
     hbm_bytes_per_s: float = 0.0
     link_bytes_per_s: float = 0.0
+    clock_hz: float = 0.0
     cores: int = 1
     libtpu: str = ""
     config: str = "default"
@@ -51,6 +54,7 @@ CHIPS = {
         peak_flops=275e12,
         hbm_bytes_per_s=1.2e12,
         link_bytes_per_s=50e9,  # 6 links of 50 GB/s (arXiv:2304.01433, table 4)
+        clock_hz=1.05e9,
         cores=2,
         libtpu="v4",
         config="megacore",
@@ -62,6 +66,7 @@ CHIPS = {
         peak_flops=197e12,
         hbm_bytes_per_s=819e9,
         link_bytes_per_s=50e9,  # 400 GB/s both ways over 4 links
+        clock_hz=1.5e9,
         libtpu="v5e",
         torus=16,
     ),
@@ -71,6 +76,7 @@ CHIPS = {
         peak_flops=459e12,
         hbm_bytes_per_s=2765e9,
         link_bytes_per_s=100e9,  # 1200 GB/s both ways over 6 links
+        clock_hz=1.75e9,
         cores=2,
         libtpu="v5",
         config="megacore",
@@ -82,6 +88,7 @@ CHIPS = {
         peak_flops=918e12,
         hbm_bytes_per_s=1638e9,
         link_bytes_per_s=100e9,  # 800 GB/s both ways over 4 links
+        clock_hz=1.75e9,
         libtpu="v6e",
         torus=16,
     ),

@@ -23,6 +23,8 @@ ALLOWED_SIBLINGS = {
     "data": {"run_config"},
     "distributed": {"rendezvous"},
     "fits": {"sharding"},
+    "planning.figures": {"topologies"},
+    "planning.roofline": {"topologies"},
     "report": {"pictures"},
     "models.efficient_unet": {"models.layers", "models.network"},
     "models.network": {"models.layers"},

@@ -1,0 +1,1 @@
+"""The parts of `imagen_jax.plan`: compiling ahead of time, reading HLO, rooflines, the report."""

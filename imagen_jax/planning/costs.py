@@ -1,0 +1,194 @@
+"""What a compiled program computes, moves and sends, counted in its HLO with loops as they run.
+
+XLA's own analysis counts the body of a loop once, and says nothing of collectives. FLOPs and bytes
+are counted by its rules (xla/service/hlo_cost_analysis.cc), for what matters: convolutions and
+matrix products, and what each operation reads and writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+
+from imagen_jax.planning.hlo import Computation, Instruction, Program, arrays
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# They move nothing: names of what is there, and what is counted where it was started or goes on.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "call"}
+FREE |= {"while", "conditional", "partition-id", "async-start", "async-update", "async-done"}
+# Where the compiler has no estimate it writes the largest number that it can.
+NO_ESTIMATE = 10**15
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation that runs `times` times a step, on every device.
+
+    Attributes:
+      flops: of the convolutions and matrix products in it.
+      bytes: read and written, on-chip memory included.
+      cycles: that the compiler thinks it takes; 0 where it does not say.
+    """
+
+    times: int
+    flops: float = 0.0
+    bytes: float = 0.0
+    cycles: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """A program's costs on one device.
+
+    Attributes:
+      operations: all that run.
+      collectives: of each kind, how many ("count") and the bytes that a device receives ("bytes").
+      unknown_loops: loops counted as one turn, because their number of turns was not found.
+    """
+
+    operations: list[Operation]
+    collectives: dict[str, dict[str, float]]
+    unknown_loops: int = 0
+
+
+def count(program: Program) -> Costs:
+    """Counts a program's costs."""
+    operations, unknown = [], 0
+    flops: dict[int, float] = {}
+    table = {kind: {"count": 0, "bytes": 0.0} for kind in COLLECTIVES}
+    for where, i, times, fused in program.walk():
+        unknown += i.opcode == "while" and program.turns(where, i) is None
+        kind = i.opcode.removesuffix("-start")
+        if kind in table:
+            table[kind]["count"] += times
+            table[kind]["bytes"] += times * received(program, where, i)
+        if not fused:
+            operations.append(Operation(times, 0.0, _moved(program, where, i), _cycles(i)))
+        if work := _flops(where, i):
+            # A fusion comes before what is fused into it.
+            flops[len(operations) - 1] = flops.get(len(operations) - 1, 0.0) + work
+    operations = [dataclasses.replace(o, flops=flops.get(n, 0.0)) for n, o in enumerate(operations)]
+    operations = [o for o in operations if o.flops or o.bytes or o.cycles]
+    return Costs(operations, {k: v for k, v in table.items() if v["count"]}, unknown)
+
+
+def received(program: Program, where: Computation, i: Instruction) -> float:
+    """Bytes that a device gets from others in a collective, by the best algorithm on a ring.
+
+    Of a gathered array all but its own part; of a reduced and scattered one every other device's
+    contribution to its part; an all-reduce is both, one after the other.
+    """
+    size = sum(_size(where[name].shape) for name in i.operands if name in where)
+    group = group_size(i, program.num_partitions)
+    factor = {
+        "all-gather": group - 1,
+        "all-reduce": 2 * (group - 1) / group,
+        "collective-permute": 1,
+    }.get(i.opcode.removesuffix("-start"), (group - 1) / group)
+    return factor * size
+
+
+def group_size(i: Instruction, num_devices: int) -> int:
+    """How many devices take part in each instance of a collective.
+
+    Groups are written as lists {{0,1},{2,3}}, as [groups,size]<=[devices], or as a mesh and those
+    of its axes that take part: mesh['x'=2,'y'=4] {'y'}.
+    """
+    if first := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+        return len(first.split(","))
+    if size := i.attribute(r"replica_groups=\[\d+,(\d+)\]"):
+        return int(size)
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{(.*?)\}", i.rest)
+    if not mesh:
+        return num_devices
+    sides = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+    # A part of an axis is written 'x':(before)size.
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part or sides[axis]) for axis, part in axes)
+
+
+def _size(shape: str) -> float:
+    return sum(width * math.prod(sides) for width, sides in arrays(shape))
+
+
+def _cycles(i: Instruction) -> int:
+    cycles = int(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+    return cycles if cycles < NO_ESTIMATE else 0
+
+
+def _flops(where: Computation, i: Instruction) -> float:
+    if i.opcode not in ("convolution", "dot"):
+        return 0.0
+    (_, out), (_, left), (_, right) = (
+        arrays(shape)[0] for shape in (i.shape, *(where[name].shape for name in i.operands[:2]))
+    )
+    if i.opcode == "dot":
+        contracted = i.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+        return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in contracted.split(",") if d)
+    lhs, rhs, result = re.split("_|->", i.attribute(r"dim_labels=([\w\->]+)"))
+    window = i.attribute(r"window=\{(.*?)\}")
+    places = 1
+    for d in sorted(set(result) & set("0123456789")):
+        sides = (left[lhs.index(d)], right[rhs.index(d)], out[result.index(d)])
+        places *= _valid_places(*sides, *_window(window, int(d)))
+    groups = int(i.attribute(r"batch_group_count=(\d+)") or 1)
+    # The kernel's input features are those of one feature group already.
+    features = right[rhs.index("i")] * right[rhs.index("o")]
+    return 2.0 * places * features * left[lhs.index("b")] / groups
+
+
+def _window(text: str, d: int) -> tuple[int, int, int, int]:
+    """Of one spatial dimension: stride, padding before, dilation of the input and the kernel."""
+    words = dict(part.split("=") for part in text.split())
+
+    def get(key: str) -> str:
+        return words[key].split("x")[d] if key in words else "1"
+
+    pad = int(words["pad"].split("x")[d].split("_")[0]) if "pad" in words else 0
+    return int(get("stride")), pad, int(get("lhs_dilate")), int(get("rhs_dilate"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _valid_places(
+    size: int, kernel: int, out: int, stride: int, pad: int, dilation: int, kernel_dilation: int
+) -> int:
+    """Pairs of a place of the output and of the kernel that meet a pixel, not padding or a hole."""
+    reach = (size - 1) * dilation
+    at = (o * stride + k * kernel_dilation - pad for o in range(out) for k in range(kernel))
+    return sum(0 <= place <= reach and place % dilation == 0 for place in at)
+
+
+def _moved(program: Program, where: Computation, i: Instruction) -> float:
+    """Bytes that an operation reads and writes: of an array that it slices, the slice alone."""
+    if i.opcode in FREE or i.opcode.endswith(("-start", "-done")):
+        return 0.0  # what is copied ahead of its use counts where it is used
+    operands = [_size(where[name].shape) if name in where else 0.0 for name in i.operands]
+    if i.opcode in ("dynamic-slice", "slice"):
+        return 2 * _size(i.shape)
+    if i.opcode == "dynamic-update-slice":
+        return 2 * operands[1]
+    if i.opcode != "fusion":
+        return sum(operands) + _size(i.shape)
+    inside = program.called(i, "calls")
+    users: dict[str, list[Instruction]] = {}
+    for user in inside.values():
+        for name in user.operands:
+            users.setdefault(name, []).append(user)
+    written = _size(i.shape)
+    for p in (p for p in inside.values() if p.opcode == "parameter"):
+        number = p.number("^")
+        used = users.get(p.name, [])
+        if used and all(u.opcode == "dynamic-slice" and u.operands[0] == p.name for u in used):
+            operands[number] = sum(_size(u.shape) for u in used)
+        elif used and all(_updates(u, p.name) for u in used):
+            # In place: the array stays where it is, but for what is updated.
+            updates = sum(_size(inside[u.operands[1]].shape) for u in used)
+            written += updates - _size(p.shape)
+            operands[number] = 0.0
+    return sum(operands) + max(written, 0.0)
+
+
+def _updates(user: Instruction, name: str) -> bool:
+    return user.opcode == "dynamic-update-slice" and user.operands[0] == name

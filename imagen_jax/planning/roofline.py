@@ -1,0 +1,104 @@
+"""How long a step takes at the least, by what it computes, moves and sends; and how long it may.
+
+Three bounds: all FLOPs at the chip's peak, all bytes at its memory's bandwidth, all that comes from
+other chips at the bandwidth of its links. The compiler's own estimate stands beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from imagen_jax.planning.costs import Costs, Operation
+from imagen_jax.topologies import Topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """One training step on one chip. Times are in seconds.
+
+    Attributes:
+      flops: with recomputation, by XLA's count, loops counted as often as they run.
+      bytes: read and written, by the same count.
+      collectives: of each kind, how many, and the bytes that the chip receives.
+      bounds: the least time for "compute", "memory" and "interconnect".
+      binds: the largest of them, the roofline.
+      compiler_s: the compiler's estimate, or None if it has no sane one.
+      source: what that is, "cycles" or "optimal_seconds".
+      step_s: the prediction: the compiler's estimate or else the roofline, and no less than the
+        interconnect takes, which at best is hidden behind the rest.
+      unknown_loops: loops that were counted as one turn for want of their number.
+    """
+
+    flops: float
+    bytes: float
+    collectives: dict[str, dict[str, float]]
+    bounds: dict[str, float]
+    binds: str
+    compiler_s: float | None
+    source: str
+    step_s: float
+    unknown_loops: int = 0
+
+    @property
+    def roofline_s(self) -> float:
+        """The least time that a step can take."""
+        return self.bounds[self.binds]
+
+
+def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool) -> Estimate:
+    """Estimates a step.
+
+    Args:
+      costs: counted in the program's text.
+      xla: the scalars of `compiled.cost_analysis()`, in which the body of a loop counts once.
+      fast: compiled with low effort. Then the compiler has not tuned its kernels, and its cycles
+        are those of kernels that nobody should run: the optimum that it gives is nearer.
+    """
+    chip = topology.chip
+    flops = xla["flops"] * _repeats(costs, lambda o: o.flops)
+    moved = xla["bytes accessed"] * _repeats(costs, lambda o: o.bytes)
+    received = sum(row["bytes"] for row in costs.collectives.values())
+    bounds = {
+        "compute": flops / chip.peak_flops,
+        "memory": moved / chip.hbm_bytes_per_s,
+        "interconnect": received / topology.ici_bytes_per_s if received else 0.0,
+    }
+    binds = max(bounds, key=bounds.get)
+    optimal = xla.get("optimal_seconds", 0.0) * _repeats(costs, lambda o: _seconds(o, topology))
+    cycles = 0.0 if fast else _cycle_seconds(costs, topology)
+    # An operation whose time XLA does not know counts as minus one second in its optimum, which is
+    # then below what the FLOPs alone take.
+    sane = [(s, n) for s, n in ((cycles, "cycles"), (optimal, "optimal_seconds")) if s > 0]
+    compiler, source = next((c for c in sane if c[0] >= bounds["compute"]), (None, ""))
+    step = max(compiler or bounds[binds], bounds["interconnect"])
+    return Estimate(
+        flops=flops,
+        bytes=moved,
+        collectives=costs.collectives,
+        bounds=bounds,
+        binds=binds,
+        compiler_s=compiler,
+        source=source,
+        step_s=step,
+        unknown_loops=costs.unknown_loops,
+    )
+
+
+def _repeats(costs: Costs, of: Callable[[Operation], float]) -> float:
+    """By how much more a cost is, because of loops, than with each operation counted once."""
+    once = sum(of(o) for o in costs.operations)
+    return sum(o.times * of(o) for o in costs.operations) / once if once else 1.0
+
+
+def _seconds(o: Operation, topology: Topology) -> float:
+    return max(o.flops / topology.chip.peak_flops, o.bytes / topology.chip.hbm_bytes_per_s)
+
+
+def _cycle_seconds(costs: Costs, topology: Topology) -> float:
+    """The compiler's cycles, one operation after the other; the roofline where it has none."""
+    clock = topology.chip.clock_hz
+    if not any(o.cycles for o in costs.operations):
+        return 0.0
+    times = ((o.times, o.cycles / clock or _seconds(o, topology)) for o in costs.operations)
+    return sum(n * s for n, s in times)

@@ -1,0 +1,414 @@
+"""Counting in HLO against XLA's own count, rooflines, the cache, the report, and bad input."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from conftest import load_config, shrink
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from imagen_jax import plan, sharding, topologies
+from imagen_jax.errors import UserError
+from imagen_jax.planning import compiling, costs, hlo, report, roofline, search
+from imagen_jax.run_config import parse
+
+V4 = topologies.lookup("v4-8")
+GIB = 2**30
+
+
+def convolution(x, w, stride=1):
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, w, (stride,) * 2, "SAME", dimension_numbers=names)
+
+
+def compiled_text(f, *args, **kwargs):
+    return jax.jit(f, **kwargs).lower(*args).compile().as_text()
+
+
+def total_flops(text):
+    return sum(o.times * o.flops for o in costs.count(hlo.parse(text)).operations)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_flops_of_convolutions_are_those_of_xla(stride):
+    def loss(w, v, x):
+        return (convolution(x, w, stride).reshape(-1, 16) @ v).sum()
+
+    args = jnp.ones((3, 3, 8, 16)), jnp.ones((16, 4)), jnp.ones((2, 12, 10, 8))
+    compiled = jax.jit(jax.grad(loss, (0, 2))).lower(*args).compile()
+    ours, xla = total_flops(compiled.as_text()), compiled.cost_analysis()["flops"]
+    # XLA counts what is done element by element as well.
+    assert 0.97 * xla < ours <= xla
+
+
+def test_the_body_of_a_loop_counts_as_often_as_it_runs():
+    def looped(ws, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(convolution(h, w)), None), x, ws)[0].sum()
+
+    def unrolled(ws, x):
+        for w in ws:
+            x = jnp.tanh(convolution(x, w))
+        return x.sum()
+
+    args = jnp.ones((5, 3, 3, 8, 8)), jnp.ones((2, 8, 8, 8))
+    text = compiled_text(jax.grad(looped, (0, 1)), *args)
+    assert "while(" in text
+    # Without the note that XLA for CPUs leaves and XLA for TPUs does not.
+    stripped = text.replace("known_trip_count", "stripped")
+    expected = total_flops(compiled_text(jax.grad(unrolled, (0, 1)), *args))
+    assert total_flops(text) == total_flops(stripped) == expected
+    assert costs.count(hlo.parse(stripped)).unknown_loops == 0
+
+
+LOOP = """HloModule m, num_partitions=8
+
+%body (p: (s32[], s32[], f32[1024])) -> (s32[], s32[], f32[1024]) {
+  %p = (s32[], s32[], f32[1024]{0:T(1024)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  %x = f32[1024]{0:T(1024)} get-tuple-element(%p), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %sum = f32[1024]{0:T(1024)} all-reduce(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %out = (s32[], s32[], f32[1024]) tuple(%next, %n, %sum)
+}
+
+%condition (p.1: (s32[], s32[], f32[1024])) -> pred[] {
+  %p.1 = (s32[], s32[], f32[1024]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  %n.1 = s32[] get-tuple-element(%p.1), index=1
+  ROOT %lt = pred[] compare(%i.1, %n.1), direction=LT
+}
+
+ENTRY %main (a: f32[1024]) -> f32[1024] {
+  %a = f32[1024]{0:T(1024)} parameter(0)
+  %zero = s32[] constant(0)
+  %end = s32[] END
+  %init = (s32[], s32[], f32[1024]) tuple(%zero, %end, %a)
+  %loop = (s32[], s32[], f32[1024]) while(%init), condition=%condition, body=%body
+  ROOT %r = f32[1024] get-tuple-element(%loop), index=2, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_turns_of_a_loop_whose_limit_is_part_of_its_state():
+    found = costs.count(hlo.parse(LOOP.replace("END", "constant(6)")))
+    assert found.collectives == {"all-reduce": {"count": 6, "bytes": 6 * 2 * 3 / 4 * 4096}}
+    assert found.unknown_loops == 0
+
+
+def test_a_loop_without_a_known_end_is_said_to_be_one_turn():
+    found = costs.count(hlo.parse(LOOP.replace("END", "copy(%a)")))
+    assert found.collectives["all-reduce"]["count"] == 1
+    assert found.unknown_loops == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x=1", 2),
+        ("replica_groups=[2,4]<=[8], x=1", 4),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), x=1", 4),
+        ("replica_groups={}, x=1", 8),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4] {'b','c'}, x={1}", 8),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2]T(1,0)) {'b'}, x={1}", 4),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}, x={1}", 2),
+    ],
+)
+def test_the_size_of_a_group(groups, size):
+    i = hlo.Instruction("c", "f32[8]", "all-gather", ("x",), f"%x), {groups}")
+    assert costs.group_size(i, 8) == size
+
+
+def test_collectives_of_a_sharded_program():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4), jax.devices())
+    rows, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=rows)
+    text = compiled_text(lambda x: (x * 2, x.sum()), x, out_shardings=(whole, whole))
+    found = costs.count(hlo.parse(text)).collectives
+    assert found["all-gather"] == {"count": 1, "bytes": 3 / 4 * 32 * 16 * 4}
+    assert found["all-reduce"] == {"count": 1, "bytes": 2 * 3 / 4 * 4}
+
+
+def test_a_slice_of_an_array_moves_the_slice():
+    def f(x, i):
+        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False) * 2
+
+    x = jax.ShapeDtypeStruct((1000, 64), jnp.float32)
+    text = compiled_text(f, x, jax.ShapeDtypeStruct((), jnp.int32))
+    assert sum(o.bytes for o in costs.count(hlo.parse(text)).operations) < 4 * 64 * 16
+
+
+def operations(**kwargs):
+    return costs.Costs([costs.Operation(3, **kwargs), costs.Operation(1, flops=1e12)], {})
+
+
+def test_the_roofline_is_the_largest_bound():
+    counted = operations(flops=2e12, bytes=1.2e9)
+    received = {"all-gather": {"count": 1, "bytes": 2e9}}
+    counted = dataclasses.replace(counted, collectives=received)
+    step = roofline.estimate(counted, {"flops": 3e12, "bytes accessed": 1.2e9}, V4, fast=True)
+    # XLA saw 3 TFLOP, of which the loop's 2 come three times.
+    assert step.flops == pytest.approx(7e12)
+    bounds = {"compute": 7e12 / 275e12, "memory": 3.6e9 / 1.2e12, "interconnect": 2e9 / 100e9}
+    assert step.bounds == pytest.approx(bounds)
+    assert (step.binds, step.step_s) == ("compute", pytest.approx(7 / 275))
+    assert step.compiler_s is None
+
+
+@pytest.mark.parametrize(
+    ("fast", "optimal", "expected"),
+    [
+        (False, 0.05, (0.06, "cycles")),
+        (True, 0.05, (0.05 * 7 / 3, "optimal_seconds")),
+        (True, -0.99, (None, "")),
+    ],
+)
+def test_the_compilers_estimate_if_it_is_sane(fast, optimal, expected):
+    cycles = int(V4.chip.clock_hz * (0.06 - 1e12 / 275e12) / 3)
+    counted = operations(flops=2e12, cycles=cycles)
+    xla = {"flops": 3e12, "bytes accessed": 1.0, "optimal_seconds": optimal}
+    step = roofline.estimate(counted, xla, V4, fast)
+    assert (step.compiler_s, step.source) == (
+        expected[0] and pytest.approx(expected[0]),
+        expected[1],
+    )
+    assert step.step_s == (step.compiler_s or step.roofline_s)
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (245.88G) exceeds available HBM (30.75G).",
+            245.88 * GIB,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 33.62G of 30.75G hbm. Exceeded hbm capacity by 2.87G.",
+            33.62 * GIB,
+        ),
+        ("RESOURCE_EXHAUSTED: no threads left", None),
+        ("INTERNAL: Used 1G of 2G hbm", None),
+    ],
+)
+def test_how_much_too_large_a_program_is(message, needed):
+    assert compiling.too_large(message) == (needed and pytest.approx(needed))
+
+
+class FakeLowered:
+    """Stands in for a lowered program; counts how often it is compiled."""
+
+    def __init__(self, text="HloModule a", error=""):
+        self.text, self.error, self.compiled = text, error, 0
+
+    def as_text(self):
+        return self.text
+
+    def compile(self, compiler_options):
+        self.compiled += 1
+        if self.error:
+            raise jax.errors.JaxRuntimeError(self.error)
+        sizes = ("argument", "output", "alias", "temp", "generated_code")
+        stats = types.SimpleNamespace(**{f"{s}_size_in_bytes": 10 + n for n, s in enumerate(sizes)})
+        return types.SimpleNamespace(
+            memory_analysis=lambda: stats,
+            cost_analysis=lambda: {"flops": 3.0, "bytes accessed": 4.0},
+            as_text=lambda: LOOP,
+        )
+
+
+def test_a_program_is_compiled_once(tmp_path):
+    lowered = FakeLowered()
+    first = compiling.compile_step(lowered, "v4-8", True, tmp_path / "cache")
+    again = compiling.compile_step(lowered, "v4-8", True, tmp_path / "cache")
+    assert lowered.compiled == 1
+    assert (first.cached, again.cached) == (False, True)
+    assert again == dataclasses.replace(first, cached=True)
+    assert first.needed == 10 + 11 - 12 + 13 + 14
+    for target, fast, text in (("v4-16", True, "a"), ("v4-8", False, "a"), ("v4-8", True, "b")):
+        other = FakeLowered(text)
+        assert not compiling.compile_step(other, target, fast, tmp_path / "cache").cached
+
+
+def test_a_program_too_large_is_remembered_too(tmp_path):
+    lowered = FakeLowered(error="RESOURCE_EXHAUSTED: Used 33.5G of 30.75G hbm.")
+    for cached in (False, True):
+        found = compiling.compile_step(lowered, "v4-8", True, tmp_path)
+        assert (found.cached, found.needed, found.text) == (cached, 33.5 * GIB, "")
+    assert lowered.compiled == 1
+
+
+def test_another_error_of_the_compiler_is_not_hidden(tmp_path):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        compiling.compile_step(FakeLowered(error="INTERNAL: no"), "v4-8", True, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_search_adds_microbatches_only_where_it_must():
+    def attempt(s):
+        fits = s.remat == "block" and s.microbatches >= 2
+        return fits, (s.remat, s.fsdp, s.microbatches)
+
+    tried = search.first_fits(search.grid(("none", "block"), 4), attempt)
+    assert ("block", 1, 2) in tried and ("block", 1, 4) not in tried
+    assert ("none", 4, 4) in tried
+
+
+def test_the_nearest_setting_comes_first():
+    none = search.Setting("none", 1, 1)
+    tried = search.nearest(none, 8, split=True)
+    assert tried[:2] == [search.Setting("block", 1, 1), search.Setting("none", 8, 1)]
+    assert tried[-1] == search.Setting("block", 8, 8)
+    assert {s.fsdp for s in search.nearest(none, 8, split=False)} == {1}
+    block = search.Setting("block", 8, 1)
+    assert search.nearest(block, 8, split=True)[0] == search.Setting("block", 8, 2)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """CPUs play the chips of v4-8, and XLA for CPUs the compiler."""
+    monkeypatch.setattr(topologies, "devices", lambda topology: jax.devices()[: topology.num_chips])
+    monkeypatch.setattr(compiling, "options", lambda fast: {})
+
+
+def small(**changes):
+    """The demo's config with a network of a single level: compiling is all that takes time here."""
+    config = shrink(load_config("demo"))
+    config.model.channel_mult, config.model.attention_resolutions = (1,), (8,)
+    return dataclasses.replace(parse(config), **changes)
+
+
+def test_a_plan_has_every_figure(on_cpu, tmp_path):
+    config = small()
+    found = plan.Planner(config, V4, True, tmp_path / "cache").plan(config)
+    memory, flops = found["memory"], found["flops"]
+    assert memory["fits"] and memory["needed"] > memory["state"]["weights"] * 2
+    assert memory["state"]["weights"] == 4 * found["parameters"]
+    # The backward pass spares the gradients of what is not trained; nothing is recomputed.
+    assert 0.5 < flops["ratio"] < 1.5
+    pace, step = found["pace"], found["step"]
+    assert pace["images_per_s"] == pytest.approx(config.batch_size / step["step_s"])
+    assert pace["hfu"] == pytest.approx(pace["mfu"] * flops["ratio"])
+    assert pace["chip_hours"] == pytest.approx(pace["days"] * 24 * 4)
+    assert step["collectives"]["all-reduce"]["bytes"] > 4 * found["parameters"]
+    assert found["input"]["padded_bytes_per_s_per_host"] == pytest.approx(
+        pace["images_per_s"] * (32 * 32 * 3 + 6 * (8 * 2 + 1))
+    )
+    found |= {"config": "configs/demo.py", "command": "python -m imagen_jax.plan"}
+    plan.write(found, tmp_path)
+    assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(found))
+    page = (tmp_path / "plan.html").read_text()
+    assert "It fits" in page and "MFU" in page and "http" not in page
+    assert f"{found['parameters']:,}" in report.text(found)
+
+
+@pytest.fixture
+def fake_compiler(monkeypatch, on_cpu):
+    """Halves what a program needs with every microbatch and with remat; its text is LOOP."""
+
+    def compile_step(lowered, target, fast, cache):
+        text = lowered.as_text()
+        needed = 100 * GIB / text["microbatches"] / (2 if text["remat"] == "block" else 1)
+        cost = {"flops": 1e12, "bytes accessed": 1e9}
+        kept = LOOP.replace("END", "constant(2)") if needed <= V4.chip.hbm_bytes else ""
+        return compiling.Compiled({"arguments": 1} if kept else {}, cost, kept, needed, 1.0)
+
+    monkeypatch.setattr(compiling, "compile_step", compile_step)
+
+    def lower(built):
+        setting = {"microbatches": built.config.microbatches, "remat": built.config.mesh.remat}
+        return types.SimpleNamespace(as_text=lambda: setting)
+
+    monkeypatch.setattr(plan, "lower", lower)
+
+
+def test_what_does_not_fit_is_told_what_would(fake_compiler, tmp_path):
+    config = small(mesh=sharding.MeshConfig(remat="none"))
+    planner = plan.Planner(config, V4, True, tmp_path)
+    found = planner.plan(config) | {"config": "c", "command": ""}
+    found["suggestion"] = planner.suggest(found["memory"])
+    assert not found["memory"]["fits"] and "pace" not in found
+    said = report.verdict(found)
+    assert "69.25 GiB more than the 30.75 GiB" in said and "\n" not in said
+    assert "--config.mesh.remat=block" in said and "--config.microbatches=2" in said
+    assert "does not fit" in report.page(found)
+
+
+def test_the_search_ranks_what_fits(fake_compiler, tmp_path):
+    config = small(batch_size=32)
+    planner = plan.Planner(config, V4, True, tmp_path)
+    found = planner.plan(config) | {"config": "c", "command": "", "search": planner.search()}
+    rows = report.search_rows(found)[1:]
+    fits = [row for row in rows if row[4]]
+    assert fits == rows[: len(fits)] and {row[-1] for row in rows[len(fits) :]} == {"does not fit"}
+    assert {row[0] for row in fits} == {"none", "block"}
+    assert rows[0][0] in report.text(found) and "Search" in report.page(found)
+
+
+def test_a_batch_that_does_not_divide(on_cpu, tmp_path):
+    config = small(batch_size=6)
+    with pytest.raises(UserError, match=r"batch_size is 6.*multiple of 4"):
+        plan.Planner(config, V4, True, tmp_path).plan(config)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_what_cannot_be_compiled_for_has_the_analytic_part(name, tmp_path):
+    config = small()
+    planner = plan.Planner(config, topologies.lookup(name), False, tmp_path)
+    found = planner.plan(config) | {"config": "c", "command": ""}
+    assert found["memory"]["fits"] and found["compiler"] is None and "step" not in found
+    assert ("pace" in found) == (name == "gpu")
+    assert "activations come on top" in report.text(found)
+
+
+def test_the_input_of_this_host(tiny_data, monkeypatch):
+    values = shrink(load_config("demo")).to_dict()
+    values["data"].update(dir=tiny_data, build=False)
+    monkeypatch.setattr(plan, "INPUT_SECONDS", 0.1)
+    assert "images/s" in plan.measured_input(parse(values))
+    values["data"]["dir"] = "nowhere"
+    assert "no config.data.dir=nowhere" in plan.measured_input(parse(values))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "--config=FILE and --out=DIR"),
+        (["--config=configs/demo.py"], "--out=DIR"),
+        (["--config=configs/demo.py", "--out={out}"], "--topology is missing"),
+        (["--config=configs/demo.py", "--out={out}", "--topology=v4-7"], "'v4-7'; allowed: v4-8"),
+    ],
+)
+def test_bad_input_is_one_line(args, message, tmp_path, flag_values):
+    with pytest.raises(UserError, match=message):
+        flag_values([a.format(out=tmp_path) for a in args])
+
+
+@pytest.fixture
+def flag_values():
+    """Runs main with flags, and takes them back."""
+    before = set(flags.FLAGS)
+    plan.define_flags()
+
+    def run(args):
+        flags.FLAGS(["plan", *args])
+        plan.main([])
+
+    yield run
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+
+
+def test_the_step_compiles_for_a_tpu(tmp_path):
+    pytest.importorskip("libtpu")
+    config = small()
+    found = plan.Planner(config, V4, True, tmp_path).plan(config)
+    assert found["memory"]["fits"] and found["step"]["step_s"] > 0
+    assert found["step"]["unknown_loops"] == 0
