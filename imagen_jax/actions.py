@@ -14,15 +14,17 @@ from imagen_jax.cli import log
 
 
 class Actions:
-    """What happens besides training: evaluate, sample, save, each at its interval; a profile."""
+    """Evaluates, samples and saves, each at its interval; ends a profile; tells of the start."""
 
-    def __init__(self, built, workdir: Path, checkpoints: Checkpoints, logger, profile, offset):
+    def __init__(
+        self, built, workdir: Path, checkpoints: Checkpoints, logger, profile, startup, offset: int
+    ):
         from imagen_jax import data
 
         config = built.config
         self._built, self._workdir, self._checkpoints = built, workdir, checkpoints
         self._logger, self._offset = logger, offset
-        self.profile = profile
+        self.profile, self._startup = profile, startup
         self._eval_batches = (
             data.eval_batches(config, jax.process_index(), jax.process_count())
             if config.eval_every and config.eval_batches
@@ -34,6 +36,13 @@ class Actions:
             if config.sample_every
             else []
         )
+
+    def started(self, step: int, metrics: Any) -> None:
+        """Waits for the first step, and tells where the time until then went."""
+        jax.block_until_ready(metrics)
+        self._startup.done("first step")
+        log.info(self._startup.summary())
+        self._logger.write(step, self._startup.metrics())
 
     def due(self, step: int) -> list:
         """The actions for this step; all of them at the last one."""

@@ -161,7 +161,7 @@ def train(
         with contextlib.closing(logger), contextlib.closing(profile):
             logger.resume_at(start)
             offset = position["examples"] - start * config.batch_size
-            actions = Actions(built, workdir, checkpoints, logger, profile, offset)
+            actions = Actions(built, workdir, checkpoints, logger, profile, startup, offset)
             startup.done("data opening")
             if start == 0:
                 log.info("\n%s", metrics.overview(built.abstract_params))
@@ -169,7 +169,7 @@ def train(
             log.info("training %s parameters on %s", f"{built.num_params:,}", devices)
             log.info(compile_ahead(built.step.lower(built.abstract_state, built.abstract_batch)))
             startup.done("compile")
-            return run_loop(built, state, start, batches, logger, actions, stop, startup)
+            return run_loop(built, state, start, batches, logger, actions, stop)
 
 
 def start_or_resume(built: experiment.Experiment, checkpoints: Checkpoints):
@@ -185,7 +185,7 @@ def start_or_resume(built: experiment.Experiment, checkpoints: Checkpoints):
     return state, position
 
 
-def run_loop(built, state, start, batches, logger, actions, stop, startup) -> bool:
+def run_loop(built, state, start, batches, logger, actions, stop) -> bool:
     """The loop itself; True if it reached the last step.
 
     Metrics are fetched one step late, so the host never stalls the device.
@@ -201,10 +201,7 @@ def run_loop(built, state, start, batches, logger, actions, stop, startup) -> bo
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, metrics = built.step(state, built.put(next(batches)))
             if step == start + 1:
-                jax.block_until_ready(metrics)
-                startup.done("first step")
-                log.info(startup.summary())
-                logger.write(step, startup.metrics())
+                actions.started(step, metrics)
             fetch(logger, pending, config.log_every)
             pending = (step, metrics)
             stopping = stop(step)
