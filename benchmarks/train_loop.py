@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
         seconds = turns.measure(FLAGS.steps, FLAGS.rounds)
         host = turns.measure_host(FLAGS.steps, FLAGS.rounds)
         logger.close()
+        batches.close()
     print(f"\n{FLAGS.config}, batch {config.batch_size}, {built.num_params:,} parameters\n")
     print(table(seconds, host, FLAGS.clock))
     if FLAGS.json:
