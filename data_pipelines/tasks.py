@@ -11,6 +11,8 @@ It is opened where its records are:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -32,6 +34,10 @@ _SPLITS = ("train", "validation", "heldout")
 def names() -> list[str]:
     """The names of the tasks that this module registers."""
     return list(_TASKS)
+
+
+# (record, its index) -> the record with its embedding, in place of what is stored.
+Embed = Callable[[dict[str, tf.Tensor], tf.Tensor], dict[str, tf.Tensor]]
 
 
 class RecordsSource(seqio.DataSource):
@@ -101,18 +107,22 @@ class RecordsSource(seqio.DataSource):
         positions = self._positions(shard_info or seqio.ShardInfo(0, 1))
         if not shuffle:
             positions = positions.take_while(lambda g: g < n)
-        indices = positions.map(lambda g: _shuffled(g, n, seed or 0) if shuffle else g)
         paths, offsets = tf.constant(paths), tf.constant(offsets)
 
         def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
             serialized = _read_record(paths[offsets[index, 0]], offsets[index, 1])
             return info.features.deserialize_example(serialized)
 
-        rows = tf.data.Dataset.zip(indices, positions).map(
-            lambda index, g: {**read(index), "position": g}, tf.data.AUTOTUNE
-        )
+        def records_by(embed: Embed) -> tf.data.Dataset:
+            # One map for everything: for small records a stage costs as much as its work.
+            def record(g: tf.Tensor) -> dict[str, tf.Tensor]:
+                index = _shuffled(g, n, seed or 0) if shuffle else g
+                return {**embed(read(index), index), "position": g}
+
+            return positions.map(record, tf.data.AUTOTUNE)
+
         if not self.embeddings:
-            return decode_embeddings(rows)
+            return records_by(_decode)
         store = embeddings.open_store(self.embeddings)
         where = store.locate(records.caption_keys(info, split))
         if (missing := np.flatnonzero(where[:, 0] < 0)).size:
@@ -121,7 +131,7 @@ class RecordsSource(seqio.DataSource):
                 f"data.embeddings={self.embeddings} lacks {missing.size} of the {n} captions of "
                 f"{self.name}:{split}, for example {caption!r}"
             )
-        return _join(tf.data.Dataset.zip(rows, indices), store, where)
+        return records_by(_joined(store, where))
 
     def _positions(self, shard: seqio.ShardInfo) -> tf.data.Dataset:
         """This shard's global positions, int64, without end."""
@@ -152,24 +162,15 @@ def _read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
     return dataset.take(1).get_single_element()
 
 
-def decode_embeddings(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def _decode(record: dict[str, tf.Tensor], index: tf.Tensor) -> dict[str, tf.Tensor]:
     """text_embeddings from bytes to bfloat16 [n, dim]."""
-
-    def decode(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        flat, n = (
-            tf.io.decode_raw(record["text_embeddings"], tf.bfloat16),
-            record.pop("text_tokens"),
-        )
-        return {**record, "text_embeddings": tf.reshape(flat, [n, -1])}
-
-    return dataset.map(decode, tf.data.AUTOTUNE)
+    del index
+    flat, n = tf.io.decode_raw(record["text_embeddings"], tf.bfloat16), record.pop("text_tokens")
+    return {**record, "text_embeddings": tf.reshape(flat, [n, -1])}
 
 
-def _join(dataset: tf.data.Dataset, store: embeddings.Store, where: np.ndarray) -> tf.data.Dataset:
-    """Pairs of a record and its index -> the record with its embedding in a store.
-
-    `where` is what store.locate says of all records.
-    """
+def _joined(store: embeddings.Store, where: np.ndarray) -> Embed:
+    """Gives a record its embedding in a store; `where` is what store.locate says of all records."""
     paths = tf.constant([str(store.file(i, ".tfrecord")) for i in range(store.num_shards)])
     where = tf.constant(where)
 
@@ -178,7 +179,7 @@ def _join(dataset: tf.data.Dataset, store: embeddings.Store, where: np.ndarray) 
         others = {k: v for k, v in record.items() if k != "text_tokens"}
         return {**others, "text_embeddings": _UNPACK[store.dtype](stored, store.dim)}
 
-    return dataset.map(replace, tf.data.AUTOTUNE)
+    return replace
 
 
 def _unpack_int8(stored: tf.Tensor, dim: int) -> tf.Tensor:

@@ -18,6 +18,19 @@ BAD_INPUT = 2
 # What people watch; libraries' chatter goes to absl's logger, which stays at warnings.
 log = logging.getLogger("imagen_jax")
 
+# The flags defined here are in the --help of the program that has them defined.
+flags.disclaim_key_flags()
+
+
+def define_cache_flag() -> None:
+    """Defines --compilation_cache, which `run` then heeds; for programs that compile."""
+    flags.DEFINE_string(
+        "compilation_cache",
+        None,
+        "Folder for compiled programs, which later runs then need not compile; by default "
+        "$JAX_COMPILATION_CACHE_DIR or else ~/.cache/imagen_jax/xla. Empty for none.",
+    )
+
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags and rejects leftover positional arguments, which absl would ignore.
@@ -69,6 +82,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         try:
+            if "compilation_cache" in flags.FLAGS:
+                from imagen_jax import compilation  # imports JAX, which --help does not need
+
+                compilation.use_cache(flags.FLAGS.compilation_cache)
             main(argv)
         except UserError as e:
             fail(str(e))

@@ -38,6 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num", 128, "How many held-out captions to draw.", lower_bound=1)
     flags.DEFINE_string("split", "heldout", "The split whose captions are drawn.")
     flags.DEFINE_integer("seed", 0, "Seed of the first sample; the next counts on.")
+    cli.define_cache_flag()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +110,12 @@ class MetricLogger:
         """Starts a new window."""
         self._window, self._paused, self._start = [], 0.0, time.perf_counter()
 
-    def paused(self, seconds: float) -> None:
-        """Takes time spent on samples, evaluation or checkpoints out of the step time."""
-        self._paused += seconds
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Takes the block out of the step time: samples, evaluation, checkpoints."""
+        before = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - before
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars under `step` to metrics.jsonl and TensorBoard."""

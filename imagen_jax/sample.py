@@ -83,6 +83,7 @@ def define_flags() -> None:
     flags.DEFINE_float("strength", 1.0, "With --image: 0 to 1, how much of it may change.")
     flags.DEFINE_integer("frames", 0, "Draw the way between two prompts or seeds in so many.", 0)
     flags.DEFINE_integer("to_seed", None, "With --frames: the seed at the end of the way.")
+    cli.define_cache_flag()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -14,25 +14,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
-from imagen_jax import cascade, cli, distributed, experiment, fits, pictures, topologies
+from imagen_jax import cli, distributed, experiment, fits, profiling, topologies
 from imagen_jax import config as config_files
+from imagen_jax.actions import Actions
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import log
+from imagen_jax.compilation import compile_ahead
 from imagen_jax.errors import UserError
 from imagen_jax.files import replacing
+from imagen_jax.profiling import Profile
 from imagen_jax.run_config import Config, parse
+from imagen_jax.startup import Startup, process_age
 
 FLAGS = flags.FLAGS
 
@@ -61,11 +64,19 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "heartbeat_timeout", 100, "Seconds of silence after which a process is taken for dead."
     )
+    flags.DEFINE_string(
+        "profile_steps",
+        "",
+        "FIRST:LAST, both included: write a trace of these steps to WORKDIR/profile, for XProf.",
+    )
+    cli.define_cache_flag()
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses flags, then trains."""
     del argv
+    startup = Startup(process_age())
+    startup.done("imports")
     if not FLAGS.config or not FLAGS.workdir:
         raise UserError("--config=FILE and --workdir=DIR are both needed (see --help)")
     if "://" in FLAGS.workdir:
@@ -74,10 +85,12 @@ def main(argv: Sequence[str]) -> None:
             "mounted bucket (docs/launch.md)"
         )
     config = parse(config_files.load(FLAGS.config, FLAGS.set))
+    profiled = profiling.parse_steps(FLAGS.profile_steps, config.num_steps)
     workdir = Path(FLAGS.workdir).absolute()
     start_processes({"workdir": str(workdir), "config": dataclasses.asdict(config)})
+    startup.done("configs and processes")
     with distributed.failing_at_once():
-        finished = train(config, workdir, distributed.StopRequest())
+        finished = train(config, workdir, distributed.StopRequest(), startup, profiled)
     if not finished:
         sys.exit(STOPPED)
 
@@ -95,42 +108,67 @@ def start_processes(settings: dict[str, Any]) -> None:
     distributed.join(job, settings, FLAGS.join_timeout, FLAGS.heartbeat_timeout)
 
 
-def train(config: Config, workdir: Path, stop: distributed.StopRequest) -> bool:
+def train(
+    config: Config,
+    workdir: Path,
+    stop: distributed.StopRequest,
+    startup: Startup | None = None,
+    profiled: Sequence[int] = (),
+) -> bool:
     """Runs until `num_steps`, or until `stop` asks, and leaves a checkpoint of the last step.
+
+    Args:
+      startup: counts the time to the first step; by default from now on.
+      profiled: the steps to trace.
 
     Returns:
       Whether the run is now trained to `num_steps`.
     """
+    startup = startup or Startup()
     built = experiment.build(config)
     fits.check_fits(built, topologies.device_memory())
+    startup.done("network")
     # TensorFlow is most of a cold start; a bad config should fail before it is imported.
     with cli.quiet_imports():
         from imagen_jax import data, metrics
 
+    startup.done("imports")
     if config.data.build and jax.process_index() == 0:
         data.build(config)
     distributed.wait_for_all("data")
+    startup.done("data building")
     data.open_task(config)
+    startup.done("data opening")
     make_workdir(workdir)
     # Closed even if training fails, so that a save under way is finished or cleanly dropped.
     with contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
-        state, position = start_or_resume(built, checkpoints)
+        state, position = jax.block_until_ready(start_or_resume(built, checkpoints))
         write_config(workdir, config)
         start = int(state.step)
+        startup.done("restore" if start else "init")
         if start >= config.num_steps:
             log.info("already trained for %d steps: %s", start, workdir)
             return True
         host = (jax.process_index(), jax.process_count())
         batches = data.train_batches(config, position["examples"], *host)
+        # Read before compiling, so that the next ones are read meanwhile.
+        batches = itertools.chain([next(batches)], batches)
+        startup.done("first batch")
         sizes = (config.num_steps, config.batch_size, built.model_flops)
-        with contextlib.closing(metrics.MetricLogger(workdir, *sizes)) as logger:
+        startup.done("network")
+        profile = Profile(profiled, workdir / "profile")
+        logger = metrics.MetricLogger(workdir, *sizes)
+        with contextlib.closing(logger), contextlib.closing(profile):
             logger.resume_at(start)
             offset = position["examples"] - start * config.batch_size
-            actions = Actions(built, workdir, checkpoints, logger, offset)
+            actions = Actions(built, workdir, checkpoints, logger, profile, startup, offset)
+            startup.done("data opening")
             if start == 0:
                 log.info("\n%s", metrics.overview(built.abstract_params))
             devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
             log.info("training %s parameters on %s", f"{built.num_params:,}", devices)
+            log.info(compile_ahead(built.step.lower(built.abstract_state, built.abstract_batch)))
+            startup.done("compile")
             return run_loop(built, state, start, batches, logger, actions, stop)
 
 
@@ -157,7 +195,13 @@ def run_loop(built, state, start, batches, logger, actions, stop) -> bool:
     pending = None
     with jax.transfer_guard("disallow"):
         for step in range(start + 1, config.num_steps + 1):
-            state, metrics = built.step(state, built.put(next(batches)))
+            if actions.profile.starts(step):
+                with logger.pause():
+                    actions.profile.start(state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = built.step(state, built.put(next(batches)))
+            if step == start + 1:
+                actions.started(step, metrics)
             fetch(logger, pending, config.log_every)
             pending = (step, metrics)
             stopping = stop(step)
@@ -166,10 +210,9 @@ def run_loop(built, state, start, batches, logger, actions, stop) -> bool:
                 ends = stopping or step == config.num_steps
                 fetch(logger, pending, config.log_every, force=ends)
                 pending = None
-                before = time.perf_counter()
-                for action in due:
-                    action(step, state)
-                logger.paused(time.perf_counter() - before)
+                with logger.pause():
+                    for action in due:
+                        action(step, state)
             if stopping:
                 log.info("stopped at step %d; the same command goes on from there", step)
                 return step == config.num_steps
@@ -184,77 +227,6 @@ def fetch(logger, pending, log_every: int, force: bool = False) -> None:
     logger.add(step, metrics)
     if force or step % log_every == 0:
         logger.flush(step)
-
-
-class Actions:
-    """What happens besides training, each at its own interval: evaluate, sample, save."""
-
-    def __init__(self, built, workdir: Path, checkpoints: Checkpoints, logger, offset: int):
-        from imagen_jax import data
-
-        config = built.config
-        self._built, self._workdir, self._checkpoints = built, workdir, checkpoints
-        self._logger, self._offset = logger, offset
-        self._eval_batches = (
-            data.eval_batches(config, jax.process_index(), jax.process_count())
-            if config.eval_every and config.eval_batches
-            else []
-        )
-        self._sample_batch = cascade.batch_size(config.unet.image_size)
-        self._prompts = (
-            data.examples(config, config.data.sample_split, config.num_samples)
-            if config.sample_every
-            else []
-        )
-
-    def due(self, step: int) -> list:
-        """The actions for this step; all of them at the last one."""
-        config = self._built.config
-        last = step == config.num_steps
-        table = (
-            (config.checkpoint_every or last, config.checkpoint_every, self.save),
-            (self._eval_batches, config.eval_every, self.evaluate),
-            (self._prompts, config.sample_every, self.sample),
-        )
-        return [act for on, every, act in table if on and (last or step % every == 0)]
-
-    def save(self, step: int, state: Any) -> None:
-        """A checkpoint of the state and of the place in the data."""
-        examples = step * self._built.config.batch_size + self._offset
-        self._checkpoints.save(step, state, {"examples": examples}, self._built.config.identity)
-
-    def evaluate(self, step: int, state: Any) -> None:
-        """The loss of the EMA weights on held-out data, with the same noise every time."""
-        losses = []
-        for i, batch in enumerate(self._eval_batches):
-            with jax.transfer_guard("allow"):
-                loss = self._built.eval_loss(state.ema, self._built.put(batch), jax.random.key(i))
-            losses.append(loss)
-        loss = float(np.mean(jax.device_get(losses)))
-        self._logger.write(step, {"eval_loss": loss})
-        log.info("step %d  eval loss %.4f", step, loss)
-
-    def sample(self, step: int, state: Any) -> None:
-        """A grid drawn with the EMA weights, always from the same prompts and seeds.
-
-        One of super-resolution shows what it was given, what it drew, and the true image.
-        """
-        seeds = np.arange(len(self._prompts), dtype=np.uint32)
-        cond = {k: np.stack([p[k] for p in self._prompts]) for k in ("text", "text_mask")}
-        if size := self._built.config.unet.low_res:
-            true = np.stack([p["image"] for p in self._prompts])
-            cond["low_res"] = cascade.shrink_pixels(true, size)
-        images = self._built.draw(state.ema, seeds, cond, batch_size=self._sample_batch)
-        if size:
-            given = cond["low_res"].repeat(self._built.config.upscale, 1)
-            given = given.repeat(self._built.config.upscale, 2)
-            images = np.concatenate([given, images, true], axis=2)
-        if jax.process_index() == 0:
-            sheet = pictures.grid(images, [p["caption"] for p in self._prompts])
-            path = self._workdir / "samples" / f"step_{step:08d}.png"
-            pictures.save(sheet, path)
-            self._logger.writer.write_images(step, {"samples": np.asarray(sheet)[None]})
-            log.info("step %d  samples: %s", step, path)
 
 
 def make_workdir(workdir: Path) -> None:

@@ -169,7 +169,7 @@ def test_bad_flags_are_named(changes, words, config_file, tmp_path, monkeypatch)
     given = {
         "config": str(config_file), "set": [], "workdir": str(tmp_path), "distributed": False,
         "coordinator": "", "num_processes": 1, "process_id": 0, "join_timeout": 1,
-        "heartbeat_timeout": 100,
+        "heartbeat_timeout": 100, "profile_steps": "",
     }  # fmt: skip
     monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(**{**given, **changes}))
     with pytest.raises(UserError, match=re.escape(words)):

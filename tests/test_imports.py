@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CLIS = {"train", "evaluate", "sample", "plan", "export"}
-MIDDLE = {"train_step", "cascade", "run_config"}
+MIDDLE = {"train_step", "cascade", "run_config", "actions"}
 # Used by everyone: the error type, typed config sections, whole files, the wrapper of CLIs.
 COMMON = {"errors", "config", "cli", "files"}
 ALLOWED_SIBLINGS = {
@@ -21,6 +21,7 @@ ALLOWED_SIBLINGS = {
     "train_step": {"optim"},
     "metrics": {"train_step"},
     "data": {"run_config"},
+    "cli": {"compilation"},
     "distributed": {"rendezvous"},
     "fits": {"sharding"},
     "planning.figures": {"topologies"},

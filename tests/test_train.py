@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import ROOT, load_config, shrink
 from PIL import Image
@@ -36,7 +37,16 @@ def config(tiny_data):
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train.train(config, workdir, StopAt())
+    programs = []
+
+    def listen(event, duration, **about):
+        if event.endswith("backend_compile_duration"):
+            programs.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    train.train(config, workdir, StopAt(), profiled=range(2, 4))
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert programs.count("jit(train_step)") == 1, "compiled ahead, and again in the loop"
     return workdir
 
 
@@ -52,6 +62,7 @@ def test_the_workdir_holds_what_users_rely_on(config, finished):
         assert all(v > 0 for v in metrics(finished, key).values())
     assert sorted(metrics(finished, "eval_loss")) == [3, 6]
     assert any(finished.glob("events.out.tfevents.*"))
+    assert list(finished.glob("profile/plugins/profile/steps_2_to_3/*.xplane.pb"))
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_4", "step_6"]
     grids = sorted((finished / "samples").iterdir())
     assert [g.name for g in grids] == ["step_00000003.png", "step_00000006.png"]
@@ -66,6 +77,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(config, finished, tmp_
     train.train(config, tmp_path, StopAt())
     assert metrics(tmp_path) == metrics(finished)
     assert metrics(tmp_path, "eval_loss") == metrics(finished, "eval_loss")
+
+
+def test_the_time_to_the_first_step_is_told_by_part(finished):
+    (line,) = (finished / "metrics.jsonl").read_text().splitlines()[:1]
+    parts = {k.removeprefix("startup/"): v for k, v in json.loads(line).items()}
+    assert parts.pop("step") == 1
+    total = parts.pop("total")
+    assert total == pytest.approx(sum(parts.values()))
+    assert list(parts) == [
+        "network", "imports", "data_building", "data_opening", "init", "first_batch", "compile",
+        "first_step",
+    ]  # fmt: skip
+    assert min(parts["init"], parts["compile"], parts["first_step"]) > 0
 
 
 def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(config, finished, tmp_path):
@@ -157,9 +181,13 @@ def run(module, *args):
             "config.batch_size is 'many'; it must be of type int",
         ),
         (["--config=configs/base64.py:huge", "--workdir=w"], "'huge'; allowed: 2b"),
+        (
+            ["--config=configs/demo.py", "--workdir=w", "--profile_steps=9:8"],
+            "--profile_steps is '9:8'; allowed: FIRST:LAST, steps from 1 to 1800",
+        ),
         (["--config=configs/demo.py", "--workdir=/proc/no"], "--workdir=/proc/no cannot"),
     ],
-    ids=["none", "file", "flag", "positional", "key", "value", "argument", "workdir"],
+    ids=["none", "file", "flag", "positional", "key", "value", "argument", "profile", "workdir"],
 )
 def test_bad_command_lines_are_one_line_and_exit_2(args, words, tiny_data):
     if "--workdir=/proc/no" in args:
@@ -174,6 +202,6 @@ def test_bad_command_lines_are_one_line_and_exit_2(args, words, tiny_data):
 
 def test_help_explains():
     done = run("imagen_jax.train", "--help")
-    assert "--workdir" in done.stdout and "Run the same command again" in " ".join(
-        done.stdout.split()
-    )
+    said = " ".join(done.stdout.split())
+    assert "--workdir" in said and "Run the same command again" in said
+    assert "--profile_steps" in said and "--compilation_cache" in said

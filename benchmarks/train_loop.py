@@ -1,0 +1,185 @@
+"""What the training loop costs besides the step: the whole loop against the bare jitted step.
+
+    python -m benchmarks.train_loop --config=configs/demo.py
+
+The whole loop is `train.run_loop`, with data, transfer, metrics and log lines; the bare step is
+called on one batch that lies on the device, and waited for at the end. They take turns of --steps
+steps in one run, so that a change of the machine's load meets both; printed are medians over the
+turns, and the ratio as the median over pairs of neighbours. The second table has what the host does
+for a step, measured alone; an accelerator hides it, a CPU shares its cores with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from imagen_jax import cli, experiment, train
+from imagen_jax import config as config_files
+from imagen_jax.profiling import Profile
+from imagen_jax.run_config import parse
+
+FLAGS = flags.FLAGS
+Clock = Callable[[], float]
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("config", "configs/demo.py", "Config file, as for imagen_jax.train.")
+    flags.DEFINE_multi_string(
+        "set", [], "key=value that overrides the config; --config.key=value is the same."
+    )
+    flags.DEFINE_integer("steps", 50, "Steps a turn; the config's log_every gives whole lines.", 2)
+    flags.DEFINE_integer("rounds", 7, "Turns of each.", lower_bound=1)
+    flags.DEFINE_enum(
+        "clock",
+        "wall",
+        list(CLOCKS),
+        "cpu counts this process alone, for a CPU shared with others.",
+    )
+    flags.DEFINE_string("json", "", "Also write the figures to this file.")
+    cli.define_cache_flag()
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints two tables in Markdown."""
+    del argv
+    config = parse(config_files.load(FLAGS.config, FLAGS.set))
+    # Longer than this will run: the last step has all actions due.
+    built = experiment.build(dataclasses.replace(config, num_steps=10**9))
+    with cli.quiet_imports():
+        from imagen_jax import data, metrics
+
+    if config.data.build:
+        data.build(config)
+    batches = data.train_batches(built.config, 0)
+    cli.log.setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as workdir:
+        sizes = (built.config.num_steps, config.batch_size, built.model_flops)
+        logger = metrics.MetricLogger(Path(workdir), *sizes)
+        turns = Turns(built, batches, logger, CLOCKS[FLAGS.clock])
+        seconds = turns.measure(FLAGS.steps, FLAGS.rounds)
+        host = turns.measure_host(FLAGS.steps, FLAGS.rounds)
+        logger.close()
+        batches.close()
+    print(f"\n{FLAGS.config}, batch {config.batch_size}, {built.num_params:,} parameters\n")
+    print(table(seconds, host, FLAGS.clock))
+    if FLAGS.json:
+        settings = {key: FLAGS[key].value for key in ("config", "set", "steps", "rounds", "clock")}
+        settings |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        figures = {"settings": settings, "seconds_a_step": seconds, "host_seconds": host}
+        Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+class NoActions:
+    """Stands in for train.Actions: nothing is ever due, and what a stop would save is kept."""
+
+    profile = Profile((), Path())
+
+    def started(self, step: int, metrics: Any) -> None:
+        """Nothing to tell."""
+
+    def due(self, step: int) -> list:
+        """Nothing."""
+        return []
+
+    def save(self, step: int, state: Any) -> None:
+        """Keeps the state."""
+        self.state = state
+
+
+class Turns:
+    """The whole loop and the bare step, going on from each other's state."""
+
+    def __init__(self, built: experiment.Experiment, batches: Any, logger: Any, clock: Clock):
+        self._built, self._batches, self._logger, self._clock = built, batches, logger, clock
+        self._resident = built.put(next(batches))
+        self._state, self._step = built.init(), 0
+
+    def measure(self, steps: int, rounds: int) -> dict[str, list[float]]:
+        """Seconds a step, for each round, after one that is not counted."""
+        seconds = {"whole loop": [], "bare step": []}
+        for turn in range(rounds + 1):
+            # In turn, too, which of them comes first.
+            for name in sorted(seconds, reverse=turn % 2 == 0):
+                start = self._clock()
+                self._whole(steps) if name == "whole loop" else self._bare(steps)
+                jax.block_until_ready(self._state)
+                if turn:
+                    seconds[name].append((self._clock() - start) / steps)
+        return seconds
+
+    def _whole(self, steps: int) -> None:
+        actions, last = NoActions(), self._step + steps
+        train.run_loop(
+            self._built, self._state, self._step, self._batches, self._logger, actions,
+            lambda step: step == last,
+        )  # fmt: skip
+        self._state, self._step = actions.state, last
+
+    def _bare(self, steps: int) -> None:
+        for _ in range(steps):
+            self._state, _ = self._built.step(self._state, self._resident)
+
+    def measure_host(self, steps: int, rounds: int) -> dict[str, list[float]]:
+        """Seconds a step of each thing that the host does for it, with nothing else to do."""
+        built, logger = self._built, self._logger
+        batch = next(self._batches)
+        _, metrics = jax.block_until_ready(built.step(self._state, self._resident))
+        numbers = itertools.count(self._step)
+
+        def log_line():
+            logger.add(next(numbers), metrics)
+            logger.flush(next(numbers))
+
+        def put():
+            jax.block_until_ready(built.put(batch))
+
+        parts = {
+            "reading a batch": (lambda: next(self._batches), 1),
+            "putting it on the device": (put, 1),
+            "fetching metrics": (lambda: logger.add(0, metrics), 1),
+            "writing a line, by log_every": (log_line, built.config.log_every),
+        }
+        return {
+            name: [self._seconds(do, steps) / every for _ in range(rounds)]
+            for name, (do, every) in parts.items()
+        }
+
+    def _seconds(self, do: Callable[[], Any], times: int) -> float:
+        start = self._clock()
+        for _ in range(times):
+            do()
+        return (self._clock() - start) / times
+
+
+def table(seconds: dict[str, list[float]], host: dict[str, list[float]], clock: str) -> str:
+    """Medians in ms, with quartiles; what the loop costs above the step in percent of it."""
+    whole, bare = (np.array(seconds[name]) for name in ("whole loop", "bare step"))
+    lines = [f"| | {clock} ms a step | quartiles |", "|---|---|---|"]
+    lines += [_row(name, np.array(values) * 1e3, "") for name, values in seconds.items()]
+    lines.append(_row("loop above step", (whole / bare - 1) * 100, "%"))
+    lines += ["", f"| the host's part, alone | {clock} ms a step | quartiles |", "|---|---|---|"]
+    lines += [_row(name, np.array(values) * 1e3, "") for name, values in host.items()]
+    return "\n".join(lines)
+
+
+def _row(name: str, values: np.ndarray, unit: str) -> str:
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return f"| {name} | {middle:.3g}{unit} | {low:.3g} to {high:.3g}{unit} |"
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
