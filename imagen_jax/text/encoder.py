@@ -100,6 +100,11 @@ class TextEncoder:
         """How many tokens `caption` has, those that mark its beginning and end included."""
         return len(self._tokenizer.encode(caption))
 
+    def check(self, captions: Iterable[str]) -> None:
+        """Raises UserError if a caption has more than `max_tokens` tokens or is no Unicode."""
+        for caption in captions:
+            self._checked_ids(caption)
+
     def encode(
         self, captions: Sequence[str], progress: Callable[[int, int], None] | None = None
     ) -> list[np.ndarray]:
