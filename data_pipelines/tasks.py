@@ -11,6 +11,8 @@ It is opened where its records are:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -101,27 +103,32 @@ class RecordsSource(seqio.DataSource):
         positions = self._positions(shard_info or seqio.ShardInfo(0, 1))
         if not shuffle:
             positions = positions.take_while(lambda g: g < n)
-        indices = positions.map(lambda g: _shuffled(g, n, seed or 0) if shuffle else g)
         paths, offsets = tf.constant(paths), tf.constant(offsets)
 
         def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
             serialized = _read_record(paths[offsets[index, 0]], offsets[index, 1])
             return info.features.deserialize_example(serialized)
 
-        rows = tf.data.Dataset.zip(indices, positions).map(
-            lambda index, g: {**read(index), "position": g}, tf.data.AUTOTUNE
-        )
-        if not self.embeddings:
-            return decode_embeddings(rows)
-        store = embeddings.open_store(self.embeddings)
-        where = store.locate(records.caption_keys(info, split))
-        if (missing := np.flatnonzero(where[:, 0] < 0)).size:
-            caption = read(tf.constant(missing[0]))["caption"].numpy().decode()
-            raise UserError(
-                f"data.embeddings={self.embeddings} lacks {missing.size} of the {n} captions of "
-                f"{self.name}:{split}, for example {caption!r}"
-            )
-        return _join(tf.data.Dataset.zip(rows, indices), store, where)
+        embed = _in_record
+        if self.embeddings:
+            store = embeddings.open_store(self.embeddings)
+            where = store.locate(records.caption_keys(info, split))
+            if (missing := np.flatnonzero(where[:, 0] < 0)).size:
+                caption = read(tf.constant(missing[0]))["caption"].numpy().decode()
+                raise UserError(
+                    f"data.embeddings={self.embeddings} lacks {missing.size} of the {n} captions "
+                    f"of {self.name}:{split}, for example {caption!r}"
+                )
+            embed = _in_store(store, where)
+
+        def row(g: tf.Tensor) -> dict[str, tf.Tensor]:
+            index = _shuffled(g, n, seed or 0) if shuffle else g
+            record = read(index)
+            embedding = embed(record, index)
+            del record["text_tokens"]
+            return {**record, "text_embeddings": embedding, "position": g}
+
+        return positions.map(row, tf.data.AUTOTUNE)
 
     def _positions(self, shard: seqio.ShardInfo) -> tf.data.Dataset:
         """This shard's global positions, int64, without end."""
@@ -152,33 +159,26 @@ def _read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
     return dataset.take(1).get_single_element()
 
 
-def decode_embeddings(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """text_embeddings from bytes to bfloat16 [n, dim]."""
-
-    def decode(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        flat, n = (
-            tf.io.decode_raw(record["text_embeddings"], tf.bfloat16),
-            record.pop("text_tokens"),
-        )
-        return {**record, "text_embeddings": tf.reshape(flat, [n, -1])}
-
-    return dataset.map(decode, tf.data.AUTOTUNE)
+# From a record and its index to the embedding of its caption, bfloat16 [n, dim].
+Embed = Callable[[dict[str, tf.Tensor], tf.Tensor], tf.Tensor]
 
 
-def _join(dataset: tf.data.Dataset, store: embeddings.Store, where: np.ndarray) -> tf.data.Dataset:
-    """Pairs of a record and its index -> the record with its embedding in a store.
+def _in_record(record: dict[str, tf.Tensor], index: tf.Tensor) -> tf.Tensor:
+    """The embedding that the record brings itself; an `Embed`."""
+    flat = tf.io.decode_raw(record["text_embeddings"], tf.bfloat16)
+    return tf.reshape(flat, [record["text_tokens"], -1])
 
-    `where` is what store.locate says of all records.
-    """
+
+def _in_store(store: embeddings.Store, where: np.ndarray) -> Embed:
+    """What takes it out of a store; `where` is what store.locate says of all records."""
     paths = tf.constant([str(store.file(i, ".tfrecord")) for i in range(store.num_shards)])
     where = tf.constant(where)
 
-    def replace(record: dict[str, tf.Tensor], index: tf.Tensor) -> dict[str, tf.Tensor]:
+    def embed(record: dict[str, tf.Tensor], index: tf.Tensor) -> tf.Tensor:
         stored = _read_record(paths[where[index, 0]], where[index, 1])
-        others = {k: v for k, v in record.items() if k != "text_tokens"}
-        return {**others, "text_embeddings": _UNPACK[store.dtype](stored, store.dim)}
+        return _UNPACK[store.dtype](stored, store.dim)
 
-    return dataset.map(replace, tf.data.AUTOTUNE)
+    return embed
 
 
 def _unpack_int8(stored: tf.Tensor, dim: int) -> tf.Tensor:
