@@ -1,8 +1,9 @@
 """The SeqIO tasks, and the source they read: records by index, in an order that is a formula.
 
 A task yields, in addition to the strings id, caption, category and scene, image uint8 [H, W, 3],
-text_embeddings bfloat16 [n, dim] without padding, and position, int64, where in the stream it is.
-It is opened where its records are:
+text_embeddings bfloat16 [n, dim] without padding, and position, int64, where in the stream it is;
+with several stores of embeddings, those of the others as text_embeddings_1 and so on. It is opened
+where its records are:
 
     task = seqio.get_mixture_or_task("scenes_32")
     task = task.replace(source=task.source.at(data_dir="data", start=0))
@@ -11,7 +12,7 @@ It is opened where its records are:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import seqio
@@ -36,6 +37,11 @@ def names() -> list[str]:
     return list(_TASKS)
 
 
+def embedding_keys(num: int) -> list[str]:
+    """Where a record has the embeddings of `num` encoders."""
+    return ["text_embeddings", *(f"text_embeddings_{i}" for i in range(1, num))]
+
+
 class RecordsSource(seqio.DataSource):
     """Records in an index-based order, so that the position of the data is one integer.
 
@@ -49,7 +55,7 @@ class RecordsSource(seqio.DataSource):
       data_dir: where datasets live.
       start: the first global position; where to resume.
       block: how many consecutive positions a shard takes at a time.
-      embeddings: the path of a store to take embeddings from; "" for those in the records.
+      stores: the paths of stores to take embeddings from; none for those in the records.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class RecordsSource(seqio.DataSource):
         data_dir: str = "data",
         start: int = 0,
         block: int = 1,
-        embeddings: str = "",
+        stores: Sequence[str] = (),
     ):
         super().__init__(
             splits=_SPLITS,
@@ -66,13 +72,13 @@ class RecordsSource(seqio.DataSource):
             performs_internal_shuffling=True,
         )
         self.name, self.data_dir, self.start, self.block = name, data_dir, start, block
-        self.embeddings = embeddings
+        self.stores = tuple(stores)
 
     def at(
-        self, data_dir: str, start: int = 0, block: int = 1, embeddings: str = ""
+        self, data_dir: str, start: int = 0, block: int = 1, stores: Sequence[str] = ()
     ) -> RecordsSource:
         """The same dataset in `data_dir`, from global position `start` on."""
-        return RecordsSource(self.name, data_dir, start, block, embeddings)
+        return RecordsSource(self.name, data_dir, start, block, stores)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -109,24 +115,26 @@ class RecordsSource(seqio.DataSource):
             serialized = _read_record(paths[offsets[index, 0]], offsets[index, 1])
             return info.features.deserialize_example(serialized)
 
-        embed = _in_record
-        if self.embeddings:
-            store = embeddings.open_store(self.embeddings)
+        embeds = []
+        for path in self.stores:
+            store = embeddings.open_store(path)
             where = store.locate(records.caption_keys(info, split))
             if (missing := np.flatnonzero(where[:, 0] < 0)).size:
                 caption = read(tf.constant(missing[0]))["caption"].numpy().decode()
                 raise UserError(
-                    f"data.embeddings={self.embeddings} lacks {missing.size} of the {n} captions "
-                    f"of {self.name}:{split}, for example {caption!r}"
+                    f"data.embeddings={path} lacks {missing.size} of the {n} captions of "
+                    f"{self.name}:{split}, for example {caption!r}"
                 )
-            embed = _in_store(store, where)
+            embeds.append(_in_store(store, where))
+        embeds = embeds or [_in_record]
 
         def row(g: tf.Tensor) -> dict[str, tf.Tensor]:
             index = _shuffled(g, n, seed or 0) if shuffle else g
             record = read(index)
-            embedding = embed(record, index)
+            embedded = [embed(record, index) for embed in embeds]
             del record["text_tokens"]
-            return {**record, "text_embeddings": embedding, "position": g}
+            keys = embedding_keys(len(embeds))
+            return {**record, **dict(zip(keys, embedded, strict=True)), "position": g}
 
         return positions.map(row, tf.data.AUTOTUNE)
 

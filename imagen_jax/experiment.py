@@ -89,8 +89,8 @@ class Experiment:
         c = self.config
         shapes = {
             "image": ((c.unet.image_size, c.unet.image_size, 3), jnp.uint8),
-            "text": ((c.text.max_tokens, c.text.dim), jnp.bfloat16),
-            "text_mask": ((c.text.max_tokens,), jnp.bool_),
+            "text": ((c.text.tokens, c.text.width), jnp.bfloat16),
+            "text_mask": ((c.text.tokens,), jnp.bool_),
         }
         return {
             k: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=self.batch_sharding)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -169,12 +170,15 @@ def read_given(stages: list[cascade.Stage]) -> dict[str, np.ndarray]:
 
 
 def condition(
-    stage: cascade.Stage, requests: list[Request], encoder: TextEncoder
+    stage: cascade.Stage, requests: list[Request], encoders: list[TextEncoder]
 ) -> dict[str, np.ndarray]:
-    """What a stage is told of each request, on the host: text [N, T, D], text_mask [N, T], ..."""
+    """What a stage is told of each request, on the host: text [N, T, D], text_mask [N, T], ...
+
+    encoders: those of config.text.parts.
+    """
 
     def encode(captions):
-        return stage.built.config.text.pad(encoder.encode(captions))
+        return stage.built.config.text.pad(*(encoder.encode(captions) for encoder in encoders))
 
     sr = bool(stage.low_res)
     cond = encode([r.sr_prompt if sr else r.prompt for r in requests])
@@ -248,9 +252,9 @@ def draw_batches(
         return
     load = functools.cache(load_encoder)  # stages usually share theirs, which may be large
     texts = [stage.built.config.text for stage in stages]
-    encoders = [load(text.encoder, text.max_tokens) for text in texts]
+    encoders = [[load(p.encoder, p.max_tokens) for p in text.parts] for text in texts]
     said = {v: None for r in requests for v in dataclasses.astuple(r) if isinstance(v, str)}
-    for encoder in encoders:
+    for encoder in itertools.chain(*encoders):
         encoder.check(said)
     bars = {s.name: tqdm(total=len(todo), desc=s.name, unit="image") for s in stages}
     for start in range(0, len(todo), stages[0].batch_size):
