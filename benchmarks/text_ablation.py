@@ -45,6 +45,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mean_pooling": {"text.pooling": "mean"},
     "random_weights": {"text.encoder": "byte-tiny-random"},
     "sentencepiece_random_weights": {"text.encoder": SENTENCEPIECE},
+    "trained_and_random": {
+        "text.encoder": "byte-tiny+byte-tiny-random",
+        "text.dim": (128, 128),
+        "text.max_tokens": (128, 128),
+    },
 }
 
 
@@ -87,9 +92,12 @@ def run(base: Config, out: Path, name: str) -> dict[str, Any]:
     changes, path = dict(SETTINGS[name]), out / name / "result.json"
     encoder = changes.get("text.encoder", base.text.encoder)
     if encoder != base.text.encoder:
-        folder = sentencepiece_encoder(base, out) if encoder == SENTENCEPIECE else encoder
-        changes["text.encoder"] = folder
-        changes["data.embeddings"] = store(base, out / "stores" / encoder, str(folder))
+        folders = {n: n for n in encoder.split("+")}
+        if encoder == SENTENCEPIECE:
+            folders[encoder] = str(sentencepiece_encoder(base, out))
+        stores = [str(store(base, out / "stores" / n, f)) for n, f in folders.items()]
+        changes["text.encoder"] = "+".join(folders.values())
+        changes["data.embeddings"] = "+".join(stores)
         changes["data.build"] = False  # the dataset is there, with the embeddings of another
     config = read_config(changes)
     asked = json.loads(json.dumps({"num": FLAGS.num, "config": dataclasses.asdict(config)}))
