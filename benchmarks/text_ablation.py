@@ -68,6 +68,8 @@ def main(argv: list[str]) -> None:
     for name in FLAGS.settings:
         if name not in SETTINGS:
             raise UserError(f"--settings has {name!r}; allowed: {', '.join(SETTINGS)}")
+    with cli.quiet_imports():
+        from imagen_jax import data  # noqa: F401 (later imports of TensorFlow are quiet, too)
     out = Path(FLAGS.out).absolute()
     base = read_config({})
     train.ensure_data(base)
