@@ -1,8 +1,9 @@
 """The SeqIO tasks, and the source they read: records by index, in an order that is a formula.
 
 A task yields, in addition to the strings id, caption, category and scene, image uint8 [H, W, 3],
-text_embeddings bfloat16 [n, dim] without padding, and position, int64, where in the stream it is.
-It is opened where its records are:
+text_embeddings bfloat16 [n, dim] without padding, and position, int64, where in the stream it is;
+with several stores of embeddings, those of the others as text_embeddings_1 and so on. It is opened
+where its records are:
 
     task = seqio.get_mixture_or_task("scenes_32")
     task = task.replace(source=task.source.at(data_dir="data", start=0))
@@ -11,7 +12,7 @@ It is opened where its records are:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import seqio
@@ -36,8 +37,9 @@ def names() -> list[str]:
     return list(_TASKS)
 
 
-# (record, its index) -> the record with its embedding, in place of what is stored.
-Embed = Callable[[dict[str, tf.Tensor], tf.Tensor], dict[str, tf.Tensor]]
+def embedding_keys(num: int) -> list[str]:
+    """Where a record has the embeddings of `num` encoders."""
+    return ["text_embeddings", *(f"text_embeddings_{i}" for i in range(1, num))]
 
 
 class RecordsSource(seqio.DataSource):
@@ -53,7 +55,7 @@ class RecordsSource(seqio.DataSource):
       data_dir: where datasets live.
       start: the first global position; where to resume.
       block: how many consecutive positions a shard takes at a time.
-      embeddings: the path of a store to take embeddings from; "" for those in the records.
+      stores: the paths of stores to take embeddings from; none for those in the records.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class RecordsSource(seqio.DataSource):
         data_dir: str = "data",
         start: int = 0,
         block: int = 1,
-        embeddings: str = "",
+        stores: Sequence[str] = (),
     ):
         super().__init__(
             splits=_SPLITS,
@@ -70,13 +72,13 @@ class RecordsSource(seqio.DataSource):
             performs_internal_shuffling=True,
         )
         self.name, self.data_dir, self.start, self.block = name, data_dir, start, block
-        self.embeddings = embeddings
+        self.stores = tuple(stores)
 
     def at(
-        self, data_dir: str, start: int = 0, block: int = 1, embeddings: str = ""
+        self, data_dir: str, start: int = 0, block: int = 1, stores: Sequence[str] = ()
     ) -> RecordsSource:
         """The same dataset in `data_dir`, from global position `start` on."""
-        return RecordsSource(self.name, data_dir, start, block, embeddings)
+        return RecordsSource(self.name, data_dir, start, block, stores)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -113,25 +115,29 @@ class RecordsSource(seqio.DataSource):
             serialized = _read_record(paths[offsets[index, 0]], offsets[index, 1])
             return info.features.deserialize_example(serialized)
 
-        def records_by(embed: Embed) -> tf.data.Dataset:
-            # One map for everything: for small records a stage costs as much as its work.
-            def record(g: tf.Tensor) -> dict[str, tf.Tensor]:
-                index = _shuffled(g, n, seed or 0) if shuffle else g
-                return {**embed(read(index), index), "position": g}
+        embeds = []
+        for path in self.stores:
+            store = embeddings.open_store(path)
+            where = store.locate(records.caption_keys(info, split))
+            if (missing := np.flatnonzero(where[:, 0] < 0)).size:
+                caption = read(tf.constant(missing[0]))["caption"].numpy().decode()
+                raise UserError(
+                    f"data.embeddings={path} lacks {missing.size} of the {n} captions of "
+                    f"{self.name}:{split}, for example {caption!r}"
+                )
+            embeds.append(_in_store(store, where))
+        embeds = embeds or [_in_record]
 
-            return positions.map(record, tf.data.AUTOTUNE)
+        # One map for everything: for small records a stage costs as much as its work.
+        def row(g: tf.Tensor) -> dict[str, tf.Tensor]:
+            index = _shuffled(g, n, seed or 0) if shuffle else g
+            record = read(index)
+            embedded = [embed(record, index) for embed in embeds]
+            del record["text_tokens"]
+            keys = embedding_keys(len(embeds))
+            return {**record, **dict(zip(keys, embedded, strict=True)), "position": g}
 
-        if not self.embeddings:
-            return records_by(_decode)
-        store = embeddings.open_store(self.embeddings)
-        where = store.locate(records.caption_keys(info, split))
-        if (missing := np.flatnonzero(where[:, 0] < 0)).size:
-            caption = read(tf.constant(missing[0]))["caption"].numpy().decode()
-            raise UserError(
-                f"data.embeddings={self.embeddings} lacks {missing.size} of the {n} captions of "
-                f"{self.name}:{split}, for example {caption!r}"
-            )
-        return records_by(_joined(store, where))
+        return positions.map(row, tf.data.AUTOTUNE)
 
     def _positions(self, shard: seqio.ShardInfo) -> tf.data.Dataset:
         """This shard's global positions, int64, without end."""
@@ -162,24 +168,26 @@ def _read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
     return dataset.take(1).get_single_element()
 
 
-def _decode(record: dict[str, tf.Tensor], index: tf.Tensor) -> dict[str, tf.Tensor]:
-    """text_embeddings from bytes to bfloat16 [n, dim]."""
-    del index
-    flat, n = tf.io.decode_raw(record["text_embeddings"], tf.bfloat16), record.pop("text_tokens")
-    return {**record, "text_embeddings": tf.reshape(flat, [n, -1])}
+# From a record and its index to the embedding of its caption, bfloat16 [n, dim].
+Embed = Callable[[dict[str, tf.Tensor], tf.Tensor], tf.Tensor]
 
 
-def _joined(store: embeddings.Store, where: np.ndarray) -> Embed:
-    """Gives a record its embedding in a store; `where` is what store.locate says of all records."""
+def _in_record(record: dict[str, tf.Tensor], index: tf.Tensor) -> tf.Tensor:
+    """The embedding that the record brings itself; an `Embed`."""
+    flat = tf.io.decode_raw(record["text_embeddings"], tf.bfloat16)
+    return tf.reshape(flat, [record["text_tokens"], -1])
+
+
+def _in_store(store: embeddings.Store, where: np.ndarray) -> Embed:
+    """What takes it out of a store; `where` is what store.locate says of all records."""
     paths = tf.constant([str(store.file(i, ".tfrecord")) for i in range(store.num_shards)])
     where = tf.constant(where)
 
-    def replace(record: dict[str, tf.Tensor], index: tf.Tensor) -> dict[str, tf.Tensor]:
+    def embed(record: dict[str, tf.Tensor], index: tf.Tensor) -> tf.Tensor:
         stored = _read_record(paths[where[index, 0]], where[index, 1])
-        others = {k: v for k, v in record.items() if k != "text_tokens"}
-        return {**others, "text_embeddings": _UNPACK[store.dtype](stored, store.dim)}
+        return _UNPACK[store.dtype](stored, store.dim)
 
-    return replace
+    return embed
 
 
 def _unpack_int8(stored: tf.Tensor, dim: int) -> tf.Tensor:

@@ -71,7 +71,8 @@ class Stage:
     """A trained stage: its Experiment and EMA weights, and how it is to be sampled.
 
     Attributes:
-      name: for progress and messages, usually the workdir's.
+      name: for progress and messages, usually the workdir; each stage has its own.
+      step: of the checkpoint that the weights are from.
       built: the experiment.Experiment.
       params: the weights.
       sampler: steps, guidance, thresholding, aug_level.
@@ -79,6 +80,7 @@ class Stage:
     """
 
     name: str
+    step: int
     built: Any
     params: Any
     sampler: SamplerConfig

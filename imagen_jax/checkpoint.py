@@ -51,6 +51,19 @@ class Checkpoints:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def existing_step(self, step: int | None = None) -> int:
+        """`step`, or by default the newest.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        found = sorted(self._manager.all_steps())
+        if not found:
+            raise UserError(f"no checkpoint in {self.directory}")
+        if step is not None and step not in found:
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; found {found}")
+        return found[-1] if step is None else step
+
     def save(self, step: int, state: Any, position: dict[str, int], identity: dict) -> None:
         """Saves in the background; a second save waits for the first.
 
@@ -77,7 +90,7 @@ class Checkpoints:
         Raises:
           UserError: if there is no such checkpoint, or it is one of another model.
         """
-        step = self._existing(step)
+        step = self.existing_step(step)
         self._check_identity(step, identity)
         args = ocp.args.Composite(
             state=_restore_args(abstract_state), position=ocp.args.JsonRestore()
@@ -91,7 +104,7 @@ class Checkpoints:
         Raises:
           UserError: as `restore`.
         """
-        step = self._existing(step)
+        step = self.existing_step(step)
         self._check_identity(step, identity)
         args = ocp.args.Composite(state=_restore_args({"ema": abstract_ema}))
         return self._manager.restore(step, args=args)["state"]["ema"]
@@ -103,14 +116,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then releases the background threads."""
         self._manager.close()
-
-    def _existing(self, step: int | None) -> int:
-        found = sorted(self._manager.all_steps())
-        if not found:
-            raise UserError(f"no checkpoint in {self.directory}")
-        if step is not None and step not in found:
-            raise UserError(f"no checkpoint of step {step} in {self.directory}; found {found}")
-        return found[-1] if step is None else step
 
     def _check_identity(self, step: int, identity: dict) -> None:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())

@@ -102,9 +102,12 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
         return typed(hint, value, key + ".")
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in typing.get_args(hint):
+        choices = [a for a in typing.get_args(hint) if a is not type(None)]
+        if value is None and len(choices) < len(typing.get_args(hint)):
             return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        several = isinstance(value, (list, tuple))
+        fitting = [a for a in choices if (typing.get_origin(a) is tuple) == several]
+        hint = [*fitting, *choices][0]
         origin = typing.get_origin(hint)
     if origin is tuple:
         if isinstance(value, (list, tuple)):

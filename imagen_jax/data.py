@@ -14,6 +14,7 @@ import seqio
 import tensorflow as tf
 
 from data_pipelines import embeddings, records, tasks
+from imagen_jax.config import require
 from imagen_jax.errors import UserError
 from imagen_jax.run_config import Config
 
@@ -49,13 +50,16 @@ def open_task(config: Config) -> seqio.Task:
     if name not in tasks.names():
         raise UserError(f"config.data.task is {name!r}; allowed: {', '.join(tasks.names())}")
     task = seqio.get_mixture_or_task(name)
-    identity = records.dataset_info(config.data.dir, task.source.name).text_identity
-    where = f"data.task={name} in {config.data.dir}"
-    if config.data.embeddings:
-        identity = embeddings.open_store(config.data.embeddings).text_identity
-        where = f"data.embeddings={config.data.embeddings}"
-    text = config.text
-    embeddings.check_identity(identity, text.encoder, text.dim, text.max_tokens, where)
+    info = records.dataset_info(config.data.dir, task.source.name)
+    found = [
+        (f"data.embeddings={s}", embeddings.open_store(s).text_identity) for s in config.stores
+    ]
+    found = found or [(f"data.task={name} in {config.data.dir}", info.text_identity)]
+    parts = config.text.parts
+    allowed = f"{len(parts)} stores joined by +, one for each of text.encoder={config.text.encoder}"
+    require(len(found) == len(parts), "data.embeddings", config.data.embeddings, allowed)
+    for part, (where, identity) in zip(parts, found, strict=True):
+        embeddings.check_identity(identity, *part, where)
     return task
 
 
@@ -99,7 +103,7 @@ def examples(config: Config, split: str, num: int) -> list[dict[str, Any]]:
     dataset = _dataset(config, split, source, None, shuffle=False)
     out = []
     for row in _guarded(config, dataset.take(num).as_numpy_iterator()):
-        padded = config.text.pad([row["text_embeddings"]])
+        padded = config.text.pad(*([row[key]] for key in _text_keys(config)))
         strings = {k: row[k].decode() for k in ("caption", "category", "scene")}
         out.append({**strings, "image": row["image"], **{k: v[0] for k, v in padded.items()}})
     return out
@@ -111,7 +115,7 @@ def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool
     if split not in available:
         allowed = ", ".join(available)
         raise UserError(f"data.task={config.data.task} has no split {split!r}; it has: {allowed}")
-    source = task.source.at(**source, embeddings=config.data.embeddings)
+    source = task.source.at(**source, stores=config.stores)
     dataset = task.replace(source=source).get_dataset(
         sequence_length=None,
         split=split,
@@ -123,11 +127,12 @@ def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool
     )
 
     def shape(row):
-        text = tf.ensure_shape(row["text_embeddings"], (None, config.text.dim))
+        dims = zip(_text_keys(config), config.text.parts, strict=True)
+        text = {key: tf.ensure_shape(row[key], (None, part.dim)) for key, part in dims}
         image = _fit(row["image"], config.full_size)
         if config.full_size > config.unet.image_size:
             image = _crop(image, row["position"] if shuffle else None, config)
-        return {**row, "image": image, "text_embeddings": text}
+        return {**row, "image": image, **text}
 
     options = tf.data.Options()
     # Finding out how many threads each stage wants took a quarter of the time that reading takes;
@@ -167,14 +172,23 @@ def _crop(image: tf.Tensor, position: tf.Tensor | None, config: Config) -> tf.Te
     return tf.image.crop_to_bounding_box(image, *tf.unstack(corner * step), size, size)
 
 
+def _text_keys(config: Config) -> list[str]:
+    return tasks.embedding_keys(len(config.text.parts))
+
+
 def _numpy_batches(config: Config, dataset: tf.data.Dataset, size: int) -> Iterator[Batch]:
-    ragged = dataset.map(lambda r: {k: r[k] for k in ("image", "text_embeddings")})
+    keys = _text_keys(config)
+    ragged = dataset.map(lambda r: {k: r[k] for k in ("image", *keys)})
     # Ragged until here: padding to the token limit multiplies the bytes an example by five.
     ragged = ragged.ragged_batch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     for rows in _guarded(config, iter(ragged)):
-        flat, lengths = rows["text_embeddings"].flat_values, rows["text_embeddings"].row_lengths()
-        captions = np.split(flat.numpy(), np.cumsum(lengths.numpy())[:-1])
-        yield {"image": rows["image"].numpy(), **config.text.pad(captions)}
+        captions = [_split(rows[key]) for key in keys]
+        yield {"image": rows["image"].numpy(), **config.text.pad(*captions)}
+
+
+def _split(ragged: tf.RaggedTensor) -> list[np.ndarray]:
+    ends = np.cumsum(ragged.row_lengths().numpy())
+    return np.split(ragged.flat_values.numpy(), ends[:-1])
 
 
 def _guarded(config: Config, rows: Iterator) -> Iterator:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.diffusion import Cond, Denoiser, Schedule, alpha_sigma, q_sample, to_float
-from imagen_jax.errors import UserError
 from imagen_jax.sampling import SPACINGS, SamplerConfig, draw_noise, integrate, sample, seed_keys
 
 
@@ -24,18 +23,14 @@ def image_to_image(
     seeds_b: jax.Array,
     image_bhwc: jax.Array,
     cond: Cond,
-    strength: float,
 ) -> jax.Array:
-    """Samples from q(z_t | image) on, t = strength: float32 [B, H, W, C] in [-1, 1].
+    """Samples from q(z_t | image) on, t = config.strength: float32 [B, H, W, C] in [-1, 1].
 
-    image_bhwc: in [-1, 1]. strength in (0, 1]: small keeps the image, 1 keeps nothing of it. All
-    num_steps steps lie between strength and 0. Raises UserError for another strength. Source:
-    SDEdit, arXiv:2108.01073, algorithm 1.
+    image_bhwc: in [-1, 1]. A small strength keeps the image, 1 keeps nothing of it. All num_steps
+    steps lie between strength and 0. Source: SDEdit, arXiv:2108.01073, algorithm 1.
     """
-    if not 0 < strength <= 1:
-        raise UserError(f"strength is {strength!r}; allowed: (0, 1]")
     draw = functools.partial(draw_noise, seed_keys(seeds_b), image_bhwc.shape[1:])
-    log_snr = SPACINGS[config.spacing](schedule, strength, config.num_steps)
+    log_snr = SPACINGS[config.spacing](schedule, config.strength, config.num_steps)
     z = q_sample(image_bhwc, draw(0), log_snr[0])
     return jnp.clip(integrate(denoise, prediction, config, log_snr, z, draw, cond), -1, 1)
 
@@ -60,18 +55,16 @@ def inpaint(
     image_bhwc: jax.Array,
     mask_bhw1: jax.Array,
     cond: Cond,
-    resample: int = 1,
 ) -> jax.Array:
     """Paints anew where mask_bhw1, bool, is True; elsewhere the result is image_bhwc, exactly.
 
     After each step the known pixels of z_s are replaced by the image's, noised to the same level.
-    With `resample` each step is taken that many times, with a jump back by q(z_t | z_s) between: a
-    step that has seen the known pixels only once cannot fit the new ones to them. Costs `resample`
-    times as much; 10 in the paper. Returns float32 [B, H, W, C] in [-1, 1]. Raises UserError for
-    resample below 1. Source: RePaint, arXiv:2201.09865, algorithm 1, with jumps of one step.
+    Each step is taken config.resample times, with a jump back by q(z_t | z_s) between: a step that
+    has seen the known pixels only once cannot fit the new ones to them. Costs that many times as
+    much; 10 in the paper. Returns float32 [B, H, W, C] in [-1, 1]. Source: RePaint,
+    arXiv:2201.09865, algorithm 1, with jumps of one step.
     """
-    if resample < 1:
-        raise UserError(f"resample is {resample!r}; allowed: 1 or more")
+    resample = config.resample
     keys_b, known_keys, back_keys = (seed_keys(seeds_b, stream) for stream in range(3))
     shape = image_bhwc.shape[1:]
 
@@ -147,9 +140,8 @@ def draw(
 ) -> jax.Array:
     """`sampling.sample`, or the edit that the INPUTS in cond ask for: float32 [B, *shape].
 
-    image uint8 [B, H, W, 3] and mask bool [B, H, W, 1]: `inpaint`, with config.resample; image
-    alone: `image_to_image`, with config.strength; to_seed uint32 [B] and fraction [B]:
-    `interpolate`.
+    image uint8 [B, H, W, 3] and mask bool [B, H, W, 1]: `inpaint`; image alone: `image_to_image`;
+    to_seed uint32 [B] and fraction [B]: `interpolate`.
     """
     given = {k: cond[k] for k in INPUTS if k in cond}
     cond = {k: v for k, v in cond.items() if k not in given}
@@ -160,5 +152,5 @@ def draw(
         return sample(*common, shape, cond)
     image = to_float(given["image"])
     if "mask" in given:
-        return inpaint(*common, image, given["mask"], cond, config.resample)
-    return image_to_image(*common, image, cond, config.strength)
+        return inpaint(*common, image, given["mask"], cond)
+    return image_to_image(*common, image, cond)

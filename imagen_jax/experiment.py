@@ -6,6 +6,7 @@ Nothing here imports TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -104,8 +105,8 @@ class Experiment:
         c = self.config
         shapes = {
             "image": ((c.unet.image_size, c.unet.image_size, 3), jnp.uint8),
-            "text": ((c.text.max_tokens, c.text.dim), jnp.bfloat16),
-            "text_mask": ((c.text.max_tokens,), jnp.bool_),
+            "text": ((c.text.tokens, c.text.width), jnp.bfloat16),
+            "text_mask": ((c.text.tokens,), jnp.bool_),
         }
         return {
             k: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=self.batch_sharding)
@@ -247,16 +248,31 @@ def build(
     return Experiment(config if isinstance(config, Config) else parse(config), devices)
 
 
+def _saved_config(workdir: Path) -> Config:
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} holds no run: {path.name} is missing")
+    return parse(json.loads(path.read_text()))
+
+
+def newest_step(workdir: Path) -> int:
+    """The step of the newest checkpoint of a workdir.
+
+    Raises:
+      UserError: no run there, or it has no checkpoint.
+    """
+    _saved_config(workdir)  # opening the checkpoints would make their folder
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        return checkpoints.existing_step()
+
+
 def load(workdir: Path, step: int | None = None) -> tuple[Experiment, Any]:
     """The experiment of a finished or running workdir, and its EMA weights, on these devices.
 
     Raises:
       UserError: no run there, or no such checkpoint.
     """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no run: {path.name} is missing")
-    config = parse(json.loads(path.read_text()))
+    config = _saved_config(workdir)
     # The mesh it was trained on need not be the one it is sampled on.
     here = {"mesh": sharding.MeshConfig(), "batch_size": jax.device_count(), "microbatches": 1}
     experiment = Experiment(dataclasses.replace(config, **here))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,66 @@ from PIL import Image
 from imagen_jax.errors import UserError
 
 COLUMNS = ("prompt", "caption", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One picture to draw: all that it depends on besides the stages and the image given.
+
+    Attributes:
+      sr_prompt: what the super-resolution stages are told, usually the prompt.
+      to_prompt, to_sr_prompt, to_seed: the end of a way of which this is `fraction`, 0 to 1.
+    """
+
+    prompt: str
+    seed: int
+    sr_prompt: str
+    negative_prompt: str = ""
+    to_prompt: str = ""
+    to_sr_prompt: str = ""
+    to_seed: int | None = None
+    fraction: float = 0.0
+
+
+def make_requests(
+    prompts: list[str],
+    sr_prompts: list[str],
+    seeds: Sequence[int],
+    negative_prompt: str = "",
+    frames: int = 0,
+    to_seed: int | None = None,
+) -> list[Request]:
+    """Each prompt with each seed; with frames, so many on each seed's way from start to end.
+
+    Args:
+      sr_prompts: none for the same as prompts, one for all, or one for each.
+      frames: of the way between two prompts, or from one seed to to_seed, or both.
+
+    Raises:
+      UserError: the numbers of these do not go together.
+    """
+    others = sr_prompts or prompts
+    if len(others) not in (1, len(prompts)):
+        raise UserError(f"--sr_prompts has {len(others)} prompts; allowed: 1 or {len(prompts)}")
+    others = others * len(prompts) if len(others) == 1 else others
+    if not frames:
+        if to_seed is not None:
+            raise UserError(f"--to_seed={to_seed} needs --frames, how many to draw")
+        pairs = zip(prompts, others, strict=True)
+        return [Request(p, s, o, negative_prompt) for p, o in pairs for s in seeds]
+    if frames < 2 or len(prompts) > 2 or (len(prompts) == 1 and to_seed is None):
+        raise UserError(
+            f"--frames={frames} with {len(prompts)} prompts; allowed: 2 frames or more between "
+            "2 prompts, or of 1 prompt with --to_seed"
+        )
+    return [
+        Request(
+            prompts[0], seed, others[0], negative_prompt,
+            prompts[-1], others[-1], to_seed, i / (frames - 1),
+        )
+        for seed in seeds
+        for i in range(frames)
+    ]  # fmt: skip
 
 
 def read_prompts(prompts: str, file: str) -> list[str]:

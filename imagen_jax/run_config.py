@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_dtypes import bfloat16
@@ -25,7 +25,15 @@ UNETS = {"unet": UNetConfig, "efficient_unet": EfficientUNetConfig}
 
 # Of the U-Net's config: what may differ between a checkpoint and the run that reads it, and what
 # stands in the section `text`.
-NOT_WEIGHTS = ("dtype", "dropout", "scan_blocks", "text_dim", "pooling", "sequence")
+NOT_WEIGHTS = ("dtype", "dropout", "scan_blocks", "text_dim", "text_parts", "pooling", "sequence")
+
+
+class TextPart(NamedTuple):
+    """One of the text encoders: its name or folder, width, and most tokens."""
+
+    encoder: str
+    dim: int
+    max_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +41,9 @@ class TextConfig:
     """Config section `text`: the frozen encoder, and how the U-Net reads it (section 4.1).
 
     Attributes:
-      encoder: the name recorded in the data's embeddings, e.g. "byte-tiny", "t5-v1_1-xxl".
+      encoder: the name recorded in the data's embeddings, e.g. "byte-tiny", "t5-v1_1-xxl"; or
+        several joined by "+", whose tokens stand one after another. Then dim and max_tokens are
+        tuples.
       dim: width of its embeddings; 4096 for T5-XXL.
       max_tokens: embeddings are padded or refused at this length; 128 for T5.
       pooling: the vector added to the time embedding: "attention", "mean" or "none".
@@ -41,24 +51,57 @@ class TextConfig:
     """
 
     encoder: str = "byte-tiny"
-    dim: int = 128
-    max_tokens: int = 192
+    dim: int | tuple[int, ...] = 128
+    max_tokens: int | tuple[int, ...] = 192
     pooling: str = "attention"
     sequence: str = "cross_attention_layernorm"
 
     def __post_init__(self):
         require(self.pooling in POOLING, "text.pooling", self.pooling, ", ".join(POOLING))
         require(self.sequence in SEQUENCE, "text.sequence", self.sequence, ", ".join(SEQUENCE))
+        names = self.encoder.split("+")
+        require(all(names), "text.encoder", self.encoder, "a name, or several joined by +")
         for key in ("dim", "max_tokens"):
-            require(getattr(self, key) > 0, f"text.{key}", getattr(self, key), "1 or more")
+            value = getattr(self, key)
+            one = isinstance(value, int)
+            fits = len(names) == 1 if one else len(names) == len(value) > 1
+            allowed = f"{len(names)} number(s), one for each encoder in text.encoder"
+            require(fits, f"text.{key}", value, allowed)
+            require(min((value,) if one else value) > 0, f"text.{key}", value, "1 or more")
 
-    def pad(self, captions: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Ragged [n_i, D] embeddings -> text bfloat16 [B, T, D] and text_mask bool [B, T]."""
-        text = np.zeros((len(captions), self.max_tokens, self.dim), bfloat16)
+    @property
+    def parts(self) -> tuple[TextPart, ...]:
+        """The encoders in the order of their tokens."""
+        names = self.encoder.split("+")
+        if len(names) == 1:
+            return (TextPart(self.encoder, self.dim, self.max_tokens),)
+        return tuple(map(TextPart, names, self.dim, self.max_tokens))
+
+    @property
+    def width(self) -> int:
+        """D of the text: the largest dim."""
+        return max(part.dim for part in self.parts)
+
+    @property
+    def tokens(self) -> int:
+        """T of the text: the most tokens of all encoders together."""
+        return sum(part.max_tokens for part in self.parts)
+
+    def pad(self, *captions: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Ragged [n_i, D] embeddings -> text bfloat16 [B, T, D] and text_mask bool [B, T].
+
+        Takes those of each encoder. An encoder's tokens start where the most tokens of those before
+        it end; narrower ones are filled up with zeros.
+        """
+        text = np.zeros((len(captions[0]), self.tokens, self.width), bfloat16)
         mask = np.zeros(text.shape[:2], bool)
-        for i, caption in enumerate(captions):
-            text[i, : len(caption)] = caption
-            mask[i, : len(caption)] = True
+        start = 0
+        for part, embeddings in zip(self.parts, captions, strict=True):
+            place = slice(start, start + part.max_tokens)
+            for i, embedding in enumerate(embeddings):
+                text[i, place, : part.dim][: len(embedding)] = embedding
+                mask[i, place][: len(embedding)] = True
+            start = place.stop
         return {"text": text, "text_mask": mask}
 
 
@@ -100,7 +143,8 @@ class DataConfig:
     Attributes:
       task: a SeqIO task, see `data_pipelines.tasks`.
       dir: where the prepared datasets lie.
-      embeddings: a store to take the captions' embeddings from; "" for those in the records.
+      embeddings: a store to take the captions' embeddings from; "" for those in the records. With
+        several text encoders, a store of each, joined by "+".
       eval_split: held out, for the evaluation loss.
       sample_split: its first captions are drawn during training.
       build: draw the embedded dataset if it is not there yet (scenes tasks only).
@@ -159,6 +203,16 @@ class Config:
         for key in ("eval_every", "eval_batches", "sample_every", "checkpoint_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 up to, not including, 1")
+        buildable = len(self.text.parts) == 1 or not self.data.build
+        allowed = "false with several text encoders, whose embeddings are in stores"
+        require(buildable, "data.build", self.data.build, allowed)
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """The stores of embeddings, one for each text encoder; none for those in the records."""
+        if not self.data.embeddings:
+            return ()
+        return tuple(self.data.embeddings.split("+", len(self.text.parts) - 1))
 
     @functools.cached_property
     def unet(self) -> UNetConfig | EfficientUNetConfig:
@@ -166,11 +220,13 @@ class Config:
         values = {"name": "unet", **self.model}
         name, text = values.pop("name"), self.text
         require(name in UNETS, "model.name", name, ", ".join(UNETS))
+        parts = [(part.max_tokens, part.dim) for part in text.parts]
         return typed(
             UNETS[name],
             values,
             "model.",
-            text_dim=text.dim,
+            text_dim=text.width,
+            text_parts=tuple(parts) if len(parts) > 1 else (),
             pooling=text.pooling,
             sequence=text.sequence,
         )

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from tqdm import tqdm
 from imagen_jax import cascade, cli, experiment, pictures, prompts
 from imagen_jax.errors import UserError
 from imagen_jax.files import replacing
+from imagen_jax.prompts import Request
 from imagen_jax.text import TextEncoder, load_encoder
 
 FLAGS = flags.FLAGS
@@ -47,19 +50,6 @@ STAGE_FLAGS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One picture to draw: all that it depends on besides the stages and the image given."""
-
-    prompt: str
-    seed: int
-    sr_prompt: str
-    negative_prompt: str = ""
-    to_prompt: str = ""
-    to_seed: int | None = None
-    fraction: float = 0.0
-
-
 def define_flags() -> None:
     """Defined only by the program that runs, so that modules can be imported side by side."""
     flags.DEFINE_list("workdir", None, "Runs of imagen_jax.train, in the order of the cascade.")
@@ -72,7 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Seed of a prompt's first sample; the next counts on.", 0)
     flags.DEFINE_integer("num", 4, "Samples a prompt.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "Drawn at once at 64x64; fewer when larger.", 1)
-    flags.DEFINE_bool("all_stages", False, "Keep what every stage drew, in folders by size.")
+    flags.DEFINE_bool("all_stages", False, "Keep and show what every stage drew, by size.")
     flags.DEFINE_bool("two_passes", False, "Guidance in two passes instead of one: less memory.")
     flags.DEFINE_list("guidance_interval", None, "LOW,HIGH: log-SNRs between which guidance acts.")
     for flag, _, _, help_text in STAGE_FLAGS:
@@ -91,38 +81,23 @@ def main(argv: Sequence[str]) -> None:
     del argv
     if not FLAGS.workdir:
         raise UserError("--workdir=DIR is needed (see --help)")
-    requests = make_requests(prompts.read_prompts(FLAGS.prompts, FLAGS.prompts_file))
-    stages = [load_stage(i, Path(w).absolute()) for i, w in enumerate(FLAGS.workdir)]
+    requests = read_requests()
+    stages = [load_stage(i, Path(w)) for i, w in enumerate(FLAGS.workdir)]
+    check_flags(stages)
     given = read_given(stages)
     cascade.check_order(stages, stages[0].low_res if "low_res" in given else None)
-    load = functools.cache(load_encoder)  # stages usually share theirs, which may be large
-    conds = [condition(stage, requests, load) for stage in stages]
-    draw(stages, requests, conds, given, Path(FLAGS.out))
+    draw(stages, requests, given, Path(FLAGS.out))
 
 
-def make_requests(found: list[str]) -> list[Request]:
-    """Each prompt with each seed; with --frames, each seed's way from its start to its end."""
-    others = [p.strip() for p in FLAGS.sr_prompts.split(";")] if FLAGS.sr_prompts else found
-    if len(others) not in (1, len(found)):
-        raise UserError(f"--sr_prompts has {len(others)} prompts; allowed: 1 or {len(found)}")
-    others = others * len(found) if len(others) == 1 else others
-    seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.num)
-    negative = FLAGS.negative_prompt
-    if not FLAGS.frames:
-        if FLAGS.to_seed is not None:
-            raise UserError(f"--to_seed={FLAGS.to_seed} needs --frames, how many to draw")
-        pairs = zip(found, others, strict=True)
-        return [Request(p, s, o, negative) for p, o in pairs for s in seeds]
-    if FLAGS.frames < 2 or len(found) > 2 or (len(found) == 1 and FLAGS.to_seed is None):
-        raise UserError(
-            f"--frames={FLAGS.frames} with {len(found)} prompts; allowed: 2 frames or more between "
-            "2 prompts, or of 1 prompt with --to_seed"
-        )
-    return [
-        Request(found[0], s, others[0], negative, found[-1], FLAGS.to_seed, float(f))
-        for s in ([FLAGS.seed] if FLAGS.to_seed is not None else seeds)
-        for f in np.linspace(0, 1, FLAGS.frames)
-    ]
+def read_requests() -> list[Request]:
+    """What the flags ask to draw."""
+    found = prompts.read_prompts(FLAGS.prompts, FLAGS.prompts_file)
+    others = [p.strip() for p in FLAGS.sr_prompts.split(";")] if FLAGS.sr_prompts else []
+    # The way from one seed to another is a single one.
+    num = 1 if FLAGS.to_seed is not None else FLAGS.num
+    seeds = range(FLAGS.seed, FLAGS.seed + num)
+    more = (FLAGS.negative_prompt, FLAGS.frames, FLAGS.to_seed)
+    return prompts.make_requests(found, others, seeds, *more)
 
 
 def load_stage(index: int, workdir: Path) -> cascade.Stage:
@@ -143,10 +118,11 @@ def load_stage(index: int, workdir: Path) -> cascade.Stage:
         changes["resample"] = FLAGS.resample
     elif index == 0 and FLAGS.image:
         changes["strength"] = FLAGS.strength
-    built, params = experiment.load(workdir, FLAGS.step)
+    step = experiment.newest_step(workdir) if FLAGS.step is None else FLAGS.step
+    built, params = experiment.load(workdir, step)
     sampler = dataclasses.replace(built.config.sampling, **changes)
     size = cascade.batch_size(built.config.full_size, FLAGS.batch_size)
-    return cascade.Stage(workdir.name, built, params, sampler, size)
+    return cascade.Stage(str(workdir), step, built, params, sampler, size)
 
 
 def _number(flag: str, text: str, kind: type) -> Any:
@@ -156,11 +132,32 @@ def _number(flag: str, text: str, kind: type) -> Any:
         raise UserError(f"--{flag} is {text!r}; it must be of type {kind.__name__}") from e
 
 
+def check_flags(stages: list[cascade.Stage]) -> None:
+    """Raises UserError for a flag that was given but would change nothing."""
+    kinds = {bool(stage.low_res) for stage in stages}
+    edits = bool(FLAGS.image) and not stages[0].low_res
+    first = "and a base model as the first --workdir"
+    guided = any(stage.sampler.guidance_weight != 1 for stage in stages), "--guidance other than 1"
+    table = {
+        "mask": (edits, f"--image, {first}"),
+        "strength": (edits and not FLAGS.mask, f"--image, no --mask, {first}"),
+        "resample": (bool(FLAGS.mask), "--mask"),
+        "to_seed": (not edits, "no --image, unless it is to be enlarged"),
+        "num": (FLAGS.to_seed is None, "no --to_seed, which draws one way"),
+        "sr_prompts": (kinds == {True, False}, "a base and a super-resolution --workdir"),
+        "aug_level": (True in kinds, "a super-resolution --workdir"),
+        "negative_prompt": guided,
+        "guidance_interval": guided,
+        "guidance_rescale": guided,
+    }
+    for flag, (used, needs) in table.items():
+        if FLAGS[flag].present and not used:
+            raise UserError(f"{FLAGS[flag].serialize()} needs {needs}")
+
+
 def read_given(stages: list[cascade.Stage]) -> dict[str, np.ndarray]:
     """What --image and --mask give: low_res to enlarge, or image (and mask) at the last size."""
     if not FLAGS.image:
-        if FLAGS.mask:
-            raise UserError(f"--mask={FLAGS.mask} needs --image, the picture that it is of")
         return {}
     if stages[0].low_res:
         return {"low_res": prompts.read_image("--image", FLAGS.image, stages[0].low_res)}
@@ -169,28 +166,27 @@ def read_given(stages: list[cascade.Stage]) -> dict[str, np.ndarray]:
     if FLAGS.mask:
         given["mask"] = prompts.read_mask("--mask", FLAGS.mask, size)
     elif FLAGS.strength == 1.0:
-        raise UserError("--image needs --strength below 1 (try 0.6), or --mask")
+        raise UserError(f"--image={FLAGS.image} needs --strength below 1 (try 0.6), or --mask")
     return given
 
 
 def condition(
-    stage: cascade.Stage, requests: list[Request], load: Callable[[str, int], TextEncoder]
+    stage: cascade.Stage, requests: list[Request], encoders: list[TextEncoder]
 ) -> dict[str, np.ndarray]:
     """What a stage is told of each request, on the host: text [N, T, D], text_mask [N, T], ...
 
-    Raises:
-      UserError: a prompt longer than config.text.max_tokens.
+    encoders: those of config.text.parts.
     """
-    text = stage.built.config.text
-    encoder = load(text.encoder, text.max_tokens)
 
     def encode(captions):
-        return text.pad(encoder.encode(captions))
+        return stage.built.config.text.pad(*(encoder.encode(captions) for encoder in encoders))
 
-    cond = encode([r.sr_prompt if stage.low_res else r.prompt for r in requests])
-    if any(r.to_prompt for r in requests):
-        end, f = encode([r.to_prompt for r in requests]), np.array([r.fraction for r in requests])
-        mixed = (1 - f[:, None, None]) * cond["text"] + f[:, None, None] * end["text"]
+    sr = bool(stage.low_res)
+    cond = encode([r.sr_prompt if sr else r.prompt for r in requests])
+    if requests[0].to_prompt:
+        end = encode([r.to_sr_prompt if sr else r.to_prompt for r in requests])
+        f = np.array([r.fraction for r in requests])[:, None, None]
+        mixed = (1 - f) * cond["text"] + f * end["text"]
         cond["text"] = mixed.astype(cond["text"].dtype)
         cond["text_mask"] |= end["text_mask"]
     if requests[0].negative_prompt:
@@ -205,47 +201,79 @@ def condition(
 def draw(
     stages: list[cascade.Stage],
     requests: list[Request],
-    conds: list[dict[str, np.ndarray]],
     given: dict[str, np.ndarray],
     out: Path,
 ) -> None:
-    """Draws what is not there yet, some at a time, and writes each picture as soon as it is drawn.
-
-    Besides the pictures, `out` gets samples.json, their settings, and grid.png.
-    """
+    """Draws what is not there yet, and writes it with samples.json, its settings, and grid.png."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out={out} cannot be written: {e.strerror}") from e
-    settings = {s.name: dataclasses.asdict(s.sampler) for s in stages}
-    edit = {k: getattr(FLAGS, k) for k in ("image", "mask") if getattr(FLAGS, k)}
-    records = [json.dumps({**dataclasses.asdict(r), **edit, "stages": settings}) for r in requests]
-    paths = [out / f"{i:05d}.png" for i in range(len(requests))]
-    todo = [i for i, path in enumerate(paths) if _record_of(path) != records[i]]
-    if len(todo) < len(paths):
-        cli.log.info("%d of %d are there already", len(paths) - len(todo), len(paths))
-    bars = {s.name: tqdm(total=len(todo), desc=s.name, unit="image") for s in stages if todo}
-    for start in range(0, len(todo), stages[0].batch_size):
-        rows = np.array(todo[start : start + stages[0].batch_size])
-        seeds = np.array([requests[i].seed for i in rows], np.uint32)
-        part = [{k: v[rows] for k, v in cond.items()} for cond in conds]
-        drawn = cascade.draw(stages, seeds, part, given, lambda s, n: bars[s.name].update(n))
-        for stage, images in zip(stages, drawn, strict=True):
-            last = stage is stages[-1]
+    settings = {s.name: {"step": s.step, **dataclasses.asdict(s.sampler)} for s in stages}
+    edit = {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in given.items()}
+    about = {"stages": settings, **({"given_sha256": edit} if edit else {})}
+    records = [json.dumps({**dataclasses.asdict(r), **about}) for r in requests]
+    names = [f"{i:05d}.png" for i in range(len(requests))]
+    folders = [out / f"{s.size}" for s in stages[:-1]] if FLAGS.all_stages else []
+    folders.append(out)
+    todo = [
+        i
+        for i, name in enumerate(names)
+        if any(_record_of(folder / name) != records[i] for folder in folders)
+    ]
+    if len(todo) < len(names):
+        cli.log.info("%d of %d are there already", len(names) - len(todo), len(names))
+    for rows, drawn in draw_batches(stages, requests, given, todo):
+        for folder, images in zip(folders, drawn[-len(folders) :], strict=True):
             for i, image in zip(rows, images, strict=True):
-                if last or FLAGS.all_stages:
-                    folder = out if last else out / f"{stage.size}"
-                    _write(image, folder / paths[i].name, requests[i], records[i])
-    for bar in bars.values():
-        bar.close()
-    listed = [{"file": p.name, **json.loads(r)} for p, r in zip(paths, records, strict=True)]
+                _write(image, folder / names[i], requests[i], records[i])
+    listed = [{"file": n, **json.loads(r)} for n, r in zip(names, records, strict=True)]
     with replacing(out / "samples.json") as temporary:
         temporary.write_text(json.dumps(listed, indent=1) + "\n")
-    sheet = [np.asarray(Image.open(path)) for path in paths[: pictures.MOST_ON_A_SHEET]]
-    captions = [r.prompt for r in requests[: len(sheet)]]
+    shown = names[: pictures.MOST_ON_A_SHEET]
+    sheet = np.stack([_side_by_side([folder / name for folder in folders]) for name in shown])
+    captions = [r.prompt for r in requests[: len(shown)]]
     columns = FLAGS.frames or FLAGS.num
-    pictures.save(pictures.grid(np.stack(sheet), captions, columns=columns), out / "grid.png")
+    pictures.save(pictures.grid(sheet, captions, columns=columns), out / "grid.png")
     print(out / "grid.png")
+
+
+def draw_batches(
+    stages: list[cascade.Stage],
+    requests: list[Request],
+    given: dict[str, np.ndarray],
+    todo: list[int],
+) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+    """Some rows of `todo` at a time, and what each stage drew for them.
+
+    Raises:
+      UserError: a prompt longer than config.text.max_tokens, before anything is drawn.
+    """
+    if not todo:
+        return
+    load = functools.cache(load_encoder)  # stages usually share theirs, which may be large
+    texts = [stage.built.config.text for stage in stages]
+    encoders = [[load(p.encoder, p.max_tokens) for p in text.parts] for text in texts]
+    said = {v: None for r in requests for v in dataclasses.astuple(r) if isinstance(v, str)}
+    for encoder in itertools.chain(*encoders):
+        encoder.check(said)
+    bars = {s.name: tqdm(total=len(todo), desc=s.name, unit="image") for s in stages}
+    for start in range(0, len(todo), stages[0].batch_size):
+        rows = todo[start : start + stages[0].batch_size]
+        part = [requests[i] for i in rows]
+        seeds = np.array([r.seed for r in part], np.uint32)
+        # Encoded batch by batch: embeddings are much larger than the pictures drawn of them.
+        conds = [condition(s, part, e) for s, e in zip(stages, encoders, strict=True)]
+        yield rows, cascade.draw(stages, seeds, conds, given, lambda s, n: bars[s.name].update(n))
+    for bar in bars.values():
+        bar.close()
+
+
+def _side_by_side(paths: list[Path]) -> np.ndarray:
+    """Pictures in a row, enlarged to the size of the last without smoothing."""
+    opened = [Image.open(path) for path in paths]
+    size = opened[-1].size
+    return np.hstack([np.asarray(i.resize(size, Image.Resampling.NEAREST)) for i in opened])
 
 
 def _record_of(path: Path) -> str | None:

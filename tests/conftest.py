@@ -98,6 +98,9 @@ class FakeEncoder:
     def num_tokens(self, caption):
         return 1 + len(caption.encode()) % self.max_tokens
 
+    def check(self, captions):
+        pass
+
     def encode(self, captions, progress=None):
         from ml_dtypes import bfloat16
 

@@ -17,7 +17,7 @@ from imagen_jax.errors import UserError
 def stages_of(*configs):
     built = [experiment.build(run_config.parse(c)) for c in configs]
     return [
-        cascade.Stage(str(i), b, b.init().ema, b.config.sampling, batch_size=8)
+        cascade.Stage(str(i), 0, b, b.init().ema, b.config.sampling, batch_size=8)
         for i, b in enumerate(built)
     ]
 

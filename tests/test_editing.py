@@ -22,7 +22,7 @@ from imagen_jax import diffusion, editing
 from imagen_jax.errors import UserError
 from imagen_jax.sampling import SPACINGS, SamplerConfig
 
-STATIC = ("strength", "resample", "shape")
+STATIC = ("shape",)
 GAUSSIAN = Gaussian(np.geomspace(0.1, 0.3, 12))
 
 
@@ -50,16 +50,9 @@ def half(batch):
 @pytest.mark.parametrize("strength", [0.05, 1.0])
 def test_image_to_image_starts_from_the_noised_image(strength):
     denoise, seen = recording(text_denoiser)
-    config = SamplerConfig(num_steps=3)
-    x = edit(
-        editing.image_to_image,
-        denoise,
-        config,
-        [1, 2],
-        image_bhwc=image(2),
-        cond=text_cond(2),
-        strength=strength,
-    )
+    config = SamplerConfig(num_steps=3, strength=strength)
+    arguments = {"image_bhwc": image(2), "cond": text_cond(2)}
+    x = edit(editing.image_to_image, denoise, config, [1, 2], **arguments)
     grid = SPACINGS["t"](COSINE, strength, 3)
     expected = diffusion.q_sample(image(2), first_noise([1, 2], SHAPE), grid[0])
     np.testing.assert_allclose(seen[0][0], expected, atol=1e-5)
@@ -69,7 +62,7 @@ def test_image_to_image_starts_from_the_noised_image(strength):
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "heun"])
 def test_image_to_image_follows_the_exact_flow_of_gaussian_data(name):
-    config = SamplerConfig(name, num_steps=64, spacing="log_snr", threshold="none")
+    config = SamplerConfig(name, 64, spacing="log_snr", threshold="none", strength=0.3)
     start = jnp.full((4, *GAUSSIAN.shape), 0.2)
     x = edit(
         editing.image_to_image,
@@ -79,7 +72,6 @@ def test_image_to_image_follows_the_exact_flow_of_gaussian_data(name):
         "v",
         image_bhwc=start,
         cond=null_cond(4),
-        strength=0.3,
     )
     log_snr = COSINE.log_snr(jnp.float32(0.3))
     z = diffusion.q_sample(start, first_noise(range(4), GAUSSIAN.shape), log_snr)
@@ -88,12 +80,17 @@ def test_image_to_image_follows_the_exact_flow_of_gaussian_data(name):
     np.testing.assert_allclose(x.reshape(4, -1), exact, atol=atol)
 
 
-@pytest.mark.parametrize("strength", [0.0, -0.1, 1.1])
-def test_a_bad_strength_is_a_user_error(strength):
-    with pytest.raises(UserError, match=r"strength is .*; allowed: \(0, 1\]"):
-        editing.image_to_image(
-            text_denoiser, COSINE, "eps", SamplerConfig(), [0], image(1), text_cond(1), strength
-        )
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"strength": 0.0}, r"sampling.strength is 0.0; allowed: \(0, 1\]"),
+        ({"strength": 1.1}, r"sampling.strength is 1.1; allowed: \(0, 1\]"),
+        ({"resample": 0}, "sampling.resample is 0; allowed: 1 or more"),
+    ],
+)
+def test_a_bad_setting_is_a_user_error(changes, words):
+    with pytest.raises(UserError, match=words):
+        SamplerConfig(**changes)
 
 
 # Inpainting.
@@ -103,9 +100,9 @@ def test_a_bad_strength_is_a_user_error(strength):
     "name, resample", [("ddim", 1), ("ancestral", 1), ("dpmpp_2m", 3), ("heun", 3)]
 )
 def test_outside_the_mask_the_picture_is_exactly_the_original(name, resample):
-    config = SamplerConfig(name, num_steps=4, guidance_weight=3.0)
+    config = SamplerConfig(name, num_steps=4, guidance_weight=3.0, resample=resample)
     arguments = {"image_bhwc": image(2), "mask_bhw1": half(2), "cond": text_cond(2)}
-    x = edit(editing.inpaint, text_denoiser, config, [1, 2], resample=resample, **arguments)
+    x = edit(editing.inpaint, text_denoiser, config, [1, 2], **arguments)
     np.testing.assert_array_equal(x[:, :, :4], image(2)[:, :, :4])
     assert bool(jnp.isfinite(x).all()) and float(jnp.abs(x).max()) <= 1
     assert float(jnp.abs(x - image(2))[:, :, 4:].mean()) > 0.1
@@ -124,13 +121,12 @@ def test_known_pixels_are_at_the_noise_level_of_each_evaluation():
     edit(
         editing.inpaint,
         denoise,
-        SamplerConfig("ddim", num_steps=4),
+        SamplerConfig("ddim", num_steps=4, resample=2),
         [7],
         "x",
         image_bhwc=jnp.full((1, *size), known),
         mask_bhw1=jnp.zeros((1, 32, 32, 1), bool),
         cond=null_cond(1),
-        resample=2,
     )
     assert len(seen) == 8
     for z, log_snr in seen:
@@ -149,16 +145,16 @@ def test_resampling_fits_the_new_pixels_to_the_known_ones():
     mask = jnp.broadcast_to(jnp.array([False, True])[None, None, :, None], original.shape)
     errors = []
     for resample in (1, 10):
+        plain = {"gamma": 0.0, "threshold": "none", "resample": resample}
         x = edit(
             editing.inpaint,
             pairs.denoiser("x"),
-            SamplerConfig("ancestral", num_steps=32, gamma=0.0, threshold="none"),
+            SamplerConfig("ancestral", num_steps=32, **plain),
             range(32),
             "x",
             image_bhwc=original,
             mask_bhw1=mask,
             cond=null_cond(32),
-            resample=resample,
         )
         errors.append(float(jnp.abs(x[:, 0, 1, 0] - 0.35).mean()))
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.06
@@ -173,12 +169,6 @@ def test_q_step_then_q_sample_is_q_sample():
     assert z_t.mean() == pytest.approx(float(alpha) * x, abs=0.015)
     assert z_t.std() == pytest.approx(float(sigma), rel=0.01)
     np.testing.assert_array_equal(editing.q_step(z_s, noise, 2.0, 2.0), z_s)
-
-
-def test_resampling_less_than_once_is_a_user_error():
-    with pytest.raises(UserError, match="resample is 0; allowed: 1 or more"):
-        arguments = SamplerConfig(), [0], image(1), half(1), text_cond(1)
-        editing.inpaint(text_denoiser, COSINE, "eps", *arguments, resample=0)
 
 
 # Interpolation.
@@ -226,15 +216,15 @@ def test_interpolation_ends_at_the_samples_of_either_seed(name):
 @pytest.mark.parametrize("function", [editing.image_to_image, editing.inpaint, editing.interpolate])
 def test_an_edit_depends_on_its_own_seed_and_image_not_on_its_batch(function):
     options = {
-        editing.image_to_image: {"image_bhwc": image(3), "strength": 0.7},
-        editing.inpaint: {"image_bhwc": image(3), "mask_bhw1": half(3), "resample": 2},
+        editing.image_to_image: {"image_bhwc": image(3)},
+        editing.inpaint: {"image_bhwc": image(3), "mask_bhw1": half(3)},
         editing.interpolate: {
             "other_seeds_b": jnp.arange(7, 10, dtype=jnp.uint32),
             "fraction_b": jnp.array([0.2, 0.5, 0.9]),
             "shape": SHAPE,
         },
     }[function] | {"cond": text_cond(3)}
-    config = SamplerConfig("ancestral", num_steps=4, guidance_weight=2.0)
+    config = SamplerConfig("ancestral", 4, guidance_weight=2.0, strength=0.7, resample=2)
     seeds = np.array([11, 7, 11])
     batch = edit(function, text_denoiser, config, seeds, **options)
     static = {k: v for k, v in options.items() if k in STATIC}

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.errors import UserError
-from imagen_jax.prompts import read_image, read_mask, read_prompts
+from imagen_jax.prompts import make_requests, read_image, read_mask, read_prompts
 
 
 def test_prompts_come_from_the_flag_a_text_file_or_a_csv(tmp_path):
@@ -15,6 +15,19 @@ def test_prompts_come_from_the_flag_a_text_file_or_a_csv(tmp_path):
     assert read_prompts("", str(text)) == ["a red circle", "two; stars"]
     table.write_text('id,caption\n1,"a circle, red"\n2,two stars\n')
     assert read_prompts("", str(table)) == ["a circle, red", "two stars"]
+
+
+def test_a_way_leads_from_one_prompt_to_the_other_in_every_stage():
+    def of(sr_prompts):
+        way = make_requests(["a", "b"], sr_prompts, [7], frames=3)
+        assert [(r.prompt, r.to_prompt, r.seed, r.fraction) for r in way] == [
+            ("a", "b", 7, 0.0), ("a", "b", 7, 0.5), ("a", "b", 7, 1.0)
+        ]  # fmt: skip
+        return {(r.sr_prompt, r.to_sr_prompt) for r in way}
+
+    assert of([]) == {("a", "b")}
+    assert of(["c"]) == {("c", "c")}
+    assert of(["c", "d"]) == {("c", "d")}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command that draws: files that say what they are, resumption, cascades, clear errors."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -58,15 +59,26 @@ def draw(defined_flags, monkeypatch, tmp_path):
     return call
 
 
+@pytest.fixture
+def count_drawn(monkeypatch):
+    """How many pictures each call of cascade.draw was asked for."""
+    drawn, real = [], sample.cascade.draw
+    monkeypatch.setattr(
+        sample.cascade, "draw", lambda s, seeds, *a: drawn.append(len(seeds)) or real(s, seeds, *a)
+    )
+    return drawn
+
+
 def read(path):
     return np.asarray(Image.open(path))
 
 
-def test_a_cascade_leaves_pictures_that_say_what_they_are(runs, draw):
-    out = draw(
+def test_a_cascade_leaves_pictures_that_say_what_they_are(runs, draw, count_drawn):
+    args = [
         f"--workdir={','.join(runs)}", "--prompts=a red circle;two stars", "--num=2", "--seed=5",
         "--guidance=3,1", "--all_stages",
-    )  # fmt: skip
+    ]  # fmt: skip
+    out = draw(*args)
     listed = json.loads((out / "samples.json").read_text())
     assert [(r["prompt"], r["seed"]) for r in listed] == [
         ("a red circle", 5), ("a red circle", 6), ("two stars", 5), ("two stars", 6)
@@ -79,24 +91,78 @@ def test_a_cascade_leaves_pictures_that_say_what_they_are(runs, draw):
         assert picture.info["prompt"] == record["prompt"] and picture.info["seed"]
         assert json.loads(picture.info["request"])["stages"] == record["stages"]
         assert Image.open(out / "32" / f"{i:05d}.png").size == (32, 32)
-    assert min(Image.open(out / "grid.png").size) > 100
+    # Two columns, in each both stages side by side.
+    assert Image.open(out / "grid.png").size[0] == 8 + 2 * (2 * 128 + 8)
+    (out / "32" / "00001.png").unlink()
+    draw(*args)
+    assert count_drawn == [4, 1]
 
 
-def test_what_is_there_already_is_not_drawn_again(runs, draw, monkeypatch):
+def test_what_is_there_already_is_not_drawn_again(runs, draw, count_drawn):
     args = [f"--workdir={runs[0]}", "--prompts=a;b;c", "--num=1", "--batch_size=1"]
     out = draw(*args)
     before = [read(out / f"{i:05d}.png") for i in range(3)]
     (out / "00001.png").write_bytes(b"half a pic")
-    drawn, real = [], sample.cascade.draw
-    monkeypatch.setattr(
-        sample.cascade, "draw", lambda s, seeds, *a: drawn.append(len(seeds)) or real(s, seeds, *a)
-    )
+    count_drawn.clear()
     draw(*args)
-    assert drawn == [1]
+    assert count_drawn == [1]
     for i in range(3):
         np.testing.assert_array_equal(read(out / f"{i:05d}.png"), before[i])
     draw(*args, "--guidance=2")
-    assert drawn == [1, 1, 1, 1]
+    assert count_drawn == [1, 1, 1, 1]
+
+
+def test_pictures_of_an_older_checkpoint_or_another_run_are_drawn_again(
+    runs, draw, count_drawn, tmp_path
+):
+    first, second = tmp_path / "a" / "base", tmp_path / "b" / "base"
+    for copy in (first, second):
+        shutil.copytree(runs[0], copy)
+    args = ["--prompts=a", "--num=1"]
+    draw(f"--workdir={first}", *args)
+    draw(f"--workdir={second}", *args)
+    assert count_drawn == [1, 1]
+    # More training, as far as a picture's record can tell.
+    shutil.copytree(second / "checkpoints" / "step_1", second / "checkpoints" / "step_2")
+    out = draw(f"--workdir={second}", *args)
+    draw(f"--workdir={second}", *args)
+    assert count_drawn == [1, 1, 1]
+    [record] = json.loads((out / "samples.json").read_text())
+    assert record["stages"][str(second)]["step"] == 2
+    draw(f"--workdir={second}", *args, "--step=1")
+    assert count_drawn == [1, 1, 1, 1]
+
+
+def test_stages_whose_folders_have_one_name_are_told_apart(runs, draw, tmp_path):
+    stages = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for run, link in zip(runs, stages, strict=True):
+        link.parent.mkdir()
+        link.symlink_to(run)
+    out = draw(f"--workdir={stages[0]},{stages[1]}", "--prompts=a", "--num=1", "--guidance=3,1")
+    [record] = json.loads((out / "samples.json").read_text())
+    assert {k: v["guidance_weight"] for k, v in record["stages"].items()} == {
+        str(stages[0]): 3.0, str(stages[1]): 1.0
+    }  # fmt: skip
+
+
+def test_prompts_are_encoded_some_at_a_time(runs, draw, monkeypatch):
+    told = []
+
+    class Recording(FakeEncoder):
+        def check(self, captions):
+            told.append(("check", len(captions)))
+
+        def encode(self, captions, progress=None):
+            told.append(("encode", len(captions)))
+            return super().encode(captions)
+
+    monkeypatch.setattr(sample, "load_encoder", lambda name, max_tokens: Recording())
+    args = (f"--workdir={runs[0]}", "--prompts=a;b;c", "--num=1", "--batch_size=2")
+    draw(*args)
+    assert told == [("check", 4), ("encode", 2), ("encode", 1)]  # "" is the negative prompt
+    told.clear()
+    draw(*args)
+    assert not told
 
 
 def test_the_way_between_two_prompts_begins_and_ends_with_them(runs, draw):
@@ -155,4 +221,28 @@ def test_bad_input_is_one_line(runs, draw, args, words):
         ]
     with pytest.raises(UserError) as e:
         draw(*args)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "args", "words"),
+    [
+        ("SR", ["--image=p.png", "--mask=m.png"], "--mask=m.png needs --image, and a base model"),
+        ("SR", ["--image=p.png", "--strength=0.5"], "--strength=0.5 needs --image, no --mask, and"),
+        ("BASE", ["--strength=0.5"], "--strength=0.5 needs --image"),
+        ("BASE", ["--image=p.png", "--mask=m.png", "--strength=0.5"], "--strength=0.5 needs --i"),
+        ("BASE", ["--image=p.png", "--strength=0.5", "--resample=2"], "--resample=2 needs --mask"),
+        ("BASE", ["--image=p.png", "--frames=3", "--to_seed=2"], "--to_seed=2 needs no --image"),
+        ("BASE", ["--frames=3", "--to_seed=2", "--num=2"], "--num=2 needs no --to_seed"),
+        ("BASE", ["--sr_prompts=b"], "--sr_prompts=b needs a base and a super-resolution"),
+        ("SR", ["--sr_prompts=b"], "--sr_prompts=b needs a base and a super-resolution"),
+        ("BASE", ["--aug_level=0.3"], "--aug_level=0.3 needs a super-resolution --workdir"),
+        ("BASE", ["--guidance=1", "--negative_prompt=b"], "--negative_prompt=b needs --guidance"),
+        ("BASE", ["--guidance=1", "--guidance_interval=-3,3"], "--guidance_interval=-3,3 needs"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(runs, draw, workdir, args, words):
+    where = dict(zip(("BASE", "SR"), runs, strict=True))
+    with pytest.raises(UserError) as e:
+        draw(f"--workdir={where[workdir]}", "--prompts=a", *args)
     assert words in str(e.value) and "\n" not in str(e.value)

@@ -74,6 +74,18 @@ def test_a_caption_too_long_is_refused_with_its_length():
         encoder.encode(["short", "1234567890"])
 
 
+def test_random_weights_are_always_the_same_and_another_encoder(bundled):
+    drawn, again = load_encoder("byte-tiny-random"), load_encoder("byte-tiny-random")
+    [embedding], [same] = drawn.encode(["a red circle"]), again.encode(["a red circle"])
+    np.testing.assert_array_equal(embedding, same)
+    assert embedding.shape == (13, bundled.dim)
+    assert np.square(embedding.astype(np.float32)).mean() == pytest.approx(1, abs=0.05)
+    assert drawn.identity == again.identity == encoder_identity("byte-tiny-random")
+    differing = {k for k in drawn.identity if drawn.identity[k] != bundled.identity[k]}
+    assert differing == {"encoder", "weights_sha256"}
+    assert drawn.identity["encoder"] == "byte-tiny-random"
+
+
 def test_the_bundled_encoder_is_what_its_files_say(bundled):
     folder = encoder.BUNDLED / "byte-tiny"
     assert load_t5(folder).config == PRESETS["byte-tiny"]

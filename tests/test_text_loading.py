@@ -115,6 +115,13 @@ def test_host_memory_is_that_of_one_tensor(tmp_path):
     assert peak - after < 10 * 2**20
 
 
+def test_random_weights_are_the_same_wherever_they_lie():
+    whole = load_encoder("byte-tiny-random")
+    spread = load_encoder("byte-tiny-random", place=place(fsdp=8, data=1))
+    [expected], [found] = whole.encode(["a red circle"]), spread.encode(["a red circle"])
+    np.testing.assert_allclose(found.astype(float), expected.astype(float), atol=0.05)
+
+
 def test_the_peak_of_host_memory_is_reported(folder, caplog):
     with caplog.at_level("INFO", logger="imagen_jax"):
         load_encoder(folder)

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from imagen_jax.errors import UserError
@@ -57,6 +58,8 @@ class NetworkConfig:
       cond_width: channels of the time embedding and of the text tokens; 0 is 4 times the first
         level's.
       text_dim: width of the text encoder's embeddings.
+      text_parts: of several encoders, (tokens, width) of each: so many tokens of the text are its,
+        and so many of their text_dim numbers.
       pooling: how the text becomes one vector, added to the time embedding.
       sequence: how the text tokens enter attention, with LayerNorm, without, or not at all.
       dropout: rate inside residual blocks, active only when a dropout key is passed.
@@ -68,6 +71,7 @@ class NetworkConfig:
     low_res: int = 0
     cond_width: int = 0
     text_dim: int = 4096
+    text_parts: tuple[tuple[int, int], ...] = ()
     pooling: str = "attention"
     sequence: str = "cross_attention_layernorm"
     dropout: float = 0.0
@@ -132,9 +136,15 @@ class Conditioner(nnx.Module):
         self.aug = ScalarEmbedding(time_dim, width, **kw) if config.low_res else None
         reads_text = config.pooling != "none" or config.sequence != "none"
         # No bias: the zeros of the null prompt stay zeros until a LayerNorm gives them a value.
-        project = partial(nnx.Linear, config.text_dim, width, use_bias=False, **kw)
+        project = partial(nnx.Linear, out_features=width, use_bias=False, **kw)
         pool = partial(TextPooling, config.pooling, width, head_dim, **kw)
-        self.text = project() if reads_text else None
+        self.text_parts = config.text_parts
+        if not reads_text:
+            self.text = None
+        elif config.text_parts:
+            self.text = nnx.List([project(dim) for _, dim in config.text_parts])
+        else:
+            self.text = project(config.text_dim)
         self.pool = pool() if config.pooling != "none" else None
 
     def __call__(self, log_snr_b: jax.Array, cond: Mapping[str, jax.Array]) -> Conditioning:
@@ -143,8 +153,16 @@ class Conditioner(nnx.Module):
             emb = emb + self.aug(cond["aug_level"])
         if self.text is None:
             return Conditioning(emb, None, None)
-        text, mask = self.text(cond["text"]), cond["text_mask"]
+        text, mask = self._projected(cond["text"]), cond["text_mask"]
         return Conditioning(emb if self.pool is None else emb + self.pool(text, mask), text, mask)
+
+    def _projected(self, text_btd: jax.Array) -> jax.Array:
+        """The text at the network's width, each encoder's tokens by a projection of their own."""
+        if not self.text_parts:
+            return self.text(text_btd)
+        ends = np.cumsum([tokens for tokens, _ in self.text_parts])
+        parts = zip(self.text, jnp.split(text_btd, ends[:-1], axis=1), self.text_parts, strict=True)
+        return jnp.concatenate([linear(x[:, :, :dim]) for linear, x, (_, dim) in parts], axis=1)
 
 
 class Head(nnx.Module):

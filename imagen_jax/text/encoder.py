@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections import defaultdict
@@ -16,9 +17,8 @@ import numpy as np
 from flax import nnx
 
 from imagen_jax.errors import UserError
-from imagen_jax.text.files import sha256
 from imagen_jax.text.hf_format import open_hf
-from imagen_jax.text.loading import Checkpoint, Place
+from imagen_jax.text.loading import RANDOM, Checkpoint, Place
 from imagen_jax.text.t5x_format import is_t5x, open_t5x
 from imagen_jax.text.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 
@@ -100,6 +100,11 @@ class TextEncoder:
         """How many tokens `caption` has, those that mark its beginning and end included."""
         return len(self._tokenizer.encode(caption))
 
+    def check(self, captions: Iterable[str]) -> None:
+        """Raises UserError if a caption has more than `max_tokens` tokens or is no Unicode."""
+        for caption in captions:
+            self._checked_ids(caption)
+
     def encode(
         self, captions: Sequence[str], progress: Callable[[int, int], None] | None = None
     ) -> list[np.ndarray]:
@@ -173,8 +178,9 @@ def load_encoder(
     """A frozen encoder by the name of a bundled one, or from a folder with its files.
 
     Args:
-        name_or_path: a folder in Hugging Face's format (T5, BERT, CLIP), or a T5X checkpoint
-            beside whose arrays the vocabulary lies.
+        name_or_path: a bundled encoder, with "-random" after it for random weights; or a folder in
+            Hugging Face's format (T5, BERT, CLIP), or a T5X checkpoint beside whose arrays the
+            vocabulary lies.
         max_tokens: the longest caption to take.
         place: where the weights go, from their shapes: for instance
             `functools.partial(sharding.weight_shardings, mesh)`.
@@ -209,12 +215,14 @@ def encoder_identity(
     return _identity(*_open(name_or_path, max_tokens), max_tokens)
 
 
-def _bundled() -> list[str]:
-    return sorted(path.name for path in BUNDLED.iterdir())
+def _bundled() -> dict[str, Path]:
+    """The folders of the bundled encoders by their names, each also with random weights."""
+    folders = {path.name: path for path in sorted(BUNDLED.iterdir())}
+    return folders | {name + RANDOM: path for name, path in folders.items()}
 
 
 def _folder(name_or_path: str | os.PathLike) -> Path:
-    return BUNDLED / name_or_path if name_or_path in _bundled() else Path(name_or_path)
+    return _bundled().get(str(name_or_path), Path(name_or_path))
 
 
 def _open(name_or_path: str | os.PathLike, max_tokens: int) -> tuple[Checkpoint, Tokenizer]:
@@ -227,6 +235,8 @@ def _open(name_or_path: str | os.PathLike, max_tokens: int) -> tuple[Checkpoint,
             f"{', '.join(_bundled())}"
         )
     checkpoint = open_t5x(folder) if is_t5x(folder) else open_hf(folder)
+    if folder.parent == BUNDLED and str(name_or_path).endswith(RANDOM):
+        checkpoint = dataclasses.replace(checkpoint, drawn=True)
     tokenizer = load_tokenizer(folder, checkpoint.tokenizer)
     _check_match(checkpoint, tokenizer, max_tokens)
     return checkpoint, tokenizer
@@ -234,8 +244,8 @@ def _open(name_or_path: str | os.PathLike, max_tokens: int) -> tuple[Checkpoint,
 
 def _identity(checkpoint: Checkpoint, tokenizer: Tokenizer, max_tokens: int) -> dict[str, Any]:
     return {
-        "encoder": checkpoint.folder.name,
-        "weights_sha256": sha256(checkpoint.files),
+        "encoder": checkpoint.name,
+        "weights_sha256": checkpoint.weights_sha256,
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,
         "max_tokens": max_tokens,

@@ -16,7 +16,11 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from imagen_jax.errors import UserError
+from imagen_jax.text.files import sha256
 from imagen_jax.text.stored import StoredTensor
+
+# At the end of a bundled encoder's name: its architecture with random weights.
+RANDOM = "-random"
 
 log = logging.getLogger("imagen_jax")
 
@@ -39,6 +43,8 @@ class Checkpoint:
         kernels_reversed: whether projections are [out, in] in the files; here they are [in, out].
         files: all files with weights, in the order in which they are hashed.
         tokenizer: a key of `tokenizer.TOKENIZERS`.
+        drawn: whether the weights are drawn at random, always the same, instead of read: what an
+            encoder is worth without its training.
     """
 
     folder: Path
@@ -49,6 +55,17 @@ class Checkpoint:
     kernels_reversed: bool
     files: list[Path]
     tokenizer: str
+    drawn: bool = False
+
+    @property
+    def name(self) -> str:
+        """As identities have it."""
+        return self.folder.name + (RANDOM if self.drawn else "")
+
+    @property
+    def weights_sha256(self) -> str:
+        """The hash of all weight files; of drawn weights, of how they are drawn."""
+        return sha256([], b"drawn with seed 0") if self.drawn else sha256(self.files)
 
     def load(self, place: Place | None = None) -> nnx.Module:
         """The encoder in float32: each weight goes to its devices before the next is read.
@@ -60,6 +77,8 @@ class Checkpoint:
         Raises:
             UserError: a tensor is missing or has the wrong shape.
         """
+        if self.drawn:
+            return self._draw(place)
         module = nnx.eval_shape(lambda: self.module(self.config, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(module)
         specs = traverse_util.flatten_dict(nnx.to_pure_dict(state))
@@ -74,6 +93,13 @@ class Checkpoint:
             "text encoder %s: %.3g GB of weights; the most host memory so far: %.3g GB",
             self.folder.name, num_bytes / 1e9, peak_host_bytes() / 1e9,
         )  # fmt: skip
+        return nnx.merge(graphdef, state)
+
+    def _draw(self, place: Place | None) -> nnx.Module:
+        graphdef, state = nnx.split(self.module(self.config, rngs=nnx.Rngs(0)))
+        weights = nnx.to_pure_dict(state)
+        if place is not None:
+            nnx.replace_by_pure_dict(state, jax.device_put(weights, place(weights)))
         return nnx.merge(graphdef, state)
 
     def _checked(self, key: Key, spec: jax.ShapeDtypeStruct) -> StoredTensor:

@@ -1,0 +1,188 @@
+"""Loss against wall time of the Efficient and the ordinary U-Net on one super-resolution task.
+
+    python -m benchmarks.loss_against_time --minutes=10 --out=loss_against_time
+
+Both networks have nearly the same number of parameters, and the recipe and the data of a config;
+only the section `model` differs (see benchmarks.efficient_unet, which compares their speed alone).
+They are trained in one process, a segment each in turn, so that a change of the machine's load
+meets both. The clock runs during training steps only: not while compiling, reading or evaluating.
+After each segment comes the loss of the averaged weights on held-out data, with the same noise
+every time. Writes a table, a plot and all figures as .md, .png and .json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from benchmarks.efficient_unet import efficient, ordinary
+from imagen_jax import cli, experiment, train
+from imagen_jax import config as config_files
+from imagen_jax.errors import UserError
+from imagen_jax.files import replacing
+from imagen_jax.run_config import NOT_WEIGHTS, Config, parse
+
+FLAGS = flags.FLAGS
+ROWS = 8  # of the table
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("config", "configs/demo_sr.py", "A super-resolution config.")
+    flags.DEFINE_multi_string("set", [], "--config.key=value, as in imagen_jax.train.")
+    flags.DEFINE_integer("width", 8, "Channels of the Efficient U-Net's first level.", 4)
+    flags.DEFINE_float("minutes", 10.0, "Training time of each network.", 0.1)
+    flags.DEFINE_integer("segments", 24, "In how many parts they take turns.", 1)
+    flags.DEFINE_string("out", "loss_against_time", "Name of the files, without a suffix.")
+
+
+def main(argv: list[str]) -> None:
+    """Trains both, prints a table in Markdown, writes the files."""
+    del argv
+    config = parse(config_files.load(FLAGS.config, FLAGS.set))
+    if not config.unet.low_res:
+        raise UserError(f"--config={FLAGS.config} is no super-resolution config")
+    train.ensure_data(config)
+    common = {key: getattr(config.unet, key) for key in ("low_res", "dtype", "text_dim")}
+    networks = {
+        "ordinary": ("unet", ordinary(FLAGS.width, config.unet.image_size, **common)),
+        "Efficient": ("efficient_unet", _unrolled(config.unet.image_size, **common)),
+    }
+    runs = {}
+    for title, (name, network) in networks.items():
+        runs[title] = Run(with_network(config, name, network))
+        print(f"{title}: {runs[title].built.num_params:,} parameters", flush=True)
+    for segment in range(1, FLAGS.segments + 1):
+        for title, run in runs.items():
+            run.train_until(segment * FLAGS.minutes * 60 / FLAGS.segments)
+            step, seconds, loss = run.points[-1]
+            print(f"{seconds:.0f} s  {title}: step {step}, loss {loss:.4f}", flush=True)
+    text = table(runs)
+    print(text)
+    out = Path(FLAGS.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "settings": {"minutes": FLAGS.minutes, "width": FLAGS.width, "config": FLAGS.config},
+        "device": jax.devices()[0].device_kind,
+        "params": {title: run.built.num_params for title, run in runs.items()},
+        "step_seconds_loss": {title: run.points for title, run in runs.items()},
+    }
+    with replacing(out.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    with replacing(out.with_suffix(".md")) as temporary:
+        temporary.write_text(text)
+    plot(runs, out.with_suffix(".png"))
+
+
+def _unrolled(image_size: int, **common: Any):
+    # A CPU is slow at gradients of looped convolutions, and elsewhere it makes no difference.
+    config = efficient(FLAGS.width, image_size, **common)
+    return dataclasses.replace(config, scan_blocks=False)
+
+
+def with_network(config: Config, name: str, network: Any) -> Config:
+    """The config with another section `model`."""
+    values = dataclasses.asdict(network)
+    section = {k: v for k, v in values.items() if k not in NOT_WEIGHTS or k == "scan_blocks"}
+    return dataclasses.replace(config, model={"name": name, "dtype": network.dtype, **section})
+
+
+class Run:
+    """One network's training: its state, its time, and (step, seconds, held-out loss) points."""
+
+    def __init__(self, config: Config):
+        with cli.quiet_imports():
+            from imagen_jax import data
+
+        self.built = experiment.build(config)
+        self._state = self.built.init()
+        self._batches = data.train_batches(config, 0)
+        self._held_out = data.eval_batches(config)
+        shapes = (self.built.abstract_state, self.built.abstract_batch)
+        self._step = self.built.step.lower(*shapes).compile()
+        self._steps, self._seconds = 0, 0.0
+        self.points = [(0, 0.0, self._held_out_loss())]
+
+    def train_until(self, seconds: float) -> None:
+        """Trains up to so many seconds in all, then adds a point."""
+        while self._seconds < seconds:
+            batch = jax.block_until_ready(self.built.put(next(self._batches)))
+            start = time.perf_counter()
+            self._state, _ = jax.block_until_ready(self._step(self._state, batch))
+            self._seconds += time.perf_counter() - start
+            self._steps += 1
+        self.points.append((self._steps, self._seconds, self._held_out_loss()))
+
+    def _held_out_loss(self) -> float:
+        return float(
+            np.mean(
+                [
+                    self.built.eval_loss(self._state.ema, self.built.put(batch), jax.random.key(i))
+                    for i, batch in enumerate(self._held_out)
+                ]
+            )
+        )
+
+
+def sooner(slow: Run, fast: Run) -> float | None:
+    """How many times sooner `fast` has the loss that `slow` ends with; None if it never has it."""
+    _, seconds, losses = (np.array(column) for column in zip(*fast.points, strict=True))
+    _, end, goal = slow.points[-1]
+    reached = np.flatnonzero(losses <= goal)
+    if not reached.size:
+        return None
+    i = reached[0]  # between this point and the one before
+    return end / float(np.interp(-goal, -losses[i - 1 : i + 1], seconds[i - 1 : i + 1]))
+
+
+def table(runs: dict[str, Run]) -> str:
+    """Steps and held-out loss of both at some of the points, and who is sooner where."""
+    names = list(runs)
+    lines = [
+        "| seconds | " + " | ".join(f"{n}: steps | loss" for n in names) + " |",
+        "|---" * (1 + 2 * len(names)) + "|",
+    ]
+    points = [run.points for run in runs.values()]
+    shown = np.unique(np.linspace(0, len(points[0]) - 1, ROWS + 1).round().astype(int))
+    for i in shown:
+        cells = [f"{p[i][0]:,} | {p[i][2]:.4f}" for p in points]
+        lines.append(f"| {points[0][i][1]:.0f} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for slow, fast in (names, names[::-1]):
+        if ratio := sooner(runs[slow], runs[fast]):
+            end = runs[slow].points[-1][2]
+            lines.append(
+                f"{fast} has the loss at which {slow} ends, {end:.4f}, {ratio:.1f} times sooner."
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs: dict[str, Run], path: Path) -> None:
+    """Held-out loss against seconds of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for title, run in runs.items():
+        _, seconds, losses = zip(*run.points, strict=True)
+        label = f"{title}, {run.built.num_params / 1e6:.2f}M parameters"
+        axes.plot(seconds, losses, ".-", label=label)
+    axes.set(xlabel="seconds of training", ylabel="held-out loss, EMA weights", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
