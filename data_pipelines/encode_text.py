@@ -23,6 +23,8 @@ from imagen_jax import cli
 from imagen_jax.errors import UserError
 
 FLAGS = flags.FLAGS
+# For the other hosts to come, and after which a silent one is taken for dead.
+JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 100
 
 
 def define_flags() -> None:
@@ -154,7 +156,10 @@ def main(argv: list[str]) -> None:
     if FLAGS.distributed:
         from imagen_jax import distributed
 
-        distributed.start("", 1, 0, auto=True)
+        names = ("captions", "dataset", "encoder", "max_tokens", "dtype", "num_shards")
+        settings = {name: FLAGS[name].value for name in names}
+        job = distributed.discover(JOIN_SECONDS)
+        distributed.join(job, settings, JOIN_SECONDS, HEARTBEAT_SECONDS)
     reads = sources()
     part, parts = parse_split(FLAGS.shard)
     encoder = load_encoder(FLAGS.encoder, FLAGS.max_tokens, FLAGS.fsdp)

@@ -76,11 +76,14 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     if not FLAGS.config or not FLAGS.out:
         raise UserError("--config=FILE and --out=DIR are both needed (see --help)")
-    config = parse(config_files.load(FLAGS.config, FLAGS.set))
-    topology = topology_of(config)
+    overrides = [f"mesh.topology={FLAGS.topology}"] if FLAGS.topology else []
+    config = parse(config_files.load(FLAGS.config, [*FLAGS.set, *overrides]))
+    if not config.mesh.topology:
+        raise UserError("--topology is missing; for example --topology=v4-512")
+    topology = topologies.lookup(config.mesh.topology)
     out, cache = make_folder("out", FLAGS.out), make_folder("cache", FLAGS.cache)
     planner = Planner(config, topology, FLAGS.fast, cache)
-    plan = planner.plan(config) | {"config": FLAGS.config, "command": _command()}
+    plan = planner.plan(planner.config) | {"config": FLAGS.config, "command": _command()}
     if planner.compiles and FLAGS.search:
         plan["search"] = planner.search()
     if planner.compiles and not plan["memory"]["fits"]:
@@ -115,14 +118,6 @@ def write(plan: dict[str, Any], out: Path) -> None:
             temporary.write_text(content)
 
 
-def topology_of(config: Config) -> Topology:
-    """The topology that the flag names, or else the config."""
-    name = FLAGS.topology or getattr(config.mesh, "topology", "")
-    if not name:
-        raise UserError("--topology is missing; for example --topology=v4-512")
-    return topologies.lookup(name)
-
-
 def _command() -> str:
     return shlex.join(["python", "-m", "imagen_jax.plan", *sys.argv[1:]])
 
@@ -131,11 +126,13 @@ class Planner:
     """Plans settings of one config on one topology."""
 
     def __init__(self, config: Config, topology: Topology, fast: bool, cache: Path):
-        self.config, self.topology = config, topology
-        self.fast, self.cache = fast, cache
+        self.topology, self.fast, self.cache = topology, fast, cache
         self.compiles = bool(topology.chip.libtpu)
         with cli.quiet_imports():  # libtpu says at length that there is no TPU here
             self.devices = topologies.devices(topology)
+        # The number itself, where the config leaves it to the devices.
+        microbatches = experiment.build(config, self.devices).microbatches
+        self.config = dataclasses.replace(config, microbatches=microbatches)
         self._start = time.perf_counter()
         self._model_flops = 0.0
         self._plans: dict[search.Setting, dict[str, Any]] = {}
@@ -236,7 +233,7 @@ class Planner:
             num_steps=config.num_steps,
             image_bytes=example["image"],
             text_bytes=example["text"] + example["text_mask"],
-            token_bytes=example["text"] // config.text.max_tokens,
+            token_bytes=example["text"] // config.text.tokens,
         )
 
     def _describe(self) -> dict[str, Any]:

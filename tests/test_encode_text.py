@@ -210,7 +210,10 @@ def test_the_command_encodes_files_and_a_dataset(tmp_path, tiny_data):
     command = [sys.executable, "-m", "data_pipelines.encode_text", f"--out={out}"]
     options = ["--num_shards=2", "--max_tokens=48", f"--captions={tmp_path / 'a.txt'}"]
     options += ["--dataset=scenes/32", f"--data_dir={tiny_data}"]
-    env = {**os.environ, "XLA_FLAGS": ""}  # one device
+    # One device, and the only process of a SLURM job.
+    slurm = {"JOB_ID": 7, "STEP_NODELIST": "localhost", "NTASKS": 1, "PROCID": 0, "LOCALID": 0}
+    env = {**os.environ, "XLA_FLAGS": "", **{f"SLURM_{k}": str(v) for k, v in slurm.items()}}
+    command.append("--distributed")
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     for words in ("tokens, ", "padding", "GiB per million captions"):

@@ -48,7 +48,9 @@ def on_one_device(config_name):
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=name)
-@pytest.mark.parametrize("config_name", ["base64", "sr256", pytest.param("sr1024", marks=slow)])
+@pytest.mark.parametrize(
+    "config_name", ["base64", *(pytest.param(s, marks=slow) for s in ("sr256", "sr1024"))]
+)
 def test_losses_are_those_of_one_device(config_name, mesh, monkeypatch):
     # Otherwise nothing of a tiny model is worth sharding.
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 1)

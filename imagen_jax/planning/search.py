@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 MICROBATCHES = (1, 2, 4)
+# Split finer, the parts of a weight are smaller than a tile (sharding.MOST_FSDP).
+FSDP = 64
 T = TypeVar("T")
 
 
@@ -33,8 +35,8 @@ class Setting:
 
 
 def grid(remats: Iterable[str], devices: int) -> list[Setting]:
-    """The settings of a search: every remat policy, three sizes of fsdp, microbatches as needed."""
-    sizes = sorted({1, min(8, devices), devices})
+    """The settings of a search: every remat policy, two sizes of fsdp, microbatches as needed."""
+    sizes = sorted({min(8, devices), min(FSDP, devices)})
     return [Setting(r, f, m) for r in remats for f in sizes for m in MICROBATCHES]
 
 
@@ -61,13 +63,13 @@ def first_fits(
 def nearest(tried: Setting, devices: int, split: bool) -> list[Setting]:
     """Settings that need less memory than one that does not fit, from the least to the most change.
 
-    First recompute every block, then split the state over all devices, both, then smaller parts of
-    the batch at a time.
+    First recompute every block, then split the state over all devices that help, both, then smaller
+    parts of the batch at a time.
 
     Args:
       split: whether the state is so large that splitting it is worth an attempt.
     """
-    fsdp = devices if split else tried.fsdp
+    fsdp = max(tried.fsdp, min(FSDP, devices)) if split else tried.fsdp
     block = dataclasses.replace(tried, remat="block")
     both = dataclasses.replace(block, fsdp=fsdp)
     smaller = [dataclasses.replace(both, microbatches=tried.microbatches * n) for n in (2, 4, 8)]
