@@ -97,7 +97,8 @@ def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool
     if split not in available:
         allowed = ", ".join(available)
         raise UserError(f"data.task={config.data.task} has no split {split!r}; it has: {allowed}")
-    source = task.source.at(**source, embeddings=config.data.embeddings)
+    source.update(embeddings=config.data.embeddings, categories=config.data.categories)
+    source = task.source.at(**source)
     dataset = task.replace(source=source).get_dataset(
         sequence_length=None,
         split=split,

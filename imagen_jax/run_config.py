@@ -101,6 +101,8 @@ class DataConfig:
       task: a SeqIO task, see `data_pipelines.tasks`.
       dir: where the prepared datasets lie.
       embeddings: a store to take the captions' embeddings from; "" for those in the records.
+      categories: train on, evaluate and draw only captions of these, such as ("Colors",); () is
+        all. What `build` draws is of these alone.
       eval_split: held out, for the evaluation loss.
       sample_split: its first captions are drawn during training.
       build: draw the embedded dataset if it is not there yet (scenes tasks only).
@@ -112,6 +114,7 @@ class DataConfig:
     task: str
     dir: str = "data"
     embeddings: str = ""
+    categories: tuple[str, ...] = ()
     eval_split: str = "validation"
     sample_split: str = "validation"
     build: bool = False

@@ -304,6 +304,7 @@ def ensure_data(config: Config) -> None:
         counts={"train": data.num_train, "validation": 500, "heldout": 500},
         seed=0,
         encoder=load_encoder(text.encoder, text.max_tokens),
+        categories=data.categories,
     )
     writing.prepare(builder)
 
