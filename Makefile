@@ -40,7 +40,7 @@ demo: setup
 demo-cascade: demo
 	$(BIN)/python -m imagen_jax.train --config=configs/demo_sr.py --workdir=$(RUN)_sr
 	$(BIN)/python -m imagen_jax.sample --workdir=$(RUN),$(RUN)_sr --out=$(RUN)_sr/cascade \
-	    --all_stages --prompts="a red circle;a blue square on a white background;three green stars"
+	    --all_stages --prompts="a red circle;a blue square on a white background;a green star"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/parity

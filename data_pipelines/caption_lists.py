@@ -69,7 +69,7 @@ def read_dataset(data_dir: str, name: str) -> Iterator[Found]:
 
     info = records.open_dataset(data_dir, name).info
     for split in sorted(info.splits):
-        for number, caption in enumerate(records.captions(info, split)):
+        for number, caption in enumerate(records.strings(info, split, "caption")):
             yield Found(f"{name}:{split}", number, caption)
 
 

@@ -1,16 +1,17 @@
 """Pre-trains the byte-level text encoder on text alone and writes it as a T5 folder.
 
-    python -m data_pipelines.pretrain_text --out=DIR --steps=3000
+    python -m data_pipelines.pretrain_text --out=DIR
 
 The text, all of it there without a download:
-- captions of the scenes grammar, its training split only, so no held-out combination is seen;
-- the same followed by what they claim, spelled out, which is the span to be predicted: the encoder
-  has to keep which color, shape, number and place belongs to what, whatever the wording;
-- docstrings of the Python standard library and the topics of its `help()` (PSF license);
-- names of Unicode symbols, in lower case: "smiling face with sunglasses" (Unicode license).
+- captions of the scenes grammar, its training split only, so no held-out combination is seen, with
+  what they say of colors, shapes, numbers and places, to be told from each of their bytes;
+- the same captions without that, some words masked, to be named;
+- docstrings of the Python standard library and the topics of its `help()` (PSF license), and
+- names of Unicode symbols, in lower case: "smiling face with sunglasses" (Unicode license), both
+  with words masked.
 
 About 1 in 50 texts of each source is held out; the final loss on them is printed and recorded in
-config.json beside the command. The decoder that training needs is not written.
+config.json beside the command. The heads that training needs are not written.
 """
 
 from __future__ import annotations
@@ -35,48 +36,62 @@ import optax
 from absl import flags
 from flax import nnx
 
+from data_pipelines.scenes.facts import FACTS, mentions, stated
+from data_pipelines.scenes.grammar import sample_scene
 from imagen_jax import cli
 from imagen_jax.errors import UserError
 from imagen_jax.text.hf_format import save_t5
 from imagen_jax.text.pretraining import (
-    SpanPredictor,
-    corrupt_spans,
-    span_loss,
-    take_ending,
+    UNKNOWN,
+    Batch,
+    TextReader,
+    choose_masked,
+    reading_loss,
     unit_scale,
+    word_buckets,
 )
 from imagen_jax.text.t5 import PRESETS
 from imagen_jax.text.tokenizer import PAD_ID, ByteTokenizer
 
 MODEL = "byte-tiny"
-DECODER_LAYERS = 2
 MAX_BYTES = 180
-BUCKET = 64  # inputs are padded to a multiple of this
+BUCKET = 64  # texts are padded to a multiple of this
 BATCH_TOKENS = 2048
 WARMUP_STEPS = 200
 HELDOUT_BATCHES = 8
-MIXTURE = {"spelled-out captions": 0.5, "captions": 0.2, "docstrings": 0.2, "symbol names": 0.1}
-MAX_ENDING = 96  # tokens of a spelled-out caption's claims, with sentinel and end
+MIXTURE = {"captions with facts": 0.7, "captions": 0.1, "docstrings": 0.15, "symbol names": 0.05}
+NUM_FACTS = 2 * len(FACTS)  # of the caption, and of the thing that a word points at
+MASK_ID = PRESETS[MODEL].vocab_size - 1
 _ENCODE = ByteTokenizer().encode
+_FACT_ID = {fact: i for i, fact in enumerate(FACTS)}
 SYMBOLS = (range(0x2190, 0x2C00), range(0x1F000, 0x1FB00))
 
 
 class Text(NamedTuple):
-    """A text, and the ending to be predicted from it; "" where random spans are."""
+    """A text, and what is known of it.
+
+    Attributes:
+        stated: ids of FACTS that it states; None where they are not known.
+        mentions: (start, end, ids) of words that point at one thing, and what is said of that.
+    """
 
     text: str
-    ending: str = ""
+    stated: list[int] | None = None
+    mentions: Sequence[tuple[int, int, list[int]]] = ()
 
 
 def caption_texts(number: int, rng: np.random.Generator) -> tuple[list[Text], list[Text]]:
-    """Distinct captions of `number` training scenes: alone, and with their claims as ending."""
-    from data_pipelines.scenes.claims import spelled_out
-    from data_pipelines.scenes.grammar import sample_scene
+    """Distinct captions of `number` training scenes: with what is known of them, and alone."""
+    scenes = {scene.caption: scene for scene in (sample_scene(rng, "train") for _ in range(number))}
 
-    scenes = [sample_scene(rng, "train") for _ in range(number)]
-    claims = {scene.caption: spelled_out(scene.claims) for scene in scenes}
-    fitting = [Text(c, e) for c, e in claims.items() if len(e.encode()) <= MAX_ENDING - 2]
-    return [Text(caption) for caption in claims], fitting
+    def ids(facts: set[str]) -> list[int]:
+        return [_FACT_ID[fact] for fact in facts]
+
+    known = [
+        Text(c, ids(stated(s.claims)), [(a, b, ids(facts)) for a, b, facts in mentions(s)])
+        for c, s in scenes.items()
+    ]
+    return known, [Text(caption) for caption in scenes]
 
 
 def docstring_texts() -> list[Text]:
@@ -129,45 +144,49 @@ class Corpus:
             cut = max(1, len(texts) // 50)
             self.heldout[name], self.train[name] = shuffled[:cut], shuffled[cut:]
 
-    def batches(
-        self, parts: dict[str, list[Text]], rng: np.random.Generator
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Endless (inputs, targets): sources by MIXTURE, each batch of texts about equally long."""
+    def batches(self, parts: dict[str, list[Text]], rng: np.random.Generator) -> Iterator[Batch]:
+        """Endless: sources by MIXTURE, each batch of texts of one source, about equally long."""
         names = [name for name in MIXTURE if name in parts]
         shares = np.array([MIXTURE[name] for name in names])
-        waiting: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
+        waiting: dict[tuple[str, int], list[Batch]] = {}
         while True:
-            texts = parts[names[rng.choice(len(names), p=shares / shares.sum())]]
-            text = texts[rng.integers(len(texts))]
-            pair = _corrupted(text, rng)
-            length = -(-len(pair[0]) // BUCKET) * BUCKET
-            shape = (length, MAX_ENDING if text.ending else length // 4)
-            rows = waiting.setdefault(shape, [])
-            rows.append(pair)
-            if len(rows) == BATCH_TOKENS // length:
-                yield tuple(map(_padded, zip(*waiting.pop(shape), strict=True), shape))
+            name = names[rng.choice(len(names), p=shares / shares.sum())]
+            text = parts[name][rng.integers(len(parts[name]))]
+            row = _row(text, rng)
+            rows = waiting.setdefault((name, len(row.ids)), [])
+            rows.append(row)
+            if len(rows) == BATCH_TOKENS // len(row.ids):
+                del waiting[name, len(row.ids)]
+                yield Batch(*map(np.stack, zip(*rows, strict=True)))
 
 
-def _corrupted(text: Text, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    vocab_size = PRESETS[MODEL].vocab_size
-    ids, ending = (np.array(_ENCODE(part)[:-1], np.int32) for part in text)
-    if text.ending:
-        return take_ending(np.concatenate([ids, ending]), len(ids), vocab_size)
-    return corrupt_spans(ids, vocab_size, rng)
+def _row(text: Text, rng: np.random.Generator) -> Batch:
+    """One text, padded. Words are masked where nothing else is to be told of it."""
+    ids = np.array(_ENCODE(text.text), np.int32)
+    words = np.append(word_buckets(text.text), UNKNOWN)
+    facts = np.full((len(ids), NUM_FACTS), UNKNOWN, np.int8)
+    masked = np.zeros(len(ids), bool)
+    if text.stated is None:
+        masked = choose_masked(words, rng)
+        ids = np.where(masked, MASK_ID, ids)
+    else:
+        facts[:, : len(FACTS)] = 0
+        facts[:, text.stated] = 1
+        for start, end, pointed_at in text.mentions:
+            facts[start:end, len(FACTS) :] = 0
+            facts[start:end, np.add(pointed_at, len(FACTS))] = 1
+    padding = (0, -len(ids) % BUCKET)
+    return Batch(
+        np.pad(ids, padding, constant_values=PAD_ID),
+        np.pad(words, padding, constant_values=UNKNOWN),
+        np.pad(masked, padding),
+        np.pad(facts, (padding, (0, 0)), constant_values=UNKNOWN),
+    )
 
 
-def _padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
-    out = np.full((len(rows), length), PAD_ID, np.int32)
-    for row, ids in zip(out, rows, strict=True):
-        row[: len(ids)] = ids
-    return out
-
-
-def train(
-    corpus: Corpus, steps: int, learning_rate: float, seed: int
-) -> tuple[SpanPredictor, dict]:
-    """Trains a model; returns it with its held-out loss, in nats a byte, for each source."""
-    model = SpanPredictor(PRESETS[MODEL], DECODER_LAYERS, rngs=nnx.Rngs(seed))
+def train(corpus: Corpus, steps: int, learning_rate: float, seed: int) -> tuple[TextReader, dict]:
+    """Trains a model; returns it with its held-out loss for each source."""
+    model = TextReader(PRESETS[MODEL], NUM_FACTS, rngs=nnx.Rngs(seed))
     graphdef, params = nnx.split(model)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(WARMUP_STEPS, steps // 2), steps
@@ -176,12 +195,12 @@ def train(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01)
     )
 
-    def loss_fn(params, inputs, targets):
-        return span_loss(nnx.merge(graphdef, params), inputs, targets)
+    def loss_fn(params, batch):
+        return reading_loss(nnx.merge(graphdef, params), batch)
 
     @jax.jit
-    def step(params, opt_state, inputs, targets):
-        loss, grads = jax.value_and_grad(loss_fn)(params, inputs, targets)
+    def step(params, opt_state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -189,13 +208,13 @@ def train(
     batches = corpus.batches(corpus.train, np.random.default_rng(seed + 1))
     progress = _Progress(steps)
     for i in range(steps):
-        params, opt_state, loss = step(params, opt_state, *next(batches))
+        params, opt_state, loss = step(params, opt_state, next(batches))
         progress.update(i + 1, loss)
     losses = {}
     loss_fn = jax.jit(loss_fn)
     for name, texts in corpus.heldout.items():
         batches = corpus.batches({name: texts}, np.random.default_rng(seed + 2))
-        measured = [loss_fn(params, *next(batches)) for _ in range(HELDOUT_BATCHES)]
+        measured = [loss_fn(params, next(batches)) for _ in range(HELDOUT_BATCHES)]
         losses[name] = round(float(jnp.mean(jnp.stack(measured))), 4)
     model = nnx.merge(graphdef, params)
     samples = [text.text for texts in corpus.heldout.values() for text in texts[:200]]
@@ -229,10 +248,10 @@ class _Progress:
 
 def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder for config.json and model.safetensors.")
-    flags.DEFINE_integer("steps", 3000, "Optimizer steps.", lower_bound=1)
+    flags.DEFINE_integer("steps", 1500, "Optimizer steps.", lower_bound=1)
     flags.DEFINE_integer(
         "captions",
-        200_000,
+        60_000,
         "Scene captions to sample, before equal ones are merged.",
         lower_bound=1,
     )
@@ -247,10 +266,10 @@ def main(argv: Sequence[str]) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; it must be a folder, or not be there yet")
     rng = np.random.default_rng(flags.FLAGS.seed)
-    captions, spelled_out = caption_texts(flags.FLAGS.captions, rng)
+    with_facts, alone = caption_texts(flags.FLAGS.captions, rng)
     sources = {
-        "captions": captions,
-        "spelled-out captions": spelled_out,
+        "captions with facts": with_facts,
+        "captions": alone,
         "docstrings": docstring_texts(),
         "symbol names": symbol_texts(),
     }
@@ -258,13 +277,13 @@ def main(argv: Sequence[str]) -> None:
     print(f"text: {sizes}", flush=True)
     corpus = Corpus(sources, flags.FLAGS.seed)
     model, losses = train(corpus, flags.FLAGS.steps, flags.FLAGS.learning_rate, flags.FLAGS.seed)
-    print(f"held-out loss, nats a byte: {losses}")
+    print(f"held-out loss: {losses}")
     record = {
         "command": shlex.join(["python", "-m", "data_pipelines.pretrain_text", *sys.argv[1:]]),
         "steps": flags.FLAGS.steps,
         "text": f"{sizes} (Python {platform.python_version()})",
         "mixture": MIXTURE,
-        "heldout_loss_nats": losses,
+        "heldout_loss": losses,
     }
     save_t5(
         model.encoder,

@@ -211,8 +211,8 @@ def caption_keys(info: tfds.core.DatasetInfo, split: str) -> np.ndarray:
         return np.load(file)
 
 
-def captions(info: tfds.core.DatasetInfo, split: str) -> Iterator[str]:
-    """The captions of a split, in the order of its records."""
+def strings(info: tfds.core.DatasetInfo, split: str, feature: str) -> Iterator[str]:
+    """A feature of a split, "caption" or "category", in the order of its records."""
     from tensorflow.train import Example
 
     for path in info.splits[split].filepaths:
@@ -220,7 +220,7 @@ def captions(info: tfds.core.DatasetInfo, split: str) -> Iterator[str]:
             while header := file.read(12):
                 example = Example.FromString(file.read(struct.unpack("<Q", header[:8])[0]))
                 file.seek(4, io.SEEK_CUR)
-                yield example.features.feature["caption"].bytes_list.value[0].decode()
+                yield example.features.feature[feature].bytes_list.value[0].decode()
 
 
 def open_dataset(data_dir: str, name: str) -> tfds.core.DatasetBuilder:

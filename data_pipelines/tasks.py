@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import seqio
 import tensorflow as tf
+import tensorflow_datasets as tfds
 
 from data_pipelines import embeddings, records
 from imagen_jax.errors import UserError
@@ -56,6 +57,7 @@ class RecordsSource(seqio.DataSource):
       start: the first global position; where to resume.
       block: how many consecutive positions a shard takes at a time.
       stores: the paths of stores to take embeddings from; none for those in the records.
+      categories: the records are those of these categories alone; () is all.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class RecordsSource(seqio.DataSource):
         start: int = 0,
         block: int = 1,
         stores: Sequence[str] = (),
+        categories: Sequence[str] = (),
     ):
         super().__init__(
             splits=_SPLITS,
@@ -72,13 +75,11 @@ class RecordsSource(seqio.DataSource):
             performs_internal_shuffling=True,
         )
         self.name, self.data_dir, self.start, self.block = name, data_dir, start, block
-        self.stores = tuple(stores)
+        self.stores, self.categories = tuple(stores), tuple(categories)
 
-    def at(
-        self, data_dir: str, start: int = 0, block: int = 1, stores: Sequence[str] = ()
-    ) -> RecordsSource:
-        """The same dataset in `data_dir`, from global position `start` on."""
-        return RecordsSource(self.name, data_dir, start, block, stores)
+    def at(self, data_dir: str, **settings) -> RecordsSource:
+        """The same dataset in `data_dir`, with other settings; see the class."""
+        return RecordsSource(self.name, data_dir, **settings)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -101,10 +102,13 @@ class RecordsSource(seqio.DataSource):
         """The records of this shard, decoded; endless if `shuffle`. No seed is seed 0.
 
         Raises:
-          UserError: there is no such dataset in data_dir, or the store lacks one of its captions.
+          UserError: there is no such dataset in data_dir, it has no such category, or the store
+            lacks one of its captions.
         """
         info = records.open_dataset(self.data_dir, self.name).info
         paths, offsets = records.record_offsets(info, split)
+        kept = self._kept(info, split, len(offsets))
+        offsets = offsets[kept]
         n = len(offsets)
         positions = self._positions(shard_info or seqio.ShardInfo(0, 1))
         if not shuffle:
@@ -118,7 +122,7 @@ class RecordsSource(seqio.DataSource):
         embeds = []
         for path in self.stores:
             store = embeddings.open_store(path)
-            where = store.locate(records.caption_keys(info, split))
+            where = store.locate(records.caption_keys(info, split)[kept])
             if (missing := np.flatnonzero(where[:, 0] < 0)).size:
                 caption = read(tf.constant(missing[0]))["caption"].numpy().decode()
                 raise UserError(
@@ -138,6 +142,18 @@ class RecordsSource(seqio.DataSource):
             return {**record, **dict(zip(keys, embedded, strict=True)), "position": g}
 
         return positions.map(row, tf.data.AUTOTUNE)
+
+    def _kept(self, info: tfds.core.DatasetInfo, split: str, n: int) -> np.ndarray:
+        """Indices of the records that are of the wanted categories."""
+        if not self.categories:
+            return np.arange(n)
+        found = np.array(list(records.strings(info, split, "category")))
+        if unknown := set(self.categories) - set(found):
+            raise UserError(
+                f"config.data.categories has {min(unknown)!r}; {self.name}:{split} has: "
+                f"{', '.join(sorted(set(found)))}"
+            )
+        return np.flatnonzero(np.isin(found, self.categories))
 
     def _positions(self, shard: seqio.ShardInfo) -> tf.data.Dataset:
         """This shard's global positions, int64, without end."""

@@ -34,9 +34,9 @@ def build(config: Config) -> None:
     """
     from data_pipelines.scenes import builder  # only a run that may have to draw needs it
 
-    text = config.text
+    data, text = config.data, config.text
     builder.prepare(
-        config.data.task, config.data.dir, config.data.num_train, text.encoder, text.max_tokens
+        data.task, data.dir, data.num_train, text.encoder, text.max_tokens, data.categories
     )
 
 
@@ -115,7 +115,7 @@ def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool
     if split not in available:
         allowed = ", ".join(available)
         raise UserError(f"data.task={config.data.task} has no split {split!r}; it has: {allowed}")
-    source = task.source.at(**source, stores=config.stores)
+    source = task.source.at(**source, stores=config.stores, categories=config.data.categories)
     dataset = task.replace(source=source).get_dataset(
         sequence_length=None,
         split=split,

@@ -102,10 +102,13 @@ def evaluate(
 
 
 def alignment(images: Sequence[np.ndarray], prompts: list[dict]) -> dict[str, dict[str, float]]:
-    """How far the pictures do what their captions say, by category and for all.
+    """How far the pictures do what their captions say: by category, and for two more rows.
+
+    Those are "one object", captions of whatever category whose picture has one object and no word,
+    and "all".
 
     Returns:
-      {category: {"claims": share of satisfied claims, "fully": share of pictures that satisfy all
+      {row: {"claims": share of satisfied claims, "fully": share of pictures that satisfy all
       of them, "half_width": 95% half-width of the latter, "num": pictures}}.
     """
     from data_pipelines.scenes.check import check
@@ -113,14 +116,16 @@ def alignment(images: Sequence[np.ndarray], prompts: list[dict]) -> dict[str, di
 
     verdicts = defaultdict(list)
     for image, prompt in zip(images, prompts, strict=True):
-        oks = [v.ok for v in check(image, Scene.from_json(prompt["scene"]))]
-        for category in (prompt["category"], "all"):
-            verdicts[category].append(oks)
+        scene = Scene.from_json(prompt["scene"])
+        oks = [verdict.ok for verdict in check(image, scene)]
+        alone = len(scene.objects) == 1 and scene.word is None
+        for row in (prompt["category"], *(["one object"] if alone else []), "all"):
+            verdicts[row].append(oks)
     out = {}
-    for category in sorted(verdicts, key=lambda c: (c == "all", c)):
-        oks = verdicts[category]
+    for row in sorted(verdicts, key=lambda r: (r == "all", r == "one object", r)):
+        oks = verdicts[row]
         fully = float(np.mean([all(o) for o in oks]))
-        out[category] = {
+        out[row] = {
             "claims": float(np.mean([ok for o in oks for ok in o])),
             "fully": fully,
             "half_width": 1.96 * math.sqrt(fully * (1 - fully) / len(oks)),

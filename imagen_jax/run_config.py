@@ -145,6 +145,8 @@ class DataConfig:
       dir: where the prepared datasets lie.
       embeddings: a store to take the captions' embeddings from; "" for those in the records. With
         several text encoders, a store of each, joined by "+".
+      categories: train on, evaluate and draw only captions of these, such as ("Colors",); () is
+        all. What `build` draws is of these alone.
       eval_split: held out, for the evaluation loss.
       sample_split: its first captions are drawn during training.
       build: draw the embedded dataset if it is not there yet (scenes tasks only).
@@ -156,6 +158,7 @@ class DataConfig:
     task: str
     dir: str = "data"
     embeddings: str = ""
+    categories: tuple[str, ...] = ()
     eval_split: str = "validation"
     sample_split: str = "validation"
     build: bool = False

@@ -70,6 +70,26 @@ def test_evaluation_batches_never_change_and_prompts_are_the_first_of_their_spli
     assert rows[0]["caption"] == data.examples(config, "heldout", 1)[0]["caption"]
 
 
+def test_only_the_wanted_categories_are_read_in_an_order_of_their_own(config, tiny_data):
+    wanted = parse(tiny_data, **{"data.categories": ("Colors", "Counting")})
+    every, some = (data.examples(c, "train", 40) for c in (config, wanted))
+    assert [r["caption"] for r in some] == [
+        r["caption"] for r in every if r["category"] in ("Colors", "Counting")
+    ]
+    assert 8 < len(some) < len(every) == 40
+    straight = take(data.train_batches(wanted, 0), 6)
+    resumed = take(data.train_batches(wanted, 2 * wanted.batch_size), 4)
+    assert all(map(same, straight[2:], resumed))
+    seen = np.concatenate([batch["image"] for batch in straight])[: len(some)]
+    assert sorted(i.tobytes() for i in seen) == sorted(r["image"].tobytes() for r in some)
+
+
+def test_an_unknown_category_is_one_line(tiny_data):
+    config = parse(tiny_data, **{"data.categories": ("Colors", "Colours")})
+    with pytest.raises(UserError, match=r"data\.categories has 'Colours'; scenes/32:train has: Co"):
+        next(data.train_batches(config, 0))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -9,6 +9,7 @@ from test_records import FakeEncoder
 
 from data_pipelines import records, tasks, writing
 from data_pipelines.scenes.builder import RESOLUTIONS, SPLITS, Scenes, scene_record
+from imagen_jax.errors import UserError
 
 
 class Encoder(FakeEncoder):
@@ -53,6 +54,22 @@ def test_records_are_the_scenes_in_order(tmp_path):
         assert row["id"].numpy().decode() == f"heldout-{i:06d}"
         assert row["scene"].numpy().decode() == expected["scene"]
         assert row["image"].shape == (32, 32, 3)
+
+
+def test_only_the_wanted_categories_are_drawn(tmp_path):
+    args = dict(data_dir=str(tmp_path), resolution=32, seed=0, encoder=Encoder())
+    writing.prepare(Scenes(**args, counts={"train": 30}, categories=("Colors", "Counting")))
+    [row] = {r["category"] for r in _rows(tmp_path)} - {b"Colors"}
+    assert row == b"Counting"
+    with pytest.raises(UserError, match=r"is 'Colour'; allowed: Colors, Counting"):
+        Scenes(**args, counts={"train": 30}, categories=("Colour",))
+    with pytest.raises(UserError, match="categories="):
+        writing.prepare(Scenes(**args, counts={"train": 30}))
+
+
+def _rows(path):
+    source = tasks.RecordsSource("scenes/32", str(path))
+    return source.get_dataset("train", False).as_numpy_iterator()
 
 
 def test_a_split_of_none_is_left_out(tmp_path):

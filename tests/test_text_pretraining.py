@@ -1,4 +1,4 @@
-"""Span corruption loses nothing, the predictor does not peek, and the script writes an encoder."""
+"""Words are labelled and masked whole, labels are learned, and the script writes an encoder."""
 
 from __future__ import annotations
 
@@ -7,100 +7,119 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from data_pipelines.pretrain_text import docstring_texts, symbol_texts
-from data_pipelines.scenes.claims import spelled_out
+from data_pipelines.pretrain_text import FACTS, NUM_FACTS, Text, _row, docstring_texts, symbol_texts
 from imagen_jax.text import load_encoder
-from imagen_jax.text.pretraining import SpanPredictor, corrupt_spans, span_loss, take_ending
+from imagen_jax.text.pretraining import (
+    UNKNOWN,
+    Batch,
+    TextReader,
+    choose_masked,
+    reading_loss,
+    unit_scale,
+    word_buckets,
+)
 from imagen_jax.text.t5 import PRESETS, T5Config
-from imagen_jax.text.tokenizer import EOS_ID
+from imagen_jax.text.tokenizer import ByteTokenizer
 
 VOCAB = 384
 TINY = T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=VOCAB)
 
 
-def restored(inputs: np.ndarray, targets: np.ndarray) -> list[int]:
-    """The text that went into `corrupt_spans`: each sentinel replaced by its span."""
-    spans: dict[int, list[int]] = {}
-    for token in targets[:-1].tolist():
-        if token >= 259:
-            current = spans.setdefault(token, [])
-        else:
-            current.append(token)
-    return [t for token in inputs[:-1].tolist() for t in spans.get(token, [token])]
+def batch_of(*texts: Text, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    return Batch(*map(np.stack, zip(*(_row(text, rng) for text in texts), strict=True)))
 
 
-@pytest.mark.parametrize("length", [2, 3, 20, 63, 180, 400])
-def test_inputs_and_targets_hold_the_whole_text(length):
-    rng = np.random.default_rng(length)
-    for _ in range(50):
-        ids = rng.integers(3, 259, length).astype(np.int32)
-        inputs, targets = corrupt_spans(ids, VOCAB, rng)
-        assert inputs[-1] == targets[-1] == EOS_ID
-        assert restored(inputs, targets) == ids.tolist()
-        sentinels = inputs[inputs >= 259]
-        assert sentinels.tolist() == list(range(VOCAB - 1, VOCAB - 1 - len(sentinels), -1))
-        assert (targets < 259).sum() - 1 == max(1, round(0.15 * length))
+def test_a_byte_has_the_bucket_of_its_word():
+    words = word_buckets("Red, red café")
+    assert len(words) == len("Red, red café".encode())
+    assert len(set(words[:3])) == 1 and words[0] == words[5] and words[0] != UNKNOWN
+    assert (words[3:5] == UNKNOWN).all() and words[8] == UNKNOWN
+    assert len(set(words[9:])) == 1 and words[9] != words[0]
 
 
-def test_an_ending_is_one_span():
-    ids = np.arange(3, 23).astype(np.int32)
-    inputs, targets = take_ending(ids, 12, VOCAB)
-    assert inputs.tolist() == [*range(3, 15), VOCAB - 1, EOS_ID]
-    assert targets.tolist() == [VOCAB - 1, *range(15, 23), EOS_ID]
-    assert restored(inputs, targets) == ids.tolist()
+@pytest.mark.parametrize("text", ["a", "a red circle", "...", "red red red", "é ü"])
+def test_words_are_masked_whole_and_at_least_one(text):
+    words, rng = word_buckets(text), np.random.default_rng(0)
+    for _ in range(30):
+        masked = choose_masked(words, rng)
+        assert masked.any() == (words != UNKNOWN).any()
+        assert not masked[words == UNKNOWN].any()
+        for part in np.split(masked, np.flatnonzero(words == UNKNOWN)):
+            assert len(set(part[-1:])) == len(set(part[1:])) or len(part) < 2
 
 
-def test_claims_are_spelled_out():
-    claims = [
-        {"kind": "object", "object": {"shape": "circle", "color": "red"}},
-        {"kind": "size", "object": {"shape": "circle", "color": "red"}, "size": "large"},
-        {"kind": "count", "object": {"shape": "star"}, "count": 2},
-        {"kind": "relation", "a": {"shape": "star"}, "b": {"word": "CAT"}, "relation": "above"},
-        {"kind": "word", "word": "CAT", "color": "blue"},
-        {"kind": "background", "color": "navy"},
-    ]
-    assert spelled_out(claims) == (
-        'red circle; large circle; 2 stars; star above "CAT"; blue "CAT"; navy background'
-    )
+def test_words_are_masked_equally_often():
+    words, rng = word_buckets(" ".join(f"word{i}" for i in range(30))), np.random.default_rng(0)
+    share = np.mean([choose_masked(words, rng) for _ in range(2000)], axis=0)
+    np.testing.assert_allclose(share[words != UNKNOWN], 0.15, atol=0.03)
 
 
-def test_every_position_is_taken_equally_often():
-    rng = np.random.default_rng(0)
-    ids = np.arange(3, 63)
-    kept = np.concatenate([corrupt_spans(ids, VOCAB, rng)[0] for _ in range(4000)])
-    counts = 4000 - np.bincount(kept, minlength=63)[3:63]
-    np.testing.assert_allclose(counts / 4000, 0.15, atol=0.03)
-
-
-def test_a_prediction_sees_only_the_targets_before_it():
-    model = SpanPredictor(TINY, 2, rngs=nnx.Rngs(0))
-    inputs = np.array([[5, 6, 383, 7, 1]])
-    targets = np.array([[383, 40, 41, 42, 1]])
-    changed = np.array([[383, 40, 99, 42, 1]])
-    difference = np.abs(model(inputs, targets) - model(inputs, changed)).max(axis=(0, 2))
-    assert difference[:3].max() < 1e-5 < 1e-3 < difference[3:].min()
+def test_what_is_known_of_a_text_is_told_at_its_bytes_and_nothing_is_masked():
+    [ids, words, masked, facts] = _row(Text("a red star", [3, 5], [(2, 5, [5])]), None)
+    assert not masked.any() and VOCAB - 1 not in ids and (words[2:5] != UNKNOWN).all()
+    of_caption, of_thing = facts[:11, : len(FACTS)], facts[:11, len(FACTS) :]
+    assert (of_caption.sum(1) == 2).all() and (of_caption[:, [3, 5]] == 1).all()
+    assert (of_thing[2:5].sum(1) == 1).all() and (of_thing[2:5, 5] == 1).all()
+    assert (of_thing[:2] == UNKNOWN).all() and (of_thing[5:] == UNKNOWN).all()
+    assert (facts[11:] == UNKNOWN).all() and len(ids) == 64
 
 
 def test_padding_does_not_change_the_loss():
-    model = SpanPredictor(TINY, 2, rngs=nnx.Rngs(0))
-    inputs, targets = np.array([[5, 6, 383, 7, 1]]), np.array([[383, 40, 41, 1]])
-    padded = np.pad(inputs, ((0, 0), (0, 3))), np.pad(targets, ((0, 0), (0, 4)))
-    np.testing.assert_allclose(
-        span_loss(model, inputs, targets), span_loss(model, *padded), rtol=1e-5
-    )
+    model = TextReader(TINY, NUM_FACTS, rngs=nnx.Rngs(0))
+    for text in (Text("a red star"), Text("a red star", [3], [(2, 5, [3])])):
+        batch = batch_of(text)
+        fills = (0, UNKNOWN, False, UNKNOWN)
+        padded = Batch(
+            *(
+                np.pad(part, [(0, 0), (0, 32), (0, 0)][: part.ndim], constant_values=fill)
+                for part, fill in zip(batch, fills, strict=True)
+            )
+        )
+        np.testing.assert_allclose(
+            reading_loss(model, batch), reading_loss(model, padded), rtol=1e-5
+        )
 
 
-def test_the_model_that_is_trained_has_at_most_two_million_parameters():
-    model = nnx.eval_shape(lambda: SpanPredictor(PRESETS["byte-tiny"], 2, rngs=nnx.Rngs(0)))
-    assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) < 2_000_000
+def test_words_and_facts_are_learned():
+    model = TextReader(TINY, NUM_FACTS, rngs=nnx.Rngs(0))
+    batch = batch_of(Text("red star", [0], [(0, 3, [0])]), Text("blue sun", [1], [(0, 4, [1])]))
+    graphdef, params = nnx.split(model)
+    optimizer = optax.adam(3e-2)
+    loss_fn = jax.jit(jax.value_and_grad(lambda p: reading_loss(nnx.merge(graphdef, p), batch)))
+    opt_state = optimizer.init(params)
+    first, _ = loss_fn(params)
+    for _ in range(60):
+        loss, grads = loss_fn(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        params = optax.apply_updates(params, updates)
+    assert loss < 0.1 < 5 < first
+    words, facts = nnx.merge(graphdef, params)(batch.ids)
+    known = batch.words != UNKNOWN
+    assert (words.argmax(-1) == batch.words)[known].all()
+    assert ((facts > 0) == batch.facts)[batch.facts != UNKNOWN].all()
+
+
+def test_features_are_brought_to_unit_scale():
+    encoder = TextReader(TINY, 1, rngs=nnx.Rngs(0)).encoder
+    texts = [np.array(ByteTokenizer().encode(t)) for t in ("a red star", "two blue circles")]
+    unit_scale(encoder, texts)
+    features = [encoder(ids[None], np.ones((1, len(ids)), bool))[0] for ids in texts]
+    np.testing.assert_allclose(np.square(np.concatenate(features)).mean(0), 1, rtol=1e-3)
+
+
+def test_the_encoder_that_is_trained_has_at_most_two_million_parameters():
+    model = nnx.eval_shape(lambda: TextReader(PRESETS["byte-tiny"], 1, rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(model.encoder))) < 2_000_000
 
 
 def test_the_texts_at_hand_are_plenty_distinct_and_short():
     for texts, at_least in ((docstring_texts(), 10_000), (symbol_texts(), 3_000)):
-        assert len(set(texts)) == len(texts) > at_least
+        assert len({text.text for text in texts}) == len(texts) > at_least
         assert max(len(text.text.encode()) for text in texts) <= 180
 
 

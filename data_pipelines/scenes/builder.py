@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from data_pipelines import records, writing
 from data_pipelines.scenes.draw import render
-from data_pipelines.scenes.grammar import sample_scene
+from data_pipelines.scenes.grammar import CATEGORIES, sample_scene
 from imagen_jax.errors import UserError
 
 RESOLUTIONS = (32, 64, 256, 1024)
@@ -19,13 +19,20 @@ SPLITS = ("train", "validation", "heldout")
 
 
 def scene_record(
-    index: int, *, split: str, seed: int, resolution: int, encoder
+    index: int,
+    *,
+    split: str,
+    seed: int,
+    resolution: int,
+    encoder,
+    categories: Sequence[str] = (),
 ) -> dict[str, Any] | records.Skip:
     """Scene `index` of a split as a record; at every resolution it is the same scene.
 
     One whose caption is longer than the encoder takes is skipped.
     """
-    scene = sample_scene(np.random.default_rng([seed, SPLITS.index(split), index]), split)
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    scene = sample_scene(rng, split, categories)
     name = f"{split}-{index:06d}"
     if encoder.num_tokens(scene.caption) > encoder.max_tokens:
         return records.Skip(name, f"caption longer than --max_tokens={encoder.max_tokens}")
@@ -39,13 +46,30 @@ def scene_record(
 
 
 class Scenes(records.RecordsBuilder):
-    """Scenes at one of RESOLUTIONS; `counts` gives the number of each of SPLITS."""
+    """Scenes at one of RESOLUTIONS; `counts` gives the number of each of SPLITS.
+
+    Raises:
+      UserError: one of `categories` is not the grammar's. () is all of them.
+    """
 
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=str(r)) for r in RESOLUTIONS]
 
     def __init__(
-        self, *, data_dir: str, resolution: int, counts: Mapping[str, int], seed: int, encoder
+        self,
+        *,
+        data_dir: str,
+        resolution: int,
+        counts: Mapping[str, int],
+        seed: int,
+        encoder,
+        categories: Sequence[str] = (),
     ):
+        if unknown := set(categories) - set(CATEGORIES):
+            allowed = ", ".join(CATEGORIES)
+            raise UserError(f"a category of scenes is {min(unknown)!r}; allowed: {allowed}")
+        settings = {"seed": seed, **{f"num_{split}": n for split, n in counts.items()}}
+        if categories:
+            settings["categories"] = list(categories)
         super().__init__(
             data_dir=data_dir,
             config=str(resolution),
@@ -58,17 +82,25 @@ class Scenes(records.RecordsBuilder):
                         seed=seed,
                         resolution=resolution,
                         encoder=encoder,
+                        categories=categories,
                     ),
                 )
                 for split, count in counts.items()
                 if count
             },
             encoder=encoder,
-            settings={"seed": seed, **{f"num_{split}": n for split, n in counts.items()}},
+            settings=settings,
         )
 
 
-def prepare(task: str, data_dir: str, num_train: int, encoder: str, max_tokens: int) -> None:
+def prepare(
+    task: str,
+    data_dir: str,
+    num_train: int,
+    encoder: str,
+    max_tokens: int,
+    categories: Sequence[str] = (),
+) -> None:
     """Writes the scenes that a SeqIO task reads, or finds them already written.
 
     Args:
@@ -76,6 +108,7 @@ def prepare(task: str, data_dir: str, num_train: int, encoder: str, max_tokens: 
       data_dir: the folder that holds datasets.
       num_train: scenes of the train split; the others have 500 each.
       encoder, max_tokens: as text.load_encoder takes them.
+      categories: of captions; () is all.
 
     Raises:
       UserError: the task is not one of scenes, or other scenes are there.
@@ -90,5 +123,6 @@ def prepare(task: str, data_dir: str, num_train: int, encoder: str, max_tokens: 
         counts={"train": num_train, "validation": 500, "heldout": 500},
         seed=0,
         encoder=load_encoder(encoder, max_tokens),
+        categories=categories,
     )
     writing.prepare(builder)

@@ -15,8 +15,6 @@ is the drawn word):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from data_pipelines.scenes.scene import Picture, Thing, Word
 
 # Centers nearer than this along an axis (a share of the image) are neither left nor right.
@@ -36,28 +34,6 @@ def about(thing: Thing) -> list[dict]:
     if thing.texture != "plain":
         claims.append({"kind": "texture", "object": reference(thing), "texture": thing.texture})
     return claims
-
-
-def spelled_out(claims: Sequence[dict]) -> str:
-    """The claims in plain words, one after the other: "red circle; large circle; 2 blue stars"."""
-    return "; ".join(_WORDING[claim["kind"]](claim) for claim in claims)
-
-
-def _named(ref: dict) -> str:
-    if "word" in ref:
-        return f'"{ref["word"]}"'
-    return " ".join(ref[key] for key in ("color", "shape") if key in ref) or "thing"
-
-
-_WORDING = {
-    "object": lambda c: _named(c["object"]),
-    "count": lambda c: f"{c['count']} {_named(c['object'])}{'s' * (c['count'] > 1)}",
-    "size": lambda c: f"{c['size']} {c['object']['shape']}",
-    "texture": lambda c: f"{c['texture']} {c['object']['shape']}",
-    "relation": lambda c: f"{_named(c['a'])} {c['relation']} {_named(c['b'])}",
-    "background": lambda c: f"{c['color']} background",
-    "word": lambda c: f'{c.get("color", "")} "{c["word"]}"'.strip(),
-}
 
 
 def holds(claim: dict, picture: Picture) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,15 +23,19 @@ OPENINGS = (
 ON_BACKGROUND = ("on a {} background", "against a {} background", "in front of a {} background")
 
 
-def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """A random scene with its caption; the same for the same state of `rng` and split.
+def sample_scene(rng: np.random.Generator, split: str, categories: Sequence[str] = ()) -> Scene:
+    """A random scene with its caption; the same for the same state of `rng` and arguments.
+
+    Args:
+        categories: some of CATEGORIES; () is all.
 
     Raises:
         ValueError: the split is none of SPLITS.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    category = str(rng.choice(list(CATEGORIES), p=[share for share, _ in CATEGORIES.values()]))
+    shares = np.array([CATEGORIES[name][0] for name in categories or CATEGORIES])
+    category = str(rng.choice(list(categories or CATEGORIES), p=shares / shares.sum()))
     while True:
         try:
             scene = CATEGORIES[category][1](rng, split)
