@@ -6,6 +6,10 @@ the whole cascade.
 
     python -m imagen_jax.train --config=configs/base64.py --workdir=runs/base64
 
+Naming the TPU slice that it is meant for has training check that it is there:
+
+    --config=configs/base64.py:v4-512   :1b,v4-128
+
 Smaller ones of the same recipe, by parameters of the U-Net:
 
     --config=configs/base64.py:1b   :500m   :300m

@@ -14,20 +14,21 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 500
+    config.num_steps = 1200
     config.batch_size = 16
     config.log_every = 50
-    config.eval_every = 250
+    config.eval_every = 300
     config.eval_batches = 4
-    config.sample_every = 250
+    config.sample_every = 600
     config.num_samples = 8
-    config.checkpoint_every = 250
+    config.checkpoint_every = 600
     config.ema_decay = 0.99
 
     config.data = ConfigDict()
     config.data.task = "scenes_64"
     config.data.build = True
-    config.data.num_train = 5000
+    config.data.num_train = 8000
+    config.data.categories = ("Colors", "Conflicting")  # as in demo.py
     config.data.sample_split = "heldout"
 
     config.model = ConfigDict()
@@ -45,7 +46,7 @@ def get_config() -> ConfigDict:
     config.text = ConfigDict()
     config.text.encoder = "byte-tiny"
     config.text.dim = 128
-    config.text.max_tokens = 128
+    config.text.max_tokens = 64
 
     config.diffusion = ConfigDict()
     # The noise of single pixels has to pass a level of half the size before eps can be told; x has
@@ -58,9 +59,12 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
+    config.optimizer.schedule = "cosine"
     config.optimizer.grad_clip = 1.0
 
     config.sampling = ConfigDict()
+    config.sampling.name = "dpmpp_2m"
+    config.sampling.spacing = "log_snr"
     config.sampling.num_steps = 16
     config.sampling.guidance_weight = 1.0
     config.sampling.aug_level = 0.1

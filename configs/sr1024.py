@@ -7,6 +7,10 @@ of the 1024x1024 image, and draw whole images. Cost in the paper: 128 TPU v4 chi
 
     python -m imagen_jax.train --config=configs/sr1024.py --workdir=runs/sr1024
 
+Naming the TPU slice that it is meant for has training check that it is there:
+
+    --config=configs/sr1024.py:v4-256
+
 The network is told how much noise its low-resolution image carries, aug_level, drawn from [0, 1] in
 training. The paper found 0.1 to 0.3 to give the best looking samples.
 

@@ -6,6 +6,10 @@ FID-30K of 7.27 on COCO with the base model, at guidance 1.35 there and 8 here.
 
     python -m imagen_jax.train --config=configs/sr256.py --workdir=runs/sr256
 
+Naming the TPU slice that it is meant for has training check that it is there:
+
+    --config=configs/sr256.py:v4-256
+
 The network is told how much noise its low-resolution image carries, aug_level, drawn from [0, 1] in
 training. The paper found 0 to give the best FID and 0.1 to 0.3 the best looking samples.
 

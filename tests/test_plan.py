@@ -108,6 +108,27 @@ def test_a_loop_without_a_known_end_is_said_to_be_one_turn():
     assert found.unknown_loops == 1
 
 
+SCATTER = """HloModule m, num_partitions=4
+
+%all-reduce-scatter (x: f32[1024]) -> f32[256] {
+  %x = f32[1024] parameter(0)
+  %sum = f32[1024] all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %own = f32[256] dynamic-slice(%sum, %zero), dynamic_slice_sizes={256}
+}
+
+ENTRY %main (a: f32[1024]) -> f32[256] {
+  %a = f32[1024] parameter(0)
+  ROOT %fusion = f32[256] fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
+    found = costs.count(hlo.parse(SCATTER)).collectives
+    assert found == {"reduce-scatter": {"count": 1, "bytes": 3 / 4 * 4096}}
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [
