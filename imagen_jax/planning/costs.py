@@ -79,8 +79,11 @@ def count(program: Program) -> Costs:
 def received(program: Program, where: Computation, i: Instruction, kind: str) -> float:
     """Bytes that a device gets from others in a collective, by the best algorithm on a ring.
 
-    `kind` is one of COLLECTIVES. Of a gathered array all but its own part; of a reduced and scattered one every other device's
+    Of a gathered array all but its own part; of a reduced and scattered one every other device's
     contribution to its part; an all-reduce is both, one after the other.
+
+    Args:
+      kind: one of COLLECTIVES, which need not be the instruction's own.
     """
     size = sum(_size(where[name].shape) for name in i.operands if name in where)
     group = group_size(i, program.num_partitions)
