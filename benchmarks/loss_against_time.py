@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.efficient_unet import efficient, ordinary
-from imagen_jax import cli, experiment, train
+from imagen_jax import cli, experiment
 from imagen_jax import config as config_files
 from imagen_jax.errors import UserError
 from imagen_jax.files import replacing
@@ -48,7 +48,10 @@ def main(argv: list[str]) -> None:
     config = parse(config_files.load(FLAGS.config, FLAGS.set))
     if not config.unet.low_res:
         raise UserError(f"--config={FLAGS.config} is no super-resolution config")
-    train.ensure_data(config)
+    with cli.quiet_imports():
+        from imagen_jax import data
+    if config.data.build:
+        data.build(config)
     common = {key: getattr(config.unet, key) for key in ("low_res", "dtype", "text_dim")}
     networks = {
         "ordinary": ("unet", ordinary(FLAGS.width, config.unet.image_size, **common)),
