@@ -7,7 +7,7 @@ only the section `model` differs (see benchmarks.efficient_unet, which compares 
 They are trained in one process, a segment each in turn, so that a change of the machine's load
 meets both. The clock runs during training steps only: not while compiling, reading or evaluating.
 After each segment comes the loss of the averaged weights on held-out data, with the same noise
-every time. Writes a table, a plot and all figures as .md, .png and .json.
+every time. The learning rate stays constant: in equal times they take different numbers of steps. Writes a table, a plot and all figures as .md, .png and .json.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Trains both, prints a table in Markdown, writes the files."""
     del argv
-    config = parse(config_files.load(FLAGS.config, FLAGS.set))
+    config = parse(config_files.load(FLAGS.config, ["optimizer.schedule=constant", *FLAGS.set]))
     if not config.unet.low_res:
         raise UserError(f"--config={FLAGS.config} is no super-resolution config")
     with cli.quiet_imports():

@@ -59,7 +59,6 @@ def get_config() -> ConfigDict:
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
-    config.optimizer.schedule = "cosine"
     config.optimizer.grad_clip = 1.0
 
     config.sampling = ConfigDict()
