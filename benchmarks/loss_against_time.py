@@ -7,7 +7,8 @@ only the section `model` differs (see benchmarks.efficient_unet, which compares 
 They are trained in one process, a segment each in turn, so that a change of the machine's load
 meets both. The clock runs during training steps only: not while compiling, reading or evaluating.
 After each segment comes the loss of the averaged weights on held-out data, with the same noise
-every time. The learning rate stays constant: in equal times they take different numbers of steps. Writes a table, a plot and all figures as .md, .png and .json.
+every time. The learning rate stays constant: in equal times they take different numbers of steps.
+Writes a table, a plot and all figures as .md, .png and .json.
 """
 
 from __future__ import annotations
