@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, load_config, shrink
 from PIL import Image
 
-from imagen_jax import distributed, rendezvous, run_config, train
+from imagen_jax import distributed, rendezvous, run_config, sharding, train
 from imagen_jax.errors import UserError
 from launch import local
 
@@ -41,6 +41,14 @@ ENV = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "XLA_FLAGS": "",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_before():
+    """The config file is loaded in this process, too, where other tests come after."""
+    size = sharding.MIN_SHARDED_SIZE
+    yield
+    sharding.MIN_SHARDED_SIZE = size
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,7 @@ def test_sigterm_asks_to_stop():
 
 
 def test_too_large_a_model_is_one_line_with_figures_and_a_way_out():
-    built = experiment.build(run_config.parse(load_config("base64")))
+    built = experiment.build(run_config.parse(load_config("base64")), jax.devices()[:1])
     with pytest.raises(UserError) as e:
         fits.check_fits(built, available=16 * 2**30)
     message = str(e.value)
@@ -183,7 +183,7 @@ def run(module, *args):
         (["--config=configs/base64.py:huge", "--workdir=w"], "'huge'; allowed: 2b"),
         (
             ["--config=configs/demo.py", "--workdir=w", "--profile_steps=9:8"],
-            "--profile_steps is '9:8'; allowed: FIRST:LAST, steps from 1 to 1800",
+            "--profile_steps is '9:8'; allowed: FIRST:LAST, steps from 1 to 2600",
         ),
         (["--config=configs/demo.py", "--workdir=/proc/no"], "--workdir=/proc/no cannot"),
     ],
