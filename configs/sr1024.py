@@ -95,20 +95,22 @@ def get_config(size: str = "400m") -> ConfigDict:
 
 def _tiny(config: ConfigDict) -> ConfigDict:
     """The same network for a laptop: fewer and narrower blocks, the embedded scenes and encoder."""
-    config.num_steps = 1000
-    config.batch_size = 4
+    config.num_steps = 3000
+    config.batch_size = 16
     config.microbatches = 1
     config.log_every = 20
-    config.eval_every = 200
-    config.sample_every = 200
+    config.eval_every = 500
+    config.sample_every = 1000
     config.num_samples = 4
-    config.checkpoint_every = 100
+    config.checkpoint_every = 500
     config.ema_decay = 0.99
 
     config.data.task = "scenes_1024"
     config.data.build = True
     config.data.num_train = 500
     config.data.sample_split = "heldout"
+    config.model.image_size = 64  # crops, as above but smaller
+    config.model.low_res = 16
 
     config.model.widths = (16, 32, 64, 64)
     config.model.num_res_blocks = (1, 1, 2, 2)
@@ -126,10 +128,13 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.diffusion.weighting = "x"
     config.diffusion.low_discrepancy = True
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.grad_clip = 1.0
+    config.sampling.name = "dpmpp_2m"
+    config.sampling.spacing = "log_snr"
     config.sampling.num_steps = 16
-    config.sampling.guidance_weight = 3.0
+    config.sampling.guidance_weight = 1.0
+    config.sampling.aug_level = 0.1
     config.mesh.remat = "none"
     return config
