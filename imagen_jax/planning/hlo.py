@@ -85,14 +85,17 @@ class Program:
         if found is None or found[0] != "LT":
             return None
         start = where.get(loop.operands[0])
+        known = start is not None and start.opcode == "tuple"
 
         def value(name: str) -> int | None:
             source = condition.get(name)
-            if source and source.opcode == "get-tuple-element" and start:
+            if source and source.opcode == "get-tuple-element" and known:
                 return constant(where, start.operands[source.number("index=")])
             return constant(condition, name)
 
         first, last = map(value, found[1])
+        if not known:  # the loop is all of a computation that is called: a scan counts from 0
+            first = 0
         return None if first is None or last is None else max(last - first, 0)
 
     def _comparison(self, condition: Computation) -> tuple[str, list[str]] | None:
