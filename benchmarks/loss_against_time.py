@@ -35,8 +35,7 @@ ROWS = 8  # of the table
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("config", "configs/demo_sr.py", "A super-resolution config.")
-    flags.DEFINE_multi_string("set", [], "--config.key=value, as in imagen_jax.train.")
+    cli.define_config_flags("configs/demo_sr.py", "A super-resolution config.")
     flags.DEFINE_integer("width", 8, "Channels of the Efficient U-Net's first level.", 4)
     flags.DEFINE_float("minutes", 10.0, "Training time of each network.", 0.1)
     flags.DEFINE_integer("segments", 24, "In how many parts they take turns.", 1)
@@ -51,8 +50,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--config={FLAGS.config} is no super-resolution config")
     with cli.quiet_imports():
         from imagen_jax import data
-    if config.data.build:
-        data.build(config)
+    data.build(config)
     common = {key: getattr(config.unet, key) for key in ("low_res", "dtype", "text_dim")}
     networks = {
         "ordinary": ("unet", ordinary(FLAGS.width, config.unet.image_size, **common)),
@@ -124,14 +122,7 @@ class Run:
         self.points.append((self._steps, self._seconds, self._held_out_loss()))
 
     def _held_out_loss(self) -> float:
-        return float(
-            np.mean(
-                [
-                    self.built.eval_loss(self._state.ema, self.built.put(batch), jax.random.key(i))
-                    for i, batch in enumerate(self._held_out)
-                ]
-            )
-        )
+        return self.built.held_out_loss(self._state.ema, self._held_out)
 
 
 def sooner(slow: Run, fast: Run) -> float | None:

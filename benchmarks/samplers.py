@@ -66,8 +66,7 @@ def _prompts(config) -> dict[str, np.ndarray]:
     with cli.quiet_imports():
         from imagen_jax import data
 
-    rows = data.examples(config, config.data.sample_split, FLAGS.num)
-    return {k: np.stack([row[k] for row in rows]) for k in ("text", "text_mask")}
+    return data.stack_text(data.examples(config, config.data.sample_split, FLAGS.num))
 
 
 def _table(draw, reference: np.ndarray) -> str:

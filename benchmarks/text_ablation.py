@@ -22,7 +22,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
@@ -54,8 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("config", "configs/demo.py", "A config of a base model on the scenes.")
-    flags.DEFINE_multi_string("set", [], "--config.key=value, as in imagen_jax.train.")
+    cli.define_config_flags("configs/demo.py", "A config of a base model on the scenes.")
     flags.DEFINE_list("settings", list(SETTINGS), f"Which: {', '.join(SETTINGS)}.")
     flags.DEFINE_integer("steps", 2600, "Training steps of each.", 1)
     flags.DEFINE_integer("num", 500, "Held-out captions that are drawn.", 1)
@@ -72,8 +70,7 @@ def main(argv: list[str]) -> None:
         from imagen_jax import data
     out = Path(FLAGS.out).absolute()
     base = read_config({})
-    if base.data.build:
-        data.build(base)
+    data.build(base)
     results = {name: run(base, out, name) for name in FLAGS.settings}
     text = table(results)
     print(text)
@@ -169,18 +166,14 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
 
     built, params = experiment.load(workdir)
     rows = data.examples(config, config.data.sample_split, FLAGS.num)
-    cond = {k: np.stack([row[k] for row in rows]) for k in ("text", "text_mask")}
+    cond = data.stack_text(rows)
     seeds = np.arange(len(rows), dtype=np.uint32)
     with tqdm(total=len(rows), desc="drawing", unit="image") as bar:
         images = built.draw(params, seeds, cond, progress=bar.update)
-    losses = [
-        built.eval_loss(params, built.put(batch), jax.random.key(i))
-        for i, batch in enumerate(data.eval_batches(config))
-    ]
     found = evaluate.alignment(images, rows)
     return {
         "params": built.num_params,
-        "loss": float(np.mean(losses)),
+        "loss": built.held_out_loss(params, data.eval_batches(config)),
         "alignment": {
             category: {
                 "num": row["num"],

@@ -36,10 +36,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("config", "configs/demo.py", "Config file, as for imagen_jax.train.")
-    flags.DEFINE_multi_string(
-        "set", [], "key=value that overrides the config; --config.key=value is the same."
-    )
+    cli.define_config_flags("configs/demo.py", "Config file, as for imagen_jax.train.")
     flags.DEFINE_integer("steps", 50, "Steps a turn; the config's log_every gives whole lines.", 2)
     flags.DEFINE_integer("rounds", 7, "Turns of each.", lower_bound=1)
     flags.DEFINE_enum(
@@ -61,8 +58,7 @@ def main(argv: list[str]) -> None:
     with cli.quiet_imports():
         from imagen_jax import data, metrics
 
-    if config.data.build:
-        data.build(config)
+    data.build(config)
     batches = data.train_batches(built.config, 0)
     cli.log.setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as workdir:

@@ -63,12 +63,7 @@ class Actions:
 
     def evaluate(self, step: int, state: Any) -> None:
         """The loss of the EMA weights on held-out data, with the same noise every time."""
-        losses = []
-        for i, batch in enumerate(self._eval_batches):
-            with jax.transfer_guard("allow"):
-                loss = self._built.eval_loss(state.ema, self._built.put(batch), jax.random.key(i))
-            losses.append(loss)
-        loss = float(np.mean(jax.device_get(losses)))
+        loss = self._built.held_out_loss(state.ema, self._eval_batches)
         self._logger.write(step, {"eval_loss": loss})
         log.info("step %d  eval loss %.4f", step, loss)
 
@@ -77,8 +72,10 @@ class Actions:
 
         One of super-resolution shows what it was given, what it drew, and the true image.
         """
+        from imagen_jax import data
+
         seeds = np.arange(len(self._prompts), dtype=np.uint32)
-        cond = {k: np.stack([p[k] for p in self._prompts]) for k in ("text", "text_mask")}
+        cond = data.stack_text(self._prompts)
         if size := self._built.config.unet.low_res:
             true = np.stack([p["image"] for p in self._prompts])
             cond["low_res"] = cascade.shrink_pixels(true, size)

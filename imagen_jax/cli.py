@@ -22,6 +22,14 @@ log = logging.getLogger("imagen_jax")
 flags.disclaim_key_flags()
 
 
+def define_config_flags(default: str | None, help_text: str) -> None:
+    """Defines --config, and --set for what overrides its keys; config.load takes both."""
+    flags.DEFINE_string("config", default, help_text)
+    flags.DEFINE_multi_string(
+        "set", [], "key=value that overrides the config; --config.key=value is the same."
+    )
+
+
 def define_cache_flag() -> None:
     """Defines --compilation_cache, which `run` then heeds; for programs that compile."""
     flags.DEFINE_string(

@@ -6,13 +6,14 @@ import contextlib
 import logging
 import os
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+from imagen_jax.files import probe_folder
 
 log = logging.getLogger("imagen_jax")
 
@@ -55,12 +56,11 @@ def _cores() -> int:
 def _writable(folder: str) -> bool:
     """Makes the folder if it is not there; says why if it cannot be written."""
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
+        probe_folder(Path(folder))
     except OSError as e:
         log.warning("no compilation cache: %s cannot be written (%s)", folder, e.strerror)
         return False
+    return True
 
 
 def _replace_unreadable(folder: str) -> None:

@@ -6,7 +6,7 @@ the data is one number, and the same whatever the number of hosts (see data_pipe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,13 @@ TOO_SMALL = "an image is smaller than config.model.image_size (or config.data.im
 
 
 def build(config: Config) -> None:
-    """Draws the scenes of `data.task`, if they are not there yet; for the key `data.build`.
+    """Draws the scenes of `data.task` if the key `data.build` asks and they are not there yet.
 
     Raises:
       UserError: the task is not one of scenes, or others are there.
     """
+    if not config.data.build:
+        return
     from data_pipelines.scenes import builder  # only a run that may have to draw needs it
 
     data, text = config.data, config.text
@@ -107,6 +109,11 @@ def examples(config: Config, split: str, num: int) -> list[dict[str, Any]]:
         strings = {k: row[k].decode() for k in ("caption", "category", "scene")}
         out.append({**strings, "image": row["image"], **{k: v[0] for k, v in padded.items()}})
     return out
+
+
+def stack_text(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The text [N, T, D] and text_mask [N, T] of what `examples` returned."""
+    return {k: np.stack([row[k] for row in rows]) for k in ("text", "text_mask")}
 
 
 def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool):

@@ -74,7 +74,7 @@ def evaluate(
             f"config.data.task is {built.config.data.task!r}; alignment can be checked for scenes"
         )
     prompts = data.examples(built.config, split, num)
-    cond = {k: np.stack([p[k] for p in prompts]) for k in ("text", "text_mask")}
+    cond = data.stack_text(prompts)
     seeds = np.arange(len(prompts), dtype=np.uint32) + np.uint32(seed)
     drawn, rows = {}, {}
     with tqdm(total=len(prompts) * len(weights), desc="drawing", unit="image") as bar:

@@ -19,7 +19,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from imagen_jax import cli, experiment, sharding, topologies
 from imagen_jax import config as config_files
 from imagen_jax.cli import log
 from imagen_jax.errors import UserError
-from imagen_jax.files import replacing
+from imagen_jax.files import make_folder, replacing
 from imagen_jax.planning import compiling, report, search
 from imagen_jax.planning.figures import Run, figures
 from imagen_jax.run_config import Config, parse
@@ -50,10 +49,7 @@ INPUT_SECONDS = 5.0
 
 def define_flags() -> None:
     """Defined only by the program that runs, so that modules can be imported side by side."""
-    flags.DEFINE_string("config", None, "Config file, for example configs/base64.py.")
-    flags.DEFINE_multi_string(
-        "set", [], "key=value that overrides the config; --config.key=value is the same."
-    )
+    cli.define_config_flags(None, "Config file, for example configs/base64.py.")
     flags.DEFINE_string(
         "topology",
         "",
@@ -81,9 +77,11 @@ def main(argv: Sequence[str]) -> None:
     if not config.mesh.topology:
         raise UserError("--topology is missing; for example --topology=v4-512")
     topology = topologies.lookup(config.mesh.topology)
-    out, cache = make_folder("out", FLAGS.out), make_folder("cache", FLAGS.cache)
+    out, cache = (Path(name).expanduser() for name in (FLAGS.out, FLAGS.cache))
+    for folder, flag in ((out, "out"), (cache, "cache")):
+        make_folder(folder, flag)
     planner = Planner(config, topology, FLAGS.fast, cache)
-    plan = planner.plan(planner.config) | {"config": FLAGS.config, "command": _command()}
+    plan = planner.plan(config) | {"config": FLAGS.config, "command": _command()}
     if planner.compiles and FLAGS.search:
         plan["search"] = planner.search()
     if planner.compiles and not plan["memory"]["fits"]:
@@ -94,18 +92,6 @@ def main(argv: Sequence[str]) -> None:
     log.info("\nreport: %s", out / "plan.html")
     if not plan["memory"]["fits"]:
         sys.exit(DOES_NOT_FIT)
-
-
-def make_folder(flag: str, name: str) -> Path:
-    """Makes a folder, and finds out before the work whether it can be written."""
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as e:
-        raise UserError(f"--{flag}={folder} cannot be written: {e.strerror}") from e
-    return folder
 
 
 def write(plan: dict[str, Any], out: Path) -> None:
@@ -126,13 +112,11 @@ class Planner:
     """Plans settings of one config on one topology."""
 
     def __init__(self, config: Config, topology: Topology, fast: bool, cache: Path):
-        self.topology, self.fast, self.cache = topology, fast, cache
+        self.config, self.topology, self.fast, self.cache = config, topology, fast, cache
         self.compiles = bool(topology.chip.libtpu)
         with cli.quiet_imports():  # libtpu says at length that there is no TPU here
             self.devices = topologies.devices(topology)
-        # The number itself, where the config leaves it to the devices.
-        microbatches = experiment.build(config, self.devices).microbatches
-        self.config = dataclasses.replace(config, microbatches=microbatches)
+        self._built = experiment.build(config, self.devices)
         self._start = time.perf_counter()
         self._model_flops = 0.0
         self._plans: dict[search.Setting, dict[str, Any]] = {}
@@ -143,8 +127,9 @@ class Planner:
         Raises:
           UserError: if mesh or batch do not fit the number of chips.
         """
-        built, setting = experiment.build(config, self.devices), self.setting(config)
-        run = self._run(built)
+        own = config is self.config
+        built = self._built if own else experiment.build(config, self.devices)
+        setting, run = setting_of(built), self._run(built)
         compiled = None
         if self.compiles:
             with self._progress(f"compiling {_words(setting)}"):
@@ -154,7 +139,7 @@ class Planner:
             log.info(
                 "%s, %.0f s", "from the cache" if compiled.cached else "done", compiled.seconds
             )
-        memory = self.topology.chip.hbm_bytes or _physical_memory()
+        memory = self.topology.chip.hbm_bytes or topologies.physical_memory()
         plan = figures(run, self.topology, compiled, self.fast, memory)
         plan |= {
             "topology": self._describe(),
@@ -167,7 +152,7 @@ class Planner:
 
     def search(self) -> list[dict[str, Any]]:
         """Rows of the settings tried: the setting, needed, step_s, mfu (None if unknown), note."""
-        settings = [*search.grid(sharding.REMAT, self._ways()), self.setting(self.config)]
+        settings = [*search.grid(sharding.REMAT, self._most_fsdp()), setting_of(self._built)]
         return search.first_fits(settings, self._attempt)
 
     def suggest(self, memory: dict[str, Any]) -> str:
@@ -178,19 +163,14 @@ class Planner:
         """
         state = sum(memory["state"].values()) - memory["state"]["batch"]
         split = state > WORTH_SPLITTING * memory["available"]
-        for setting in search.nearest(self.setting(self.config), self._ways(), split):
+        for setting in search.nearest(setting_of(self._built), self._most_fsdp(), split):
             if self._attempt(setting)[0]:
                 return str(setting)
         return ""
 
-    def setting(self, config: Config) -> search.Setting:
-        """The part of a config that a search changes."""
-        fsdp = sharding.make_mesh(config.mesh, self.devices).shape["fsdp"]
-        return search.Setting(config.mesh.remat, fsdp, config.microbatches)
-
-    def _ways(self) -> int:
-        """Devices that share the batch."""
-        return self.topology.num_chips // self.config.mesh.tensor
+    def _most_fsdp(self) -> int:
+        """The devices that share the batch, as far as splitting weights over them helps."""
+        return min(self.topology.num_chips // self.config.mesh.tensor, sharding.MOST_FSDP)
 
     def _attempt(self, setting: search.Setting) -> tuple[bool, dict[str, Any]]:
         row = {**dataclasses.asdict(setting), "needed": None, "step_s": None, "mfu": None}
@@ -276,6 +256,11 @@ class Planner:
             thread.join()
 
 
+def setting_of(built: experiment.Experiment) -> search.Setting:
+    """The part of an experiment's config that a search changes, as numbers."""
+    return search.Setting(built.config.mesh.remat, built.mesh.shape["fsdp"], built.microbatches)
+
+
 def lower(built: experiment.Experiment) -> jax.stages.Lowered:
     """The program of a training step, for the devices that it was built on."""
     return built.step.lower(built.abstract_state, built.abstract_batch)
@@ -283,10 +268,6 @@ def lower(built: experiment.Experiment) -> jax.stages.Lowered:
 
 def _words(setting: search.Setting) -> str:
     return ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(setting).items())
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def measured_input(config: Config) -> str:

@@ -242,5 +242,9 @@ def device_memory() -> float:
     import jax
 
     stats = jax.local_devices()[0].memory_stats() or {}
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return stats.get("bytes_limit", physical / jax.local_device_count())
+    return stats.get("bytes_limit", physical_memory() / jax.local_device_count())
+
+
+def physical_memory() -> int:
+    """Bytes of this machine's own memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

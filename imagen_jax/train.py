@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import log
 from imagen_jax.compilation import compile_ahead
 from imagen_jax.errors import UserError
-from imagen_jax.files import replacing
+from imagen_jax.files import make_folder, replacing
 from imagen_jax.profiling import Profile
 from imagen_jax.run_config import Config, parse
 from imagen_jax.startup import Startup, process_age
@@ -45,11 +44,8 @@ STOPPED = 75
 
 def define_flags() -> None:
     """Defined only by the program that runs, so that modules can be imported side by side."""
-    flags.DEFINE_string(
-        "config", None, "Config file, for example configs/demo.py or configs/base64.py:tiny."
-    )
-    flags.DEFINE_multi_string(
-        "set", [], "key=value that overrides the config; --config.key=value is the same."
+    cli.define_config_flags(
+        None, "Config file, for example configs/demo.py or configs/base64.py:tiny."
     )
     flags.DEFINE_string("workdir", None, "Where the run lives; made if it is not there.")
     flags.DEFINE_bool(
@@ -133,13 +129,13 @@ def train(
         from imagen_jax import data, metrics
 
     startup.done("imports")
-    if config.data.build and jax.process_index() == 0:
+    if jax.process_index() == 0:
         data.build(config)
     distributed.wait_for_all("data")
     startup.done("data building")
     data.open_task(config)
     startup.done("data opening")
-    make_workdir(workdir)
+    make_folder(workdir, "workdir")
     # Closed even if training fails, so that a save under way is finished or cleanly dropped.
     with contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
         state, position = jax.block_until_ready(start_or_resume(built, checkpoints))
@@ -227,16 +223,6 @@ def fetch(logger, pending, log_every: int, force: bool = False) -> None:
     logger.add(step, metrics)
     if force or step % log_every == 0:
         logger.flush(step)
-
-
-def make_workdir(workdir: Path) -> None:
-    """Makes the workdir, and finds out now whether it can be written."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as e:
-        raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}") from e
 
 
 def write_config(workdir: Path, config: Config) -> None:

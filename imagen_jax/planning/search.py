@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 MICROBATCHES = (1, 2, 4)
-# Split finer, the parts of a weight are smaller than a tile (sharding.MOST_FSDP).
-FSDP = 64
 T = TypeVar("T")
 
 
@@ -34,9 +32,9 @@ class Setting:
         )
 
 
-def grid(remats: Iterable[str], devices: int) -> list[Setting]:
+def grid(remats: Iterable[str], most_fsdp: int) -> list[Setting]:
     """The settings of a search: every remat policy, two sizes of fsdp, microbatches as needed."""
-    sizes = sorted({min(8, devices), min(FSDP, devices)})
+    sizes = sorted({min(8, most_fsdp), most_fsdp})
     return [Setting(r, f, m) for r in remats for f in sizes for m in MICROBATCHES]
 
 
@@ -60,7 +58,7 @@ def first_fits(
     return results
 
 
-def nearest(tried: Setting, devices: int, split: bool) -> list[Setting]:
+def nearest(tried: Setting, most_fsdp: int, split: bool) -> list[Setting]:
     """Settings that need less memory than one that does not fit, from the least to the most change.
 
     First recompute every block, then split the state over all devices that help, both, then smaller
@@ -69,7 +67,7 @@ def nearest(tried: Setting, devices: int, split: bool) -> list[Setting]:
     Args:
       split: whether the state is so large that splitting it is worth an attempt.
     """
-    fsdp = max(tried.fsdp, min(FSDP, devices)) if split else tried.fsdp
+    fsdp = max(tried.fsdp, most_fsdp) if split else tried.fsdp
     block = dataclasses.replace(tried, remat="block")
     both = dataclasses.replace(block, fsdp=fsdp)
     smaller = [dataclasses.replace(both, microbatches=tried.microbatches * n) for n in (2, 4, 8)]
