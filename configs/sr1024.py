@@ -95,12 +95,12 @@ def get_config(size: str = "400m") -> ConfigDict:
 
 def _tiny(config: ConfigDict) -> ConfigDict:
     """The same network for a laptop: fewer and narrower blocks, the embedded scenes and encoder."""
-    config.num_steps = 1200
+    config.num_steps = 3000
     config.batch_size = 16
     config.microbatches = 1
     config.log_every = 20
     config.eval_every = 500
-    config.sample_every = 600
+    config.sample_every = 1000
     config.num_samples = 4
     config.checkpoint_every = 500
     config.ema_decay = 0.99

@@ -1,4 +1,4 @@
-"""What both U-Nets have around their blocks: shared config keys, what goes in, what comes out.
+"""What both U-Nets have around their blocks: shared config keys, and what goes in.
 
 Both are called as `network(z_bhwc, log_snr_b, cond, run_block=..., dropout_key=...)`.
 
@@ -28,11 +28,9 @@ from flax import nnx
 from imagen_jax.errors import UserError
 from imagen_jax.models.layers import (
     Conditioning,
-    GroupNorm,
     ScalarEmbedding,
     TextPooling,
     cosine_time,
-    zeros_init,
 )
 
 POOLING = ("attention", "mean", "none")
@@ -163,17 +161,6 @@ class Conditioner(nnx.Module):
         ends = np.cumsum([tokens for tokens, _ in self.text_parts])
         parts = zip(self.text, jnp.split(text_btd, ends[:-1], axis=1), self.text_parts, strict=True)
         return jnp.concatenate([linear(x[:, :, :dim]) for linear, x, (_, dim) in parts], axis=1)
-
-
-class Head(nnx.Module):
-    """Norm, swish and a convolution that starts at zero, the last in float32."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
-        self.norm = GroupNorm(in_channels, dtype=jnp.float32)
-        self.conv = nnx.Conv(in_channels, out_channels, (3, 3), kernel_init=zeros_init, rngs=rngs)
-
-    def __call__(self, h_bhwc: jax.Array) -> jax.Array:
-        return self.conv(jax.nn.silu(self.norm(h_bhwc)))
 
 
 def call_block(block: nnx.Module, *args: Any) -> Any:

@@ -1,7 +1,8 @@
 """The base U-Net: noisy 64x64 image, log-SNR and text -> raw prediction (arXiv:2205.11487, F.1).
 
 With `low_res` it is a super-resolution model instead, which efficient_unet.py is measured against.
-Read top to bottom: the config, the plan of blocks that follows from it, a block, the network.
+Read top to bottom: the config, the plan of blocks that follows from it, a block, the head,
+the network.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from flax import nnx
 from imagen_jax.models.layers import (
     Attention,
     Conditioning,
+    GroupNorm,
     ResBlock,
     depth_to_space,
     space_to_depth,
+    zeros_init,
 )
 from imagen_jax.models.network import (
     Conditioner,
-    Head,
     NetworkConfig,
     call_block,
     is_positive,
@@ -182,6 +184,17 @@ class Block(nnx.Module):
             h_bhwc = jnp.concatenate([h_bhwc, skip_bhwc], axis=-1)
         h = self.res(h_bhwc, cond.emb, dropout_key)
         return h if self.attention is None else self.attention(h, cond)
+
+
+class Head(nnx.Module):
+    """Norm, swish and a convolution that starts at zero, all in float32."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        self.norm = GroupNorm(in_channels, dtype=jnp.float32)
+        self.conv = nnx.Conv(in_channels, out_channels, (3, 3), kernel_init=zeros_init, rngs=rngs)
+
+    def __call__(self, h_bhwc: jax.Array) -> jax.Array:
+        return self.conv(jax.nn.silu(self.norm(h_bhwc)))
 
 
 class UNet(nnx.Module):
