@@ -1,0 +1,142 @@
+"""Weak and strong scaling as the compiler predicts it: one plan a slice and a batch.
+
+    python -m benchmarks.scaling --config=configs/base64.py --out=scaling
+
+Needs the extra `plan` and no TPU. For every slice there are two plans (docs/scaling.md): at a batch
+that grows with the chips, and at one that stays. Each runs in a process of its own, since a
+compilation of the base model takes up to 13 GiB; what was planned once comes from the plans' cache.
+Writes scaling.md, scaling.json and scaling.png.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from imagen_jax import cli, topologies
+from imagen_jax.errors import UserError
+from imagen_jax.files import make_folder, replacing
+
+FLAGS = flags.FLAGS
+DOES_NOT_FIT = 1
+GIB = 2**30
+
+
+def define_flags() -> None:
+    cli.define_config_flags("configs/base64.py", "The config that is planned.")
+    names = "v4-8,v4-32,v4-64,v4-128,v4-256,v4-512,v4-1024,v4-2048,v4-4096"
+    flags.DEFINE_list("topologies", names.split(","), "Slices, from small to large.")
+    flags.DEFINE_integer("batch_per_chip", 8, "Examples a chip in weak scaling.", 1)
+    flags.DEFINE_integer("batch_size", 2048, "Examples a step in strong scaling.", 1)
+    flags.DEFINE_bool("fast", True, "Compile with the least effort; see imagen_jax.plan.")
+    flags.DEFINE_string("out", "scaling", "Folder of the plans, the tables and the picture.")
+
+
+def main(argv: list[str]) -> None:
+    """Plans what is not there yet, prints two tables in Markdown."""
+    del argv
+    slices = [topologies.lookup(name) for name in FLAGS.topologies]
+    out = Path(FLAGS.out)
+    make_folder(out, "out")
+    batches = {
+        "weak": [FLAGS.batch_per_chip * t.num_chips for t in slices],
+        "strong": [FLAGS.batch_size] * len(slices),
+    }
+    plans = {
+        kind: [plan(t.name, size, out) for t, size in zip(slices, sizes, strict=True)]
+        for kind, sizes in batches.items()
+    }
+    titles = {
+        "weak": f"Weak scaling, {FLAGS.batch_per_chip} examples a chip",
+        "strong": f"Strong scaling, {FLAGS.batch_size:,} examples a step",
+    }
+    text = "\n".join(f"{titles[kind]}:\n\n{table(rows)}" for kind, rows in plans.items())
+    print(text)
+    with replacing(out / "scaling.md") as temporary:
+        temporary.write_text(text)
+    with replacing(out / "scaling.json") as temporary:
+        temporary.write_text(json.dumps(plans, indent=1) + "\n")
+    plot(plans, titles, out / "scaling.png")
+
+
+def plan(topology: str, batch_size: int, out: Path) -> dict[str, Any]:
+    """The plan of one slice and batch, as imagen_jax.plan writes it.
+
+    Raises:
+      UserError: if it cannot be planned.
+    """
+    folder = out / f"{topology}-batch{batch_size}"
+    command = [sys.executable, "-m", "imagen_jax.plan", f"--config={FLAGS.config}"]
+    command += [f"--topology={topology}", f"--set=batch_size={batch_size}", f"--out={folder}"]
+    command += [f"--set={item}" for item in FLAGS.set] + ["--fast"] * FLAGS.fast
+    cli.log.info("%s, batch %s", topology, f"{batch_size:,}")
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode not in (0, DOES_NOT_FIT):
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise UserError(f"--topologies has {topology}, batch {batch_size}: {lines[-1]}")
+    return json.loads((folder / "plan.json").read_text())
+
+
+def table(plans: list[dict[str, Any]]) -> str:
+    """A row a slice; the last column is images/s a chip, against the first slice's."""
+    lines = [
+        "| slice | chips | batch | data x fsdp | microbatches | GiB a chip | s a step | binds | MFU "
+        "| images/s | efficiency |",
+        "|---" * 11 + "|",
+    ]
+    for p in plans:
+        setting, mesh, memory = p["setting"], p["mesh"], p["memory"]
+        cells = [p["topology"]["name"], p["topology"]["chips"], f"{setting['batch_size']:,}"]
+        cells += [f"{mesh['data']} x {mesh['fsdp']}", setting["microbatches"]]
+        cells.append(f"{memory['needed'] / GIB:.1f}")
+        if memory["fits"]:
+            pace, step = p["pace"], p["step"]
+            efficiency = per_chip(p) / per_chip(plans[0]) if plans[0]["memory"]["fits"] else None
+            cells += [f"{pace['step_s']:.3f}", step["binds"], f"{pace['mfu']:.1%}"]
+            cells += [f"{pace['images_per_s']:,.0f}", f"{efficiency:.0%}" if efficiency else ""]
+        else:
+            cells += ["does not fit", "", "", "", ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def per_chip(plan: dict[str, Any]) -> float:
+    """Images a second that one chip is predicted to train on."""
+    return plan["pace"]["images_per_s"] / plan["topology"]["chips"]
+
+
+def plot(plans: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: Path) -> None:
+    """Images a second over chips, with the line on which twice the chips are twice as fast."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for kind, rows in plans.items():
+        fits = [p for p in rows if p["memory"]["fits"]]
+        chips = [p["topology"]["chips"] for p in fits]
+        axes.plot(chips, [p["pace"]["images_per_s"] for p in fits], "o-", label=titles[kind])
+        if kind == "weak" and fits:
+            linear = [n * per_chip(fits[0]) for n in chips]
+            axes.plot(chips, linear, "--", color="gray", label="linear")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("chips")
+    axes.set_ylabel("images/s, predicted")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
