@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from imagen_jax import cli
 from imagen_jax.errors import UserError
 
 _LONGEST_FIELD = 2**24  # characters in a CSV file; longer than this is a quote never closed
@@ -65,7 +66,8 @@ def read_dataset(data_dir: str, name: str) -> Iterator[Found]:
     Raises:
       UserError: it is not there.
     """
-    from data_pipelines import records  # imports tfds
+    with cli.quiet_imports():
+        from data_pipelines import records  # imports tfds
 
     info = records.open_dataset(data_dir, name).info
     for split in sorted(info.splits):
