@@ -197,6 +197,13 @@ def folder(tmp_path):
         (lambda f: (f / VALUE / "1.1").unlink(), f"{VALUE}.*cannot be read"),
         (lambda f: (f / VALUE / "1.1").write_bytes(b"junk"), f"{VALUE}.*cannot be read"),
         (
+            lambda f: (
+                shutil.rmtree(f / VALUE),
+                write_array(f, VALUE[7:], np.ones((16, 24), "u2")),
+            ),
+            "is of uint16; quantized weights are not read",
+        ),
+        (
             lambda f: (shutil.rmtree(f / VALUE), write_array(f, VALUE[7:], np.zeros((16, 16)))),
             r"value.kernel' has shape \(16, 16\); its configuration says \(16, 24\)",
         ),

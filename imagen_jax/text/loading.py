@@ -83,7 +83,7 @@ class Checkpoint:
                 the parts that its own devices hold.
 
         Raises:
-            UserError: a tensor is missing or has the wrong shape.
+            UserError: a tensor is missing, has the wrong shape, or is quantized to integers.
         """
         module = nnx.eval_shape(lambda: self.module(self.config, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(module)
@@ -123,6 +123,11 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder}: tensor {name!r} has shape {tensor.shape}; "
                 f"its configuration says {expected}"
+            )
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise UserError(
+                f"{self.folder}: tensor {name!r} is of {tensor.dtype}; "
+                "quantized weights are not read"
             )
         return tensor.T if reverse else tensor
 

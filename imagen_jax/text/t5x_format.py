@@ -67,6 +67,10 @@ class ArrayTensor:
         return tuple(self.array.shape)
 
     @property
+    def dtype(self) -> np.dtype:
+        return getattr(self.array.dtype, "numpy_dtype", self.array.dtype)
+
+    @property
     def T(self) -> ArrayTensor:
         return ArrayTensor(self.array.T)
 
@@ -91,6 +95,10 @@ class JoinedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self._joined(self.tensor.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tensor.dtype
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         width = self.tensor.shape[self.axis + 1]
