@@ -11,8 +11,6 @@ color and shape are those of the training split.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +21,8 @@ from flax import nnx
 from data_pipelines.scenes.grammar import sample_scene
 from data_pipelines.scenes.vocabulary import COLORS, SHAPES
 from imagen_jax import cli
-from imagen_jax.text import TextEncoder
-from imagen_jax.text.encoder import BUNDLED, load_encoder
-from imagen_jax.text.hf_format import open_hf
-from imagen_jax.text.tokenizer import load_tokenizer
+from imagen_jax.text import load_encoder
+from imagen_jax.text.loading import RANDOM
 
 FLAGS = flags.FLAGS
 BATCH = 64
@@ -35,11 +31,11 @@ MAX_TOKENS = 192
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("encoder", "byte-tiny", "A bundled encoder, or a folder like it.")
+    flags.DEFINE_string("encoder", "byte-tiny", "A bundled encoder, or a folder with one.")
     flags.DEFINE_integer("train", 3200, "Captions to learn from.", lower_bound=BATCH)
     flags.DEFINE_integer("test", 800, "Captions to be tested on.", lower_bound=1)
     flags.DEFINE_list("steps", ["100", "600"], "After how many batches of 64 to test.")
-    flags.DEFINE_integer("seed", 0, "Seed of captions, batches and initial weights.")
+    flags.DEFINE_integer("seed", 0, "Seed of captions, batches and the probe's weights.")
 
 
 def main(argv: list[str]) -> None:
@@ -48,8 +44,7 @@ def main(argv: list[str]) -> None:
     steps = [int(s) for s in FLAGS.steps]
     captions, labels = single_objects(FLAGS.train + FLAGS.test, np.random.default_rng(FLAGS.seed))
     encoders = {
-        f"{FLAGS.encoder}, random weights": at_random(FLAGS.encoder, FLAGS.seed),
-        FLAGS.encoder: load_encoder(FLAGS.encoder, MAX_TOKENS),
+        name: load_encoder(name, MAX_TOKENS) for name in (FLAGS.encoder + RANDOM, FLAGS.encoder)
     }
     print(f"| encoder | {' | '.join(f'{s} batches: color / shape' for s in steps)} |")
     print("|---" * (len(steps) + 1) + "|")
@@ -69,14 +64,6 @@ def single_objects(number: int, rng: np.random.Generator) -> tuple[list[str], np
             [thing] = scene.objects
             found[scene.caption] = (list(COLORS).index(thing.color), SHAPES.index(thing.shape))
     return list(found), np.array(list(found.values()))
-
-
-def at_random(name: str, seed: int) -> TextEncoder:
-    """The encoder in a folder as it is before any training."""
-    folder = BUNDLED / name if (BUNDLED / name).is_dir() else Path(name)
-    checkpoint = open_hf(folder)
-    module = checkpoint.module(checkpoint.config, rngs=nnx.Rngs(seed))
-    return TextEncoder(module, load_tokenizer(folder, checkpoint.tokenizer), MAX_TOKENS, {})
 
 
 def _padded(embeddings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -148,7 +148,7 @@ def create_store(path: str, text_identity: Mapping[str, Any], dtype: str, num_sh
     """The store at `path`, begun now or earlier with the same settings.
 
     Raises:
-      UserError: another store is there.
+      UserError: another store is there, or the folder cannot be written to.
     """
     folder = epath.Path(path)
     wanted = {**text_identity, "stored_dtype": dtype, "num_shards": num_shards}
@@ -162,8 +162,11 @@ def create_store(path: str, text_identity: Mapping[str, Any], dtype: str, num_sh
             raise UserError(
                 f"--out={path} is a store made with {'; '.join(differing)}. Choose another --out"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _STORE, wanted)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _STORE, wanted)
+    except OSError as e:
+        raise UserError(f"--out={path} cannot be written to: {e.strerror}") from e
     return Store(folder, dict(text_identity), dtype, num_shards)
 
 

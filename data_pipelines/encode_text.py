@@ -37,7 +37,11 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", "", "A prepared dataset in --data_dir, such as scenes/64.")
     flags.DEFINE_string("data_dir", "data", "Folder of the datasets.")
     flags.DEFINE_string(
-        "encoder", "byte-tiny", "Text encoder: a bundled one's name, or a folder with its weights."
+        "encoder",
+        "byte-tiny",
+        "Text encoder: a bundled one's name, or a folder with its weights. With -bfloat16 after it "
+        "weights are kept in bfloat16, which takes half of the memory; with -random they are not "
+        "read but random.",
     )
     flags.DEFINE_integer("max_tokens", 192, "The longest caption, in tokens, that is encoded.", 1)
     flags.DEFINE_integer(
@@ -73,12 +77,18 @@ def sources() -> list[Callable[[], Iterator[caption_lists.Found]]]:
 
 
 def load_encoder(name: str, max_tokens: int, fsdp: int):
-    """The encoder on all devices of this host, which share each batch."""
+    """The encoder on all devices of this host, which share each batch.
+
+    Raises:
+      UserError: as text.load_encoder; or the devices cannot be grouped by `fsdp`.
+    """
     import jax
 
     from imagen_jax import sharding, text
 
     devices = jax.local_devices()
+    if len(devices) % fsdp:
+        raise UserError(f"--fsdp is {fsdp}; it must divide this host's {len(devices)} device(s)")
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=fsdp), devices)
     return text.load_encoder(
         name,

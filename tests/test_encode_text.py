@@ -147,6 +147,30 @@ def test_an_embedding_that_is_not_finite_is_never_stored(tmp_path):
         fill(tmp_path, encoder=Broken())
 
 
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"--out={out} cannot be written to: ") as error:
+            fill(out)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_are_split_over_devices_that_there_are():
+    with pytest.raises(UserError, match=r"--fsdp is 3; it must divide this host's 8 device"):
+        encode_text.load_encoder("byte-tiny", 64, fsdp=3)
+
+
+def test_bad_input_is_one_line_and_exit_2(tmp_path):
+    (tmp_path / "a.txt").write_text("a red circle\n")
+    embeddings.create_store(str(tmp_path / "s"), Encoder().identity, "int8", 4)
+    command = [sys.executable, "-m", "data_pipelines.encode_text", f"--out={tmp_path / 's'}"]
+    options = [f"--captions={tmp_path / 'a.txt'}", "--dtype=int8", "--num_shards=4"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if not line.startswith("text encoder ")]
+    assert line.startswith("error: --out=") and "encoder=fake (now byte-tiny)" in line
+
+
 def test_other_settings_are_refused_with_both(tmp_path):
     fill(tmp_path)
     with pytest.raises(UserError, match=r"stored_dtype=bfloat16 \(now int8\)"):

@@ -86,6 +86,22 @@ def test_random_weights_are_always_the_same_and_another_encoder(bundled):
     assert drawn.identity["encoder"] == "byte-tiny-random"
 
 
+def test_any_folder_may_be_taken_at_random(tmp_path):
+    folder = tmp_path / "mine"
+    config = T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=384)
+    model, extra = T5Encoder(config, rngs=nnx.Rngs(1)), {"tokenizer_class": "ByT5Tokenizer"}
+    save_t5(model, folder, dtype=np.float32, extra=extra)
+    read, drawn = load_encoder(folder), load_encoder(f"{folder}-random")
+    assert drawn.identity["encoder"] == "mine-random"
+    assert drawn.identity == encoder_identity(f"{folder}-random")
+    [a], [b] = read.encode(["a red circle"]), drawn.encode(["a red circle"])
+    assert a.shape == b.shape and (a != b).any()
+    shallow = folder.rename(tmp_path / "mine-random")  # a folder of that name comes first
+    assert load_encoder(shallow).identity == {**read.identity, "encoder": "mine-random"}
+    assert encoder_identity(f"{folder}-random") == load_encoder(shallow).identity
+    assert encoder_identity(folder) is None
+
+
 def test_the_bundled_encoder_is_what_its_files_say(bundled):
     folder = encoder.BUNDLED / "byte-tiny"
     assert load_t5(folder).config == PRESETS["byte-tiny"]
@@ -135,8 +151,11 @@ def test_an_encoder_from_a_folder_is_named_after_it(tmp_path):
 
 
 def test_unknown_names_tokenizers_and_lengths_are_refused(tmp_path):
-    with pytest.raises(UserError, match="'byte-huge': neither a folder nor one of byte-tiny"):
-        load_encoder("byte-huge")
+    for name in ("byte-huge", "byte-huge-random", "byte-tiny-float8"):
+        with pytest.raises(
+            UserError, match=f"'{name}': neither a folder nor one of byte-tiny.* -random or -bfloat"
+        ):
+            load_encoder(name)
     with pytest.raises(UserError, match="max_tokens is 0"):
         load_encoder(max_tokens=0)
     t5 = T5Encoder(PRESETS["byte-tiny"], rngs=nnx.Rngs(0))

@@ -119,6 +119,13 @@ def test_a_file_cut_short_is_refused_before_anything_is_read(folder):
     assert "lies outside the file" in refusal(open_hf, folder)
 
 
+def test_weights_quantized_to_integers_are_refused(folder):
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
+    quantized = {name: (100 * tensor).astype(np.int8) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(quantized, folder / WEIGHTS_FILE)
+    assert "weight' is of int8; quantized weights are not read" in refusal(load_t5, folder)
+
+
 class Call:
     def __init__(self, *reduced):
         self.reduced = reduced

@@ -7,11 +7,13 @@ import itertools
 import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 
+from data_pipelines.embedding_shards import cosines
 from imagen_jax.sharding import (
     MeshConfig,
     batch_ways,
@@ -22,6 +24,8 @@ from imagen_jax.sharding import (
     with_shardings,
 )
 from imagen_jax.text import load_encoder, loading
+from imagen_jax.text.bert import BertConfig, BertEncoder
+from imagen_jax.text.clip import ClipConfig, ClipTextEncoder
 from imagen_jax.text.encoder import BATCH
 from imagen_jax.text.hf_format import open_hf, save_t5
 from imagen_jax.text.stored import FileTensor, contiguous_strides
@@ -120,6 +124,40 @@ def test_random_weights_are_the_same_wherever_they_lie():
     spread = load_encoder("byte-tiny-random", place=place(fsdp=8, data=1))
     [expected], [found] = whole.encode(["a red circle"]), spread.encode(["a red circle"])
     np.testing.assert_allclose(found.astype(float), expected.astype(float), atol=0.05)
+
+
+def test_weights_in_bfloat16_take_half_and_keep_embeddings_alike(folder, monkeypatch):
+    captions = ["a red circle", "two dogs left of a house, " * 5]
+    whole, reads = load_encoder(folder), Reads(monkeypatch)
+    half = load_encoder(f"{folder}-bfloat16", place=place(fsdp=8, data=1))
+    assert max(reads.sizes) == CONFIG.d_ff * CONFIG.d_model * 4 / 8
+    assert {w.dtype for w in jax.tree.leaves(half._weights)} == {np.dtype(ml_dtypes.bfloat16)}
+    assert half.identity == {**whole.identity, "encoder": f"{folder.name}-bfloat16"}
+    for a, b in zip(whole.encode(captions), half.encode(captions), strict=True):
+        assert 0.999 < cosines(a, b).min() < cosines(a, b).max() < 1
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    "module, config",
+    [
+        (T5Encoder, T5Config(16, 4, 24, num_layers=2, num_heads=4, vocab_size=50)),
+        (BertEncoder, BertConfig(16, vocab_size=50, **SMALL)),
+        (ClipTextEncoder, ClipConfig(16, vocab_size=50, **SMALL)),
+    ],
+    ids=["t5", "bert", "clip"],
+)
+def test_only_the_weights_are_rounded(module, config):
+    """Computed in float32 from then on, whatever the weights are kept in."""
+    graphdef, state = nnx.split(module(config, rngs=nnx.Rngs(0)))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    ids, mask = np.arange(14).reshape(2, 7), np.ones((2, 7), bool)
+    found, expected = (nnx.merge(graphdef, weights)(ids, mask) for weights in (half, rounded))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_the_peak_of_host_memory_is_reported(folder, caplog):

@@ -18,7 +18,7 @@ def test_both_encoders_are_in_the_table():
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [
-        "| byte-tiny, random weights",
+        "| byte-tiny-random",
         "| byte-tiny",
     ]
     assert all(row.count("%") == 4 for row in rows)

@@ -112,7 +112,10 @@ def test_a_wrong_shape_is_named_with_what_was_expected(folder):
         (lambda c: c.pop("d_kv"), "'d_kv' is missing"),
         (lambda c: c.update(num_layers="two"), "num_layers is 'two'; expected int"),
         (lambda c: c.update(feed_forward_proj="gated-silu"), "feed_forward_proj is 'gated-silu'"),
-        (lambda c: c.update(model_type="gpt2"), "model_type is 'gpt2'; supported: t5, bert, clip"),
+        (
+            lambda c: c.update(model_type="gpt2"),
+            "model_type is 'gpt2'; supported: t5, mt5, umt5, bert, clip",
+        ),
     ],
 )
 def test_a_config_of_another_architecture_is_refused(folder, edit, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 
@@ -17,10 +18,11 @@ from imagen_jax.sharding import MeshConfig, make_mesh, weight_shardings
 from imagen_jax.text import load_encoder
 from imagen_jax.text.files import sha256
 from imagen_jax.text.t5 import T5Config, T5Encoder
-from imagen_jax.text.t5x_format import open_t5x
+from imagen_jax.text.t5x_format import ArrayTensor, JoinedTensor, open_t5x
 
 TINY = T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, vocab_size=384)
 V1_0 = T5Config(16, 8, 24, num_layers=1, num_heads=3, vocab_size=50, feed_forward_proj="relu")
+UMT5 = T5Config(16, 4, 24, num_layers=3, num_heads=4, vocab_size=50, bias_in_every_block=True)
 LARGE = T5Config(256, 64, 512, num_layers=1, num_heads=4, vocab_size=384)
 VALUE = "target.encoder.layers_0.attention.value.kernel"
 
@@ -40,15 +42,37 @@ def target(model: T5Encoder) -> dict:
             "pre_attention_layer_norm": {"scale": block.attention_norm.scale},
             "pre_mlp_layer_norm": {"scale": block.mlp_norm.scale},
         }
-    by_head = model.relative_bias.table.embedding[...].T
-    encoder = {
-        **layers,
-        "encoder_norm": {"scale": model.final_norm.scale},
-        "relpos_bias": {"rel_embedding": by_head},
-    }
+        if model.config.bias_in_every_block:
+            layers[f"layers_{number}"]["relpos_bias"] = relpos_bias(block)
+    encoder = {**layers, "encoder_norm": {"scale": model.final_norm.scale}}
+    if not model.config.bias_in_every_block:
+        encoder["relpos_bias"] = relpos_bias(model)
     embedder = {"embedding": model.embed.embedding}
     decoder = {"decoder_norm": {"scale": np.ones(3)}}
     return {"encoder": encoder, "token_embedder": embedder, "decoder": decoder}
+
+
+def relpos_bias(module: nnx.Module) -> dict:
+    return {"rel_embedding": module.relative_bias.table.embedding[...].T}
+
+
+def scalable_target(model: T5Encoder, scan: bool) -> dict:
+    """As T5X's scalable_t5 has them: heads have an axis, and layers, if scanned, their axis 1."""
+
+    def with_heads(path, leaf):
+        kind, leaf = path[-2].key, np.asarray(leaf[...])
+        heads = (model.config.num_heads, model.config.d_kv)
+        if kind in ("query", "key", "value"):
+            return leaf.reshape(-1, *heads)
+        return leaf.reshape(*heads, -1) if kind == "out" else leaf
+
+    is_param = lambda x: isinstance(x, nnx.Param)  # noqa: E731
+    tree = jax.tree_util.tree_map_with_path(with_heads, target(model), is_leaf=is_param)
+    if scan:
+        encoder = tree["encoder"]
+        layers = [encoder.pop(f"layers_{n}") for n in range(model.config.num_layers)]
+        encoder["encoder"] = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *layers)
+    return tree
 
 
 def write_array(folder, name: str, array: np.ndarray) -> dict:
@@ -64,7 +88,7 @@ def write_array(folder, name: str, array: np.ndarray) -> dict:
     return {**spec, "kvstore": {"driver": "gfile", "path": f"target.{name}/"}}
 
 
-def write_t5x(model, folder, dtype=np.float32, placeholders=False):
+def write_t5x(model, folder, dtype=np.float32, placeholders=False, tree=None):
     def leaf(path, value):
         array, name = np.asarray(value[...]).astype(dtype), ".".join(p.key for p in path)
         if array.ndim == 1 and not placeholders:
@@ -73,7 +97,9 @@ def write_t5x(model, folder, dtype=np.float32, placeholders=False):
         return f"PLACEHOLDER://target.{name}" if placeholders else spec
 
     is_param = lambda x: isinstance(x, nnx.Param)  # noqa: E731
-    index = {"target": jax.tree_util.tree_map_with_path(leaf, target(model), is_leaf=is_param)}
+    index = {
+        "target": jax.tree_util.tree_map_with_path(leaf, tree or target(model), is_leaf=is_param)
+    }
     if not placeholders:
         index = {"version": 3, "optimizer": {**index, "state": {"step": 7}}}
     (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(index))
@@ -95,6 +121,31 @@ def test_a_checkpoint_loads_equal_and_its_shapes_are_its_config(tmp_path, config
     checkpoint = open_t5x(tmp_path)
     assert checkpoint.config == config
     jax.tree.map(np.testing.assert_array_equal, nnx.state(checkpoint.load()), nnx.state(model))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("placeholders", [False, True])
+def test_layers_in_one_array_are_those_of_the_model(tmp_path, scan, placeholders):
+    model = random_model(UMT5)
+    write_t5x(model, tmp_path, placeholders=placeholders, tree=scalable_target(model, scan))
+    assert (tmp_path / "target.encoder.encoder.mlp.wi_0.kernel").is_dir() == scan
+    checkpoint = open_t5x(tmp_path)
+    assert checkpoint.config == UMT5
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(checkpoint.load()), nnx.state(model))
+
+
+def test_parts_of_heads_are_read_onto_a_mesh(tmp_path):
+    """Three heads on eight devices: none has whole ones."""
+    model = random_model(dataclasses.replace(LARGE, num_heads=3, d_kv=128))
+    write_t5x(model, tmp_path, tree=scalable_target(model, scan=True))
+    mesh = make_mesh(MeshConfig(fsdp=8, data=1))
+    loaded = open_t5x(tmp_path).load(functools.partial(weight_shardings, mesh))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(model))
+    joined = JoinedTensor(ArrayTensor(np.arange(2 * 5 * 7 * 3).reshape(2, 5, 7, 3)), 1)
+    whole = np.asarray(joined.tensor.array).reshape(2, 35, 3)
+    for part in (slice(0, 35), slice(8, 13), slice(6, 22), slice(14, 21), slice(34, 35)):
+        index = (slice(1, 2), part, slice(0, 3))
+        np.testing.assert_array_equal(joined.read(index), whole[index])
 
 
 def test_bfloat16_arrays_load_as_float32(tmp_path):
@@ -146,6 +197,13 @@ def folder(tmp_path):
         (lambda f: (f / VALUE / "1.1").unlink(), f"{VALUE}.*cannot be read"),
         (lambda f: (f / VALUE / "1.1").write_bytes(b"junk"), f"{VALUE}.*cannot be read"),
         (
+            lambda f: (
+                shutil.rmtree(f / VALUE),
+                write_array(f, VALUE[7:], np.ones((16, 24), "u2")),
+            ),
+            "is of uint16; quantized weights are not read",
+        ),
+        (
             lambda f: (shutil.rmtree(f / VALUE), write_array(f, VALUE[7:], np.zeros((16, 16)))),
             r"value.kernel' has shape \(16, 16\); its configuration says \(16, 24\)",
         ),
@@ -155,6 +213,17 @@ def test_damage_is_one_line(folder, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message) as error:
         open_t5x(folder).load()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mlp.wo.kernel", "relpos_bias.rel_embedding"])
+def test_an_array_of_other_layers_is_one_line(tmp_path, name):
+    model = random_model(UMT5)
+    write_t5x(model, tmp_path, tree=scalable_target(model, scan=True))
+    shutil.rmtree(tmp_path / f"target.encoder.encoder.{name}")
+    write_array(tmp_path, f"encoder.encoder.{name}", np.zeros((4, 1, 16), np.float32))
+    with pytest.raises(UserError, match=r"missing|has shape") as error:
+        open_t5x(tmp_path).load()
     assert "\n" not in str(error.value)
 
 

@@ -57,7 +57,9 @@ class Embeddings(nnx.Module):
 
     def __call__(self, ids_bt: jax.Array) -> jax.Array:
         position_1td = self.positions(jnp.arange(ids_bt.shape[1]))[None]
-        return self.norm(self.tokens(ids_bt) + position_1td + self.segments(jnp.zeros_like(ids_bt)))
+        # Weights may be in bfloat16; sums of them, and all that follows, are in float32.
+        token_btd = self.tokens(ids_bt).astype(jnp.float32)
+        return self.norm(token_btd + position_1td + self.segments(jnp.zeros_like(ids_bt)))
 
 
 class Block(nnx.Module):

@@ -76,7 +76,8 @@ class ClipTextEncoder(nnx.Module):
 
     def __call__(self, ids_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
         length = ids_bt.shape[1]
-        x_btd = self.tokens(ids_bt) + self.positions(jnp.arange(length))[None]
+        # Weights may be in bfloat16; sums of them, and all that follows, are in float32.
+        x_btd = self.tokens(ids_bt).astype(jnp.float32) + self.positions(jnp.arange(length))[None]
         seen_b1tt = jnp.tri(length, dtype=bool)[None, None] & mask_bt[:, None, None, :]
         bias_b1tt = jnp.where(seen_b1tt, 0.0, MASKED)
         for block in self.blocks:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from imagen_jax.errors import UserError
 from imagen_jax.text.hf_format import open_hf
-from imagen_jax.text.loading import RANDOM, Checkpoint, Place
+from imagen_jax.text.loading import VARIANTS, Checkpoint, Place
 from imagen_jax.text.t5x_format import is_t5x, open_t5x
 from imagen_jax.text.tokenizer import PAD_ID, Tokenizer, load_tokenizer
 
@@ -178,9 +178,9 @@ def load_encoder(
     """A frozen encoder by the name of a bundled one, or from a folder with its files.
 
     Args:
-        name_or_path: a bundled encoder, with "-random" after it for random weights; or a folder in
-            Hugging Face's format (T5, BERT, CLIP), or a T5X checkpoint beside whose arrays the
-            vocabulary lies.
+        name_or_path: a bundled encoder; or a folder in Hugging Face's format (T5, BERT, CLIP), or a
+            T5X checkpoint beside whose arrays the vocabulary lies. Either with "-bfloat16" after it
+            for weights that are kept in bfloat16, or "-random" for random ones.
         max_tokens: the longest caption to take.
         place: where the weights go, from their shapes: for instance
             `functools.partial(sharding.weight_shardings, mesh)`.
@@ -210,33 +210,39 @@ def encoder_identity(
     Raises:
         UserError: as for `load_encoder`.
     """
-    if not _folder(name_or_path).is_dir():
+    if _find(name_or_path) is None:
         return None
     return _identity(*_open(name_or_path, max_tokens), max_tokens)
 
 
 def _bundled() -> dict[str, Path]:
-    """The folders of the bundled encoders by their names, each also with random weights."""
-    folders = {path.name: path for path in sorted(BUNDLED.iterdir())}
-    return folders | {name + RANDOM: path for name, path in folders.items()}
+    """The folders of the bundled encoders by their names."""
+    return {path.name: path for path in sorted(BUNDLED.iterdir())}
 
 
-def _folder(name_or_path: str | os.PathLike) -> Path:
-    return _bundled().get(str(name_or_path), Path(name_or_path))
+def _find(name_or_path: str | os.PathLike) -> tuple[Path, str] | None:
+    """An encoder's folder, and its variant; a folder that is there is taken by its own name."""
+    name = str(name_or_path)
+    for variant in ("", *VARIANTS):
+        stem = name.removesuffix(variant)
+        folder = _bundled().get(stem, Path(stem))
+        if name.endswith(variant) and folder.is_dir():
+            return folder, variant
+    return None
 
 
 def _open(name_or_path: str | os.PathLike, max_tokens: int) -> tuple[Checkpoint, Tokenizer]:
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
-    folder = _folder(name_or_path)
-    if not folder.is_dir():
+    found = _find(name_or_path)
+    if found is None:
         raise UserError(
             f"text encoder {str(name_or_path)!r}: neither a folder nor one of "
-            f"{', '.join(_bundled())}"
+            f"{', '.join(_bundled())}; either may have {' or '.join(VARIANTS)} after it"
         )
+    folder, variant = found
     checkpoint = open_t5x(folder) if is_t5x(folder) else open_hf(folder)
-    if folder.parent == BUNDLED and str(name_or_path).endswith(RANDOM):
-        checkpoint = dataclasses.replace(checkpoint, drawn=True)
+    checkpoint = dataclasses.replace(checkpoint, variant=variant)
     tokenizer = load_tokenizer(folder, checkpoint.tokenizer)
     _check_match(checkpoint, tokenizer, max_tokens)
     return checkpoint, tokenizer

@@ -17,7 +17,7 @@ from imagen_jax.text.layers import ACTIVATIONS
 from imagen_jax.text.loading import Key
 from imagen_jax.text.t5 import FEED_FORWARDS, T5Config, T5Encoder
 
-_TYPES = {"int": int, "float": (int, float), "str": str}
+_TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Family:
     Attributes:
         config: a dataclass whose fields have the names of config.json's.
         section: the part of config.json where they stand; by default the whole.
-        defaults: of fields that config.json may leave out, where they differ from `config`'s.
+        defaults: of fields that config.json may leave out, or never has, where they differ from
+            `config`'s.
         allowed: the values that a field may have, where not all are supported.
         names: modules here -> modules there; * stands for the number of a block.
         renames: (pattern, replacement) for tensor names, so that `names` needs one spelling.
@@ -94,6 +95,7 @@ def namer(names: Mapping[str, str], leaves: Mapping[str, str]) -> Callable[[Key]
 T5_NAMES = {
     "embed": "shared",
     "relative_bias.table": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "blocks.*.relative_bias.table": "encoder.block.*.layer.0.SelfAttention.relative_attention_bias",
     "blocks.*.attention_norm": "encoder.block.*.layer.0.layer_norm",
     "blocks.*.attention.query": "encoder.block.*.layer.0.SelfAttention.q",
     "blocks.*.attention.key": "encoder.block.*.layer.0.SelfAttention.k",
@@ -159,9 +161,12 @@ _CLIP_TEXT = Family(
     allowed={"hidden_act": ACTIVATIONS},
     renames=((r"^text_model\.", ""),),
 )
+_GATED = {"feed_forward_proj": "gated-gelu"}
 # By model_type in config.json.
 FAMILIES = {
     "t5": _T5,
+    "mt5": dataclasses.replace(_T5, defaults=_GATED),
+    "umt5": dataclasses.replace(_T5, defaults={**_GATED, "bias_in_every_block": True}),
     "bert": _BERT,
     "clip_text_model": _CLIP_TEXT,
     "clip": dataclasses.replace(_CLIP_TEXT, section="text_config"),

@@ -120,9 +120,10 @@ def save_t5(
         name(key): np.ascontiguousarray(value.T if key[-1] == "kernel" else value, dtype)
         for key, value in traverse_util.flatten_dict(weights).items()
     }
+    kind = "umt5" if encoder.config.bias_in_every_block else "t5"
     config = {
-        "model_type": "t5",
-        "architectures": ["T5EncoderModel"],
+        "model_type": kind,
+        "architectures": [f"{kind.upper()}EncoderModel"],
         **dataclasses.asdict(encoder.config),
         **extra,
     }

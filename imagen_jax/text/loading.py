@@ -19,8 +19,9 @@ from imagen_jax.errors import UserError
 from imagen_jax.text.files import sha256
 from imagen_jax.text.stored import StoredTensor
 
-# At the end of a bundled encoder's name: its architecture with random weights.
-RANDOM = "-random"
+# At the end of an encoder's name: its architecture with random weights; its weights rounded to
+# bfloat16 in memory, where they take half of the room.
+RANDOM, BFLOAT16 = VARIANTS = ("-random", "-bfloat16")
 
 log = logging.getLogger("imagen_jax")
 
@@ -43,8 +44,8 @@ class Checkpoint:
         kernels_reversed: whether projections are [out, in] in the files; here they are [in, out].
         files: all files with weights, in the order in which they are hashed.
         tokenizer: a key of `tokenizer.TOKENIZERS`.
-        drawn: whether the weights are drawn at random, always the same, instead of read: what an
-            encoder is worth without its training.
+        variant: "" or one of VARIANTS. Random weights are always the same, and are drawn and not
+            read: what an encoder is worth without its training.
     """
 
     folder: Path
@@ -55,52 +56,61 @@ class Checkpoint:
     kernels_reversed: bool
     files: list[Path]
     tokenizer: str
-    drawn: bool = False
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """As identities have it."""
-        return self.folder.name + (RANDOM if self.drawn else "")
+        return self.folder.name + self.variant
 
     @property
     def weights_sha256(self) -> str:
         """The hash of all weight files; of drawn weights, of how they are drawn."""
-        return sha256([], b"drawn with seed 0") if self.drawn else sha256(self.files)
+        if self.variant == RANDOM:
+            return sha256([], f"{self.config} drawn with seed 0".encode())
+        return sha256(self.files)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the weights in memory, whatever the files hold."""
+        return np.dtype(jnp.bfloat16 if self.variant == BFLOAT16 else np.float32)
 
     def load(self, place: Place | None = None) -> nnx.Module:
-        """The encoder in float32: each weight goes to its devices before the next is read.
+        """The encoder: each weight goes to its devices before the next is read.
 
         Args:
             place: where the weights go; by default to the default device. A process reads only
                 the parts that its own devices hold.
 
         Raises:
-            UserError: a tensor is missing or has the wrong shape.
+            UserError: a tensor is missing, has the wrong shape, or is quantized to integers.
         """
-        if self.drawn:
-            return self._draw(place)
         module = nnx.eval_shape(lambda: self.module(self.config, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(module)
         specs = traverse_util.flatten_dict(nnx.to_pure_dict(state))
-        stored = {key: self._checked(key, spec) for key, spec in specs.items()}
         shardings = dict.fromkeys(specs)
         if place is not None:
             shardings = traverse_util.flatten_dict(place(traverse_util.unflatten_dict(specs)))
-        weights = {key: _put(tensor, shardings[key]) for key, tensor in stored.items()}
+        if self.variant == RANDOM:
+            weights = self._drawn(shardings)
+        else:
+            stored = {key: self._checked(key, spec) for key, spec in specs.items()}
+            weights = {
+                key: _put(stored[key], shardings[key], self.dtype)
+                for key in sorted(specs, key=_without_number)
+            }
         nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(weights))
         num_bytes = sum(weight.nbytes for weight in weights.values())
         log.info(
             "text encoder %s: %.3g GB of weights; the most host memory so far: %.3g GB",
-            self.folder.name, num_bytes / 1e9, peak_host_bytes() / 1e9,
+            self.name, num_bytes / 1e9, peak_host_bytes() / 1e9,
         )  # fmt: skip
         return nnx.merge(graphdef, state)
 
-    def _draw(self, place: Place | None) -> nnx.Module:
-        graphdef, state = nnx.split(self.module(self.config, rngs=nnx.Rngs(0)))
-        weights = nnx.to_pure_dict(state)
-        if place is not None:
-            nnx.replace_by_pure_dict(state, jax.device_put(weights, place(weights)))
-        return nnx.merge(graphdef, state)
+    def _drawn(self, shardings: dict[Key, Any]) -> dict[Key, jax.Array]:
+        module = self.module(self.config, rngs=nnx.Rngs(0))
+        weights = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(module)))
+        return {key: jax.device_put(weight, shardings[key]) for key, weight in weights.items()}
 
     def _checked(self, key: Key, spec: jax.ShapeDtypeStruct) -> StoredTensor:
         name = self.stored_name(key)
@@ -114,7 +124,17 @@ class Checkpoint:
                 f"{self.folder}: tensor {name!r} has shape {tensor.shape}; "
                 f"its configuration says {expected}"
             )
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise UserError(
+                f"{self.folder}: tensor {name!r} is of {tensor.dtype}; "
+                "quantized weights are not read"
+            )
         return tensor.T if reverse else tensor
+
+
+def _without_number(key: Key) -> list[str]:
+    """Sorted by it, weights of all blocks that may be in one array are read one after another."""
+    return [part for part in key if isinstance(part, str)]
 
 
 def peak_host_bytes() -> int:
@@ -123,14 +143,14 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _put(tensor: StoredTensor, sharding: Any) -> jax.Array:
-    """The tensor on its devices, in float32; what was read of it is forgotten."""
+def _put(tensor: StoredTensor, sharding: Any, dtype: np.dtype) -> jax.Array:
+    """The tensor on its devices; what was read of it is forgotten."""
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=True))
         if bounds not in parts:  # several devices may hold the same part
-            parts[bounds] = tensor.read(index).astype(np.float32, copy=False)
+            parts[bounds] = tensor.read(index).astype(dtype, copy=False)
         return parts[bounds]
 
     if sharding is None:

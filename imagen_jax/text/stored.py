@@ -30,6 +30,7 @@ class StoredTensor(Protocol):
     """A tensor on disk."""
 
     shape: tuple[int, ...]
+    dtype: np.dtype
 
     @property
     def T(self) -> StoredTensor:

@@ -1,16 +1,19 @@
 """The T5 encoder: relative positions, RMS norm, no biases anywhere.
 
 Sources: Raffel et al. 2020 (arXiv:1910.10683), the gated feed-forward of v1.1 by Shazeer 2020
-(arXiv:2002.05202), and ByT5, v1.1 on bytes (arXiv:2105.13626). LM-adapted T5 and Flan-T5 are v1.1
-trained further. What sets v1.0 apart beyond the feed-forward, its output layer tied to the token
-embedding, is in the decoder. Imagen conditions on this encoder's output, frozen
-(arXiv:2205.11487, section 2.1).
+(arXiv:2002.05202), and v1.1 on bytes, ByT5 (arXiv:2105.13626), and in many languages, mT5
+(arXiv:2010.11934) and umT5, whose blocks have position biases of their own (arXiv:2304.09151).
+LM-adapted T5 and Flan-T5 are v1.1 trained further. What sets v1.0 apart beyond the feed-forward,
+its output layer tied to the token embedding, is in the decoder. Imagen conditions on this
+encoder's output, frozen (arXiv:2205.11487, section 2.1).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,11 @@ from imagen_jax.text.layers import MASKED
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The shape of a T5 encoder; the field names are those of Hugging Face's config.json."""
+    """The shape of a T5 encoder; the field names are those of Hugging Face's config.json.
+
+    `bias_in_every_block` is no such field: with it each block has a table of position biases, as in
+    umT5; by default all share one.
+    """
 
     d_model: int
     d_kv: int
@@ -34,6 +41,7 @@ class T5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "gated-gelu"
+    bias_in_every_block: bool = False
 
     @property
     def dim(self) -> int:
@@ -63,6 +71,12 @@ PRESETS = {
     "byt5-xl": T5Config(2560, 64, 6720, num_layers=36, num_heads=32, vocab_size=384),
     "byt5-xxl": T5Config(4672, 64, 12352, num_layers=36, num_heads=64, vocab_size=384),
 }
+for _size in ("small", "base", "large", "xl", "xxl"):
+    _v1_1 = PRESETS[f"t5-v1_1-{_size}"]
+    PRESETS[f"mt5-{_size}"] = dataclasses.replace(_v1_1, vocab_size=250112)
+    PRESETS[f"umt5-{_size}"] = dataclasses.replace(
+        _v1_1, vocab_size=256384, bias_in_every_block=True
+    )
 
 
 def relative_position_bucket(
@@ -148,7 +162,7 @@ class Attention(nnx.Module):
 
 
 class RelativeBias(nnx.Module):
-    """Learned attention bias per head and position bucket; one table for all layers."""
+    """Learned attention bias per head and position bucket."""
 
     def __init__(self, config: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
         self.table = nnx.Embed(
@@ -206,6 +220,8 @@ class EncoderBlock(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config)
         self.mlp = FEED_FORWARDS[config.feed_forward_proj](config, rngs=rngs)
+        if config.bias_in_every_block:
+            self.relative_bias = RelativeBias(config, bidirectional=True, rngs=rngs)
 
     def __call__(self, x_btd: jax.Array, bias_bhtt: jax.Array) -> jax.Array:
         y_btd = self.attention_norm(x_btd)
@@ -224,14 +240,20 @@ class T5Encoder(nnx.Module):
         self.config = config
         init = nnx.initializers.normal(1.0)
         self.embed = nnx.Embed(config.vocab_size, config.d_model, embedding_init=init, rngs=rngs)
-        self.relative_bias = RelativeBias(config, bidirectional=True, rngs=rngs)
+        if not config.bias_in_every_block:
+            self.relative_bias = RelativeBias(config, bidirectional=True, rngs=rngs)
         self.blocks = nnx.List([EncoderBlock(config, rngs=rngs) for _ in range(config.num_layers)])
         self.final_norm = RMSNorm(config)
 
     def __call__(self, ids_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        x_btd = self.embed(ids_bt)
-        bias_1htt = self.relative_bias(ids_bt.shape[1])
+        x_btd = self.embed(ids_bt).astype(jnp.float32)  # weights may be in bfloat16
         mask_b11t = jnp.where(mask_bt, 0.0, MASKED)[:, None, None, :]
-        for block in self.blocks:
+        for block, bias_1htt in zip(self.blocks, self._biases(ids_bt.shape[1]), strict=False):
             x_btd = block(x_btd, bias_1htt + mask_b11t)
         return self.final_norm(x_btd)
+
+    def _biases(self, length: int) -> Iterable[jax.Array]:
+        """Those of each block in turn, [1, heads, length, length]."""
+        if self.config.bias_in_every_block:
+            return (block.relative_bias(length) for block in self.blocks)
+        return itertools.repeat(self.relative_bias(length))

@@ -3,12 +3,17 @@
 The index, a file named `checkpoint`, is the train state as nested maps. A leaf is the array
 itself, or stands for the array in the folder `target.encoder.layers_0.attention.key.kernel`.
 There is no config: the shapes say everything that the published T5 checkpoints differ in.
+
+Of T5X's two implementations of T5, `t5` has layers as above. `scalable_t5`, which made umT5, scans
+over them: one array `target.encoder.encoder.attention.key.kernel` is of all layers, its axis 1. Its
+projections of attention have an axis for the heads, and each layer has position biases of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ _BYT5_VOCAB_SIZE = 384  # which no other vocabulary has
 _NAMES = {
     "embed": "token_embedder",
     "relative_bias.table": "encoder.relpos_bias",
+    "blocks.*.relative_bias.table": "encoder.layers_*.relpos_bias",
     "blocks.*.attention_norm": "encoder.layers_*.pre_attention_layer_norm",
     "blocks.*.attention.query": "encoder.layers_*.attention.query",
     "blocks.*.attention.key": "encoder.layers_*.attention.key",
@@ -43,8 +49,11 @@ _NAMES = {
     "final_norm": "encoder.encoder_norm",
 }
 _LEAVES = {"kernel": "kernel", "scale": "scale", "embedding": "embedding"}
-_POSITIONS = "encoder.relpos_bias.embedding"  # [buckets, heads], as everywhere else
-_POSITIONS_BY_HEAD = "encoder.relpos_bias.rel_embedding"
+_BIAS = "relpos_bias.embedding"  # [buckets, heads], as everywhere else
+_BIAS_BY_HEAD = "relpos_bias.rel_embedding"
+_STACKED, _LAYER_AXIS = "encoder.encoder.", 1
+# The axis of the heads in projections that have one; that of their width follows it.
+_HEAD_AXES = {"query": 1, "key": 1, "value": 1, "out": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,10 @@ class ArrayTensor:
         return tuple(self.array.shape)
 
     @property
+    def dtype(self) -> np.dtype:
+        return getattr(self.array.dtype, "numpy_dtype", self.array.dtype)
+
+    @property
     def T(self) -> ArrayTensor:
         return ArrayTensor(self.array.T)
 
@@ -67,6 +80,40 @@ class ArrayTensor:
             return part if isinstance(part, np.ndarray) else part.read().result()
         except ValueError as e:
             raise UserError(f"{self.array.kvstore.path}: cannot be read ({first_line(e)})") from e
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedTensor:
+    """A StoredTensor of another one's numbers, whose axes `axis` and `axis + 1` are one here.
+
+    It has no `T`: the kernels of T5X are [in, out], as here.
+    """
+
+    tensor: ArrayTensor
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._joined(self.tensor.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tensor.dtype
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        width = self.tensor.shape[self.axis + 1]
+        before, here, after = index[: self.axis], index[self.axis], index[self.axis + 1 :]
+        start, stop, _ = here.indices(self.shape[self.axis])
+        first = start // width
+        rows = slice(first, -(-stop // width))
+        part = self.tensor.read((*before, rows, slice(None), *after))
+        part = part.reshape(self._joined(part.shape))
+        inside = slice(start - first * width, stop - first * width)
+        return part[(*[slice(None)] * self.axis, inside)]
+
+    def _joined(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        a, b = shape[self.axis : self.axis + 2]
+        return (*shape[: self.axis], a * b, *shape[self.axis + 2 :])
 
 
 def is_t5x(folder: str | os.PathLike) -> bool:
@@ -87,13 +134,13 @@ def open_t5x(folder: str | os.PathLike) -> Checkpoint:
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     for name, leaf in sorted(_encoder_leaves(folder / INDEX_FILE).items()):
         if isinstance(leaf, np.ndarray):
-            tensors[name] = ArrayTensor(leaf)
+            tensor = ArrayTensor(leaf)
         else:
             array_folder = folder / f"target.{name}"
-            tensors[name] = _open_zarr(array_folder, context)
+            tensor = _open_zarr(array_folder, context)
             files += sorted(path for path in array_folder.rglob("*") if path.is_file())
+        tensors.update(_as_unrolled(name, tensor))
     config = _config(folder, tensors)
-    tensors[_POSITIONS] = tensors.pop(_POSITIONS_BY_HEAD).T
     return Checkpoint(
         folder=folder,
         module=T5Encoder,
@@ -104,6 +151,20 @@ def open_t5x(folder: str | os.PathLike) -> Checkpoint:
         files=files,
         tokenizer="ByT5Tokenizer" if config.vocab_size == _BYT5_VOCAB_SIZE else "T5Tokenizer",
     )
+
+
+def _as_unrolled(name: str, tensor: ArrayTensor) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors in a stored one, with the names and axes that they have here."""
+    if name.startswith(_STACKED) and len(tensor.shape) > _LAYER_AXIS:
+        for number in range(tensor.shape[_LAYER_AXIS]):
+            layer = f"encoder.layers_{number}.{name.removeprefix(_STACKED)}"
+            yield from _as_unrolled(layer, ArrayTensor(tensor.array[:, number]))
+    elif name.endswith(_BIAS_BY_HEAD):
+        yield name.removesuffix(_BIAS_BY_HEAD) + _BIAS, tensor.T
+    elif len(tensor.shape) == 3 and (axis := _HEAD_AXES.get(name.split(".")[-2])) is not None:
+        yield name, JoinedTensor(tensor, axis)
+    else:
+        yield name, tensor
 
 
 def _encoder_leaves(index: Path) -> dict[str, Any]:
@@ -141,8 +202,9 @@ def _config(folder: Path, tensors: dict[str, StoredTensor]) -> T5Config:
         return tensors[name].shape
 
     vocab_size, d_model = shape("token_embedder.embedding", 2)
-    num_heads, num_buckets = shape(_POSITIONS_BY_HEAD, 2)
     layer = "encoder.layers_0"
+    bias_in_every_block = f"{layer}.{_BIAS}" in tensors
+    num_buckets, num_heads = shape(f"{layer if bias_in_every_block else 'encoder'}.{_BIAS}", 2)
     gated = f"{layer}.mlp.wi_0.kernel" in tensors
     return T5Config(
         d_model=d_model,
@@ -153,4 +215,5 @@ def _config(folder: Path, tensors: dict[str, StoredTensor]) -> T5Config:
         vocab_size=vocab_size,
         relative_attention_num_buckets=num_buckets,
         feed_forward_proj="gated-gelu" if gated else "relu",
+        bias_in_every_block=bias_in_every_block,
     )

@@ -37,6 +37,9 @@ MODELS = {
     "t5": lambda: build("T5EncoderModel", **T5),
     "t5 v1.1": lambda: build("T5EncoderModel", **V1_1),
     "t5 v1.1 with its decoder": lambda: build("T5ForConditionalGeneration", **V1_1),
+    "mt5": lambda: build("MT5EncoderModel", **T5),
+    "umt5": lambda: build("UMT5EncoderModel", **T5),
+    "umt5 with its decoder": lambda: build("UMT5ForConditionalGeneration", **T5),
     "bert": lambda: build("BertModel", **SIZES),
     "bert with heads": lambda: build("BertForMaskedLM", **SIZES),
     "clip's text tower": lambda: build("CLIPTextModel", **CLIP),
@@ -204,7 +207,8 @@ def num_params(module, config, depth: str) -> int:
 def test_t5_presets_have_as_many_parameters(name):
     config = t5.PRESETS[name]
     with torch.device("meta"):
-        theirs = build("T5EncoderModel", **dataclasses.asdict(config))
+        kind = "UMT5" if config.bias_in_every_block else "T5"
+        theirs = build(f"{kind}EncoderModel", **dataclasses.asdict(config))
     assert num_params(t5.T5Encoder, config, "num_layers") == theirs.num_parameters()
 
 

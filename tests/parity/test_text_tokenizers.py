@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from imagen_jax.text import load_encoder
-from imagen_jax.text.tokenizer import load_tokenizer
+from imagen_jax.text.tokenizer import ByteTokenizer, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -109,10 +109,15 @@ def test_ids_agree(kind, train, tmp_path):
     assert again.name == ours.name and again.sha256 != ours.sha256
 
 
+def test_bytes_agree():
+    assert_same_ids(ByteTokenizer(), transformers.ByT5Tokenizer())
+
+
 @pytest.mark.parametrize(
     "model, tokenizer, train, sizes",
     [
         ("T5EncoderModel", "T5Tokenizer", train_t5, {"d_model": 32, "d_ff": 48, "num_layers": 2}),
+        ("MT5EncoderModel", "T5Tokenizer", train_t5, {"d_model": 32, "d_ff": 48, "num_layers": 2}),
         ("BertModel", "BertTokenizer", train_bert, SIZES),
         ("CLIPTextModel", "CLIPTokenizer", train_clip, {**SIZES, "eos_token_id": 1}),
     ],
