@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse(config_files.load(FLAGS.config, [*FLAGS.set, *overrides]))
     if not config.mesh.topology:
         raise UserError("--topology is missing; for example --topology=v4-512")
-    topology = topologies.lookup(config.mesh.topology)
+    topology = topologies.lookup(config.mesh.topology, config.mesh.slice)
     out, cache = (Path(name).expanduser() for name in (FLAGS.out, FLAGS.cache))
     for folder, flag in ((out, "out"), (cache, "cache")):
         make_folder(folder, flag)
@@ -134,7 +134,7 @@ class Planner:
         if self.compiles:
             with self._progress(f"compiling {_words(setting)}"):
                 compiled = compiling.compile_step(
-                    lower(built), self.topology.name, self.fast, self.cache
+                    lower(built), self.topology.label, self.fast, self.cache
                 )
             log.info(
                 "%s, %.0f s", "from the cache" if compiled.cached else "done", compiled.seconds
@@ -169,8 +169,8 @@ class Planner:
         return ""
 
     def _most_fsdp(self) -> int:
-        """The devices that share the batch, as far as splitting weights over them helps."""
-        return min(self.topology.num_chips // self.config.mesh.tensor, sharding.MOST_FSDP)
+        """Of a slice the devices that share the batch, as far as splitting weights helps."""
+        return min(self.topology.slice_chips // self.config.mesh.tensor, sharding.MOST_FSDP)
 
     def _attempt(self, setting: search.Setting) -> tuple[bool, dict[str, Any]]:
         row = {**dataclasses.asdict(setting), "needed": None, "step_s": None, "mfu": None}
@@ -219,7 +219,8 @@ class Planner:
     def _describe(self) -> dict[str, Any]:
         t = self.topology
         return {
-            "name": t.name,
+            "name": t.label,
+            "slices": t.slices,
             "shape": t.shape,
             "chips": t.num_chips,
             "hosts": t.num_hosts,

@@ -40,6 +40,14 @@ def test_every_shape_multiplies_to_its_chips(name):
     assert found.num_chips == 1 or found.links > 0
 
 
+def test_slices_are_so_many_of_the_same():
+    found = topologies.lookup("v4-512", 2)
+    assert (found.label, found.shape, found.slice_chips) == ("2 x v4-512", "4x8x8", 256)
+    assert (found.num_chips, found.num_hosts) == (512, 128)
+    with pytest.raises(UserError, match=r"config.mesh.slice is 2; allowed on gpu: 1"):
+        topologies.lookup("gpu", 2)
+
+
 @pytest.mark.parametrize(
     ("name", "links"), [("v4-8", 2), ("v4-64", 3), ("v4-512", 6), ("v5e-16", 2), ("v5e-256", 4)]
 )
@@ -82,3 +90,10 @@ def test_devices_are_those_of_the_slice():
         devices = topologies.devices(found)
         assert len(devices) == found.num_chips
         assert len({d.process_index for d in devices}) == found.num_hosts
+
+
+def test_devices_of_several_slices():
+    pytest.importorskip("libtpu")
+    devices = topologies.devices(topologies.lookup("v4-16", 3))
+    assert len(devices) == 24 and len({d.process_index for d in devices}) == 6
+    assert {d.slice_index for d in devices} == {0, 1, 2}
