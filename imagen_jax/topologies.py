@@ -38,6 +38,7 @@ class Chip:
       libtpu: the compiler's name; "" if it has none.
       config: how libtpu presents the chip: with "megacore" two cores are one device.
       torus: sides that are multiples of it are rings, if all sides are; else lines.
+      kinds: jax.Device.device_kind of it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Chip:
     libtpu: str = ""
     config: str = "default"
     torus: int = 1
+    kinds: tuple[str, ...] = ()
 
 
 CHIPS = {
@@ -68,6 +70,7 @@ CHIPS = {
         libtpu="v4",
         config="megacore",
         torus=4,
+        kinds=("TPU v4",),
     ),
     "v5e": Chip(
         "v5e",
@@ -80,6 +83,7 @@ CHIPS = {
         clock_hz=1.5e9,
         libtpu="v5e",
         torus=16,
+        kinds=("TPU v5 lite", "TPU v5e"),
     ),
     "v5p": Chip(
         "v5p",
@@ -94,6 +98,7 @@ CHIPS = {
         libtpu="v5",
         config="megacore",
         torus=4,
+        kinds=("TPU v5", "TPU v5p"),
     ),
     "v6e": Chip(
         "v6e",
@@ -106,9 +111,22 @@ CHIPS = {
         clock_hz=1.75e9,
         libtpu="v6e",
         torus=16,
+        kinds=("TPU v6 lite", "TPU v6e"),
     ),
     # NVIDIA's data sheet of the H100 SXM; the H200 differs in memory, 141 GB at 4.8 TB/s.
-    "gpu": Chip("gpu", hbm_bytes=int(80e9), peak_flops=989e12, hbm_bytes_per_s=3.35e12),
+    "gpu": Chip(
+        "gpu",
+        hbm_bytes=int(80e9),
+        peak_flops=989e12,
+        hbm_bytes_per_s=3.35e12,
+        kinds=("NVIDIA H100 80GB HBM3", "NVIDIA H200"),
+    ),
+    # Has no name to plan for; here for the MFU of runs on it.
+    "a100": Chip(
+        "a100",
+        peak_flops=312e12,
+        kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"),
+    ),
     "cpu": Chip("cpu"),
 }
 
@@ -268,6 +286,14 @@ def devices(topology: Topology) -> list[Any]:
         num_slices=topology.slices,
     )
     return list(description.devices)
+
+
+def device_peak_flops() -> float:
+    """Peak bf16 FLOP/s of a device that is here; 0 where it is not known, as of a CPU."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    return next((chip.peak_flops for chip in CHIPS.values() if kind in chip.kinds), 0.0)
 
 
 def device_memory() -> float:

@@ -1,7 +1,9 @@
 """Names of slices give their shapes; what is none is refused with those that are."""
 
 import importlib.util
+import types
 
+import jax
 import pytest
 
 from imagen_jax import topologies
@@ -90,6 +92,21 @@ def test_devices_are_those_of_the_slice():
         devices = topologies.devices(found)
         assert len(devices) == found.num_chips
         assert len({d.process_index for d in devices}) == found.num_hosts
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("TPU v5 lite", 197e12), ("NVIDIA H200", 989e12)])
+def test_the_peak_of_the_devices_that_are_here(kind, peak, monkeypatch):
+    assert topologies.device_peak_flops() == 0.0
+    device = types.SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert topologies.device_peak_flops() == peak
+
+
+def test_every_chip_is_known_by_its_kind():
+    pytest.importorskip("libtpu")
+    for name in ("v4-8", "v5p-8", "v5e-4", "v6e-4"):
+        found = topologies.lookup(name)
+        assert topologies.devices(found)[0].device_kind in found.chip.kinds
 
 
 def test_devices_of_several_slices():
