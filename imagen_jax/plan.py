@@ -77,12 +77,14 @@ def main(argv: Sequence[str]) -> None:
     if not config.mesh.topology:
         raise UserError("--topology is missing; for example --topology=v4-512")
     topology = topologies.lookup(config.mesh.topology, config.mesh.slice)
+    if FLAGS.search and not topology.chip.libtpu:
+        raise UserError(f"--search compiles, and for {topology.name} nothing here does")
     out, cache = (Path(name).expanduser() for name in (FLAGS.out, FLAGS.cache))
     for folder, flag in ((out, "out"), (cache, "cache")):
         make_folder(folder, flag)
     planner = Planner(config, topology, FLAGS.fast, cache)
     plan = planner.plan(config) | {"config": FLAGS.config, "command": _command()}
-    if planner.compiles and FLAGS.search:
+    if FLAGS.search:
         plan["search"] = planner.search()
     if planner.compiles and not plan["memory"]["fits"]:
         plan["suggestion"] = planner.suggest(plan["memory"])
@@ -114,8 +116,7 @@ class Planner:
     def __init__(self, config: Config, topology: Topology, fast: bool, cache: Path):
         self.config, self.topology, self.fast, self.cache = config, topology, fast, cache
         self.compiles = bool(topology.chip.libtpu)
-        with cli.quiet_imports():  # libtpu says at length that there is no TPU here
-            self.devices = topologies.devices(topology)
+        self.devices = topologies.devices(topology)
         self._built = experiment.build(config, self.devices)
         self._start = time.perf_counter()
         self._model_flops = 0.0

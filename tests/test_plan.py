@@ -457,6 +457,10 @@ def test_the_input_of_this_host(tiny_data, monkeypatch):
         (["--config=configs/demo.py"], "--out=DIR"),
         (["--config=configs/demo.py", "--out={out}"], "--topology is missing"),
         (["--config=configs/demo.py", "--out={out}", "--topology=v4-7"], "'v4-7'; allowed: v4-8"),
+        (
+            ["--config=configs/demo.py", "--out={out}", "--topology=gpu", "--search"],
+            "--search compiles, and for gpu",
+        ),
     ],
 )
 def test_bad_input_is_one_line(args, message, tmp_path, flag_values):

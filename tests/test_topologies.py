@@ -1,10 +1,14 @@
 """Names of slices give their shapes; what is none is refused with those that are."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 import types
 
 import jax
 import pytest
+from conftest import ROOT
 
 from imagen_jax import topologies
 from imagen_jax.errors import UserError
@@ -114,3 +118,15 @@ def test_devices_of_several_slices():
     devices = topologies.devices(topologies.lookup("v4-16", 3))
     assert len(devices) == 24 and len({d.process_index for d in devices}) == 6
     assert {d.slice_index for d in devices} == {0, 1, 2}
+
+
+def test_where_there_is_no_tpu_libtpu_is_silent():
+    pytest.importorskip("libtpu")
+    code = "import jax; from imagen_jax import cli; cli.run(lambda argv: print(jax.devices()))"
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT
+    )
+    assert done.returncode == 0 and "id=0" in done.stdout
+    if "TPU" not in done.stdout:
+        assert "libtpu" not in done.stderr and "TPU_" not in done.stderr
