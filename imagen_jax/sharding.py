@@ -109,19 +109,16 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The device mesh with axes AXES: neighbours along `tensor`, then `fsdp`, are near each other.
 
-    Along `slice` lie the slices that the devices are of, wherever they are of as many.
-
     Raises:
-      UserError: if the sizes do not multiply to the number of devices, or not as many slices of
-        TPUs are here.
+      UserError: if the sizes do not multiply to the devices, or these are of other than `slice`
+        slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = tuple(config.sizes(len(devices)).values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if devices[0].platform == "tpu" and slices != sizes[0]:
         raise UserError(
-            f"config.mesh.slice is {sizes[0]}; the {len(devices)} devices here are of {slices} "
-            "slice(s)"
+            f"config.mesh.slice is {sizes[0]}; the {len(devices)} devices are of {slices} slice(s)"
         )
     if 1 < slices == sizes[0]:
         inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)

@@ -123,9 +123,7 @@ CHIPS = {
     ),
     # Has no name to plan for; here for the MFU of runs on it.
     "a100": Chip(
-        "a100",
-        peak_flops=312e12,
-        kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"),
+        "a100", peak_flops=312e12, kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB")
     ),
     "cpu": Chip("cpu"),
 }
@@ -145,14 +143,8 @@ SHAPES_3D = {
     4096: (16, 16, 16),
 }
 SHAPES_2D = {
-    1: (1, 1),
-    4: (2, 2),
-    8: (2, 4),
-    16: (4, 4),
-    32: (4, 8),
-    64: (8, 8),
-    128: (8, 16),
-    256: (16, 16),
+    math.prod(sides): sides
+    for sides in ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 }
 # By what stands before the number in a name.
 FAMILIES = {

@@ -18,7 +18,7 @@ slow = pytest.mark.slow
 MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2, "remat": "block"},
     pytest.param({"data": 8}, marks=slow),
-    pytest.param({"fsdp": 8, "data": 1}, marks=slow),
+    pytest.param({"fsdp": 8, "data": 1, "remat": "offload"}, marks=slow),
     pytest.param({"data": 4, "fsdp": 1, "tensor": 2}, marks=slow),
     pytest.param(
         {"topology": "v4-8", "slice": 2, "fsdp": 4, "remat": "save_attention"}, marks=slow
@@ -131,7 +131,7 @@ def test_slices_lie_along_their_axis(two_slices):
     for index, devices in enumerate(mesh.devices):
         assert {d.slice_index for d in devices.flat} == {index}
     for slices in (1, 4):
-        words = f"config.mesh.slice is {slices}; the 16 devices here are of 2 slice"
+        words = f"config.mesh.slice is {slices}; the 16 devices are of 2 slice"
         with pytest.raises(UserError, match=words):
             make_mesh(MeshConfig(slice=slices), two_slices)
 
