@@ -26,7 +26,7 @@ class Actions:
         self._logger, self._offset = logger, offset
         self.profile, self._startup = profile, startup
         self._eval_batches = (
-            data.eval_batches(config, jax.process_index(), jax.process_count())
+            data.eval_batches(config, *built.batch_share)
             if config.eval_every and config.eval_batches
             else []
         )

@@ -51,10 +51,12 @@ class Experiment:
     def __init__(self, config: Config, devices: list[jax.Device] | None = None):
         self.config = config
         devices = jax.devices() if devices is None else devices
-        topology = topologies.lookup(config.mesh.topology) if config.mesh.topology else None
+        name, slices = config.mesh.topology, config.mesh.slice
+        topology = topologies.lookup(name, slices) if name else None
         if topology and len(devices) != topology.num_chips:
+            several = f" and config.mesh.slice {slices}" if slices > 1 else ""
             raise UserError(
-                f"config.mesh.topology is {topology.name!r}, {topology.num_chips} chips; here are "
+                f"config.mesh.topology is {name!r}{several}, {topology.num_chips} chips; here are "
                 f"{len(devices)} device(s)"
             )
         self.mesh = sharding.make_mesh(config.mesh, devices)
@@ -112,6 +114,11 @@ class Experiment:
             k: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=self.batch_sharding)
             for k, (shape, dtype) in shapes.items()
         }
+
+    @functools.cached_property
+    def batch_share(self) -> tuple[int, int]:
+        """Which share of a batch this host reads, and how many there are; see sharding."""
+        return sharding.batch_share(self.mesh)
 
     @functools.cached_property
     def num_params(self) -> int:

@@ -15,30 +15,12 @@ import jax
 import numpy as np
 from clu import metric_writers, parameter_overview
 
+from imagen_jax import topologies
 from imagen_jax.errors import UserError
 from imagen_jax.files import replacing
 from imagen_jax.train_step import bucket_names
 
 log = logging.getLogger("imagen_jax")
-
-# Peak dense bf16 FLOP/s of one device, by jax.Device.device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops() -> float | None:
-    """Peak bf16 FLOP/s of all devices together, or None where it is not known (a CPU)."""
-    one = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return one * jax.device_count() if one else None
 
 
 def overview(params: Any) -> str:
@@ -52,7 +34,8 @@ class MetricLogger:
     def __init__(self, workdir: Path, num_steps: int, batch_size: int, flops_per_step: float):
         self._path = Path(workdir) / "metrics.jsonl"
         self._num_steps, self._batch_size = num_steps, batch_size
-        self._flops, self._peak = flops_per_step, peak_flops()
+        self._flops = flops_per_step
+        self._peak = topologies.device_peak_flops() * jax.device_count()
         self._main = jax.process_index() == 0
         self.writer = metric_writers.create_default_writer(
             workdir, just_logging=not self._main, asynchronous=False

@@ -76,13 +76,15 @@ def main(argv: Sequence[str]) -> None:
     config = parse(config_files.load(FLAGS.config, [*FLAGS.set, *overrides]))
     if not config.mesh.topology:
         raise UserError("--topology is missing; for example --topology=v4-512")
-    topology = topologies.lookup(config.mesh.topology)
+    topology = topologies.lookup(config.mesh.topology, config.mesh.slice)
+    if FLAGS.search and not topology.chip.libtpu:
+        raise UserError(f"--search compiles, and for {topology.name} nothing here does")
     out, cache = (Path(name).expanduser() for name in (FLAGS.out, FLAGS.cache))
     for folder, flag in ((out, "out"), (cache, "cache")):
         make_folder(folder, flag)
     planner = Planner(config, topology, FLAGS.fast, cache)
     plan = planner.plan(config) | {"config": FLAGS.config, "command": _command()}
-    if planner.compiles and FLAGS.search:
+    if FLAGS.search:
         plan["search"] = planner.search()
     if planner.compiles and not plan["memory"]["fits"]:
         plan["suggestion"] = planner.suggest(plan["memory"])
@@ -114,8 +116,7 @@ class Planner:
     def __init__(self, config: Config, topology: Topology, fast: bool, cache: Path):
         self.config, self.topology, self.fast, self.cache = config, topology, fast, cache
         self.compiles = bool(topology.chip.libtpu)
-        with cli.quiet_imports():  # libtpu says at length that there is no TPU here
-            self.devices = topologies.devices(topology)
+        self.devices = topologies.devices(topology)
         self._built = experiment.build(config, self.devices)
         self._start = time.perf_counter()
         self._model_flops = 0.0
@@ -134,7 +135,7 @@ class Planner:
         if self.compiles:
             with self._progress(f"compiling {_words(setting)}"):
                 compiled = compiling.compile_step(
-                    lower(built), self.topology.name, self.fast, self.cache
+                    lower(built), self.topology.label, self.fast, self.cache
                 )
             log.info(
                 "%s, %.0f s", "from the cache" if compiled.cached else "done", compiled.seconds
@@ -169,8 +170,8 @@ class Planner:
         return ""
 
     def _most_fsdp(self) -> int:
-        """The devices that share the batch, as far as splitting weights over them helps."""
-        return min(self.topology.num_chips // self.config.mesh.tensor, sharding.MOST_FSDP)
+        """Of a slice the devices that share the batch, as far as splitting weights helps."""
+        return min(self.topology.slice_chips // self.config.mesh.tensor, sharding.MOST_FSDP)
 
     def _attempt(self, setting: search.Setting) -> tuple[bool, dict[str, Any]]:
         row = {**dataclasses.asdict(setting), "needed": None, "step_s": None, "mfu": None}
@@ -219,7 +220,8 @@ class Planner:
     def _describe(self) -> dict[str, Any]:
         t = self.topology
         return {
-            "name": t.name,
+            "name": t.label,
+            "slices": t.slices,
             "shape": t.shape,
             "chips": t.num_chips,
             "hosts": t.num_hosts,

@@ -58,7 +58,8 @@ class MeshConfig:
 
     Attributes:
       topology: the TPU slice it is meant for, such as "v4-512"; "" is whatever is there.
-      slice: slices of TPUs, joined by the data center's network: one part of the batch each.
+      slice: slices of TPUs, joined by the data center's network: one part of the batch each. With
+        a topology, how many such slices.
       data: replicas of the model, each with its part of the batch.
       fsdp: the batch and the weights are both split over this axis; 0 is all devices of a slice,
         but at most MOST_FSDP.
@@ -84,6 +85,8 @@ class MeshConfig:
             require(ok, f"mesh.{axis}", size, "-1 or a positive number")
         sizes = [getattr(self, axis) for axis in AXES]
         require(sizes.count(-1) <= 1, "mesh", tuple(sizes), "at most one axis of size -1")
+        known = not self.topology or self.slice > 0
+        require(known, "mesh.slice", self.slice, "with mesh.topology, the number of such slices")
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The size of each axis on so many devices.
@@ -107,11 +110,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """The device mesh with axes AXES: neighbours along `tensor`, then `fsdp`, are near each other.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices.
+      UserError: if the sizes do not multiply to the devices, or these are of other than `slice`
+        slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = tuple(config.sizes(len(devices)).values())
-    if sizes[0] > 1 and hasattr(devices[0], "slice_index"):
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if devices[0].platform == "tpu" and slices != sizes[0]:
+        raise UserError(
+            f"config.mesh.slice is {sizes[0]}; the {len(devices)} devices are of {slices} slice(s)"
+        )
+    if 1 < slices == sizes[0]:
         inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
         array = mesh_utils.create_hybrid_device_mesh(
             inner, outer, devices, allow_split_physical_axes=True
@@ -124,6 +133,27 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def batch_ways(mesh: Mesh) -> int:
     """Into how many parts the batch is split."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this host reads, and how many shares there are.
+
+    Hosts that are joined along `tensor` read the same.
+
+    Raises:
+      UserError: if hosts would have only a part of their rows in common.
+    """
+    rows: dict[int, set[int]] = {}
+    ways = batch_ways(mesh)
+    for device, (row,) in batch_sharding(mesh).devices_indices_map((ways,)).items():
+        rows.setdefault(device.process_index, set()).add(row.start or 0)
+    shares = sorted({tuple(sorted(each)) for each in rows.values()})
+    if len(shares) * len(shares[0]) != ways:
+        raise UserError(
+            f"config.mesh.tensor is {mesh.shape['tensor']}: hosts would share parts of their rows; "
+            "take the devices of a host, or a multiple or divisor of them"
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
@@ -187,7 +217,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's rows -> global arrays whose rows are those of all hosts, in host order."""
+    """This host's rows, its `batch_share` -> global arrays with the rows of all hosts."""
     sharding = batch_sharding(mesh)
     # In a run of many processes JAX takes this transfer, asked for here, for an accidental one.
     with jax.transfer_guard_host_to_device("allow"):

@@ -2,7 +2,10 @@
 
 Figures of TPUs are those of Google's pages cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, except
 the memory, which is what libtpu's compiler lets a program use of it, and the clock: peak_flops over
-what the matrix units do in a cycle.
+what the matrix units do in a cycle. Those pages say little of what leads out of a slice: the shares
+of the data center's network and of PCIe are estimates of jax-ml.github.io/scaling-book/tpus, 25
+GB/s a host and 15 GB/s a chip (v6e: twice that), and agree with the pages where they say something
+(v5e 6.4, v6e 25.6 Tbit/s for 256 chips).
 """
 
 from __future__ import annotations
@@ -28,11 +31,14 @@ class Chip:
       peak_flops: dense bf16 FLOP/s; 0 if unknown, and then so is everything that takes time.
       hbm_bytes_per_s: from and to that memory.
       link_bytes_per_s: of one interconnect link, in one direction.
+      network_bytes_per_s: the chip's share of its host's way to other slices, in one direction.
+      host_bytes_per_s: between the chip and its host's memory, in one direction.
       clock_hz: of the cycles in which the compiler estimates time.
       cores: by which Cloud counts in the name of a slice: TensorCores for v4 and v5p.
       libtpu: the compiler's name; "" if it has none.
       config: how libtpu presents the chip: with "megacore" two cores are one device.
       torus: sides that are multiples of it are rings, if all sides are; else lines.
+      kinds: jax.Device.device_kind of it.
     """
 
     name: str
@@ -40,11 +46,14 @@ class Chip:
     peak_flops: float = 0.0
     hbm_bytes_per_s: float = 0.0
     link_bytes_per_s: float = 0.0
+    network_bytes_per_s: float = 0.0
+    host_bytes_per_s: float = 0.0
     clock_hz: float = 0.0
     cores: int = 1
     libtpu: str = ""
     config: str = "default"
     torus: int = 1
+    kinds: tuple[str, ...] = ()
 
 
 CHIPS = {
@@ -54,11 +63,14 @@ CHIPS = {
         peak_flops=275e12,
         hbm_bytes_per_s=1.2e12,
         link_bytes_per_s=50e9,  # 6 links of 50 GB/s (arXiv:2304.01433, table 4)
+        network_bytes_per_s=6.25e9,
+        host_bytes_per_s=15e9,
         clock_hz=1.05e9,
         cores=2,
         libtpu="v4",
         config="megacore",
         torus=4,
+        kinds=("TPU v4",),
     ),
     "v5e": Chip(
         "v5e",
@@ -66,9 +78,12 @@ CHIPS = {
         peak_flops=197e12,
         hbm_bytes_per_s=819e9,
         link_bytes_per_s=50e9,  # 400 GB/s both ways over 4 links
+        network_bytes_per_s=3.125e9,  # 8 chips a host
+        host_bytes_per_s=15e9,
         clock_hz=1.5e9,
         libtpu="v5e",
         torus=16,
+        kinds=("TPU v5 lite", "TPU v5e"),
     ),
     "v5p": Chip(
         "v5p",
@@ -76,11 +91,14 @@ CHIPS = {
         peak_flops=459e12,
         hbm_bytes_per_s=2765e9,
         link_bytes_per_s=100e9,  # 1200 GB/s both ways over 6 links
+        network_bytes_per_s=6.25e9,
+        host_bytes_per_s=15e9,
         clock_hz=1.75e9,
         cores=2,
         libtpu="v5",
         config="megacore",
         torus=4,
+        kinds=("TPU v5", "TPU v5p"),
     ),
     "v6e": Chip(
         "v6e",
@@ -88,12 +106,25 @@ CHIPS = {
         peak_flops=918e12,
         hbm_bytes_per_s=1638e9,
         link_bytes_per_s=100e9,  # 800 GB/s both ways over 4 links
+        network_bytes_per_s=12.5e9,
+        host_bytes_per_s=32e9,
         clock_hz=1.75e9,
         libtpu="v6e",
         torus=16,
+        kinds=("TPU v6 lite", "TPU v6e"),
     ),
     # NVIDIA's data sheet of the H100 SXM; the H200 differs in memory, 141 GB at 4.8 TB/s.
-    "gpu": Chip("gpu", hbm_bytes=int(80e9), peak_flops=989e12, hbm_bytes_per_s=3.35e12),
+    "gpu": Chip(
+        "gpu",
+        hbm_bytes=int(80e9),
+        peak_flops=989e12,
+        hbm_bytes_per_s=3.35e12,
+        kinds=("NVIDIA H100 80GB HBM3", "NVIDIA H200"),
+    ),
+    # Has no name to plan for; here for the MFU of runs on it.
+    "a100": Chip(
+        "a100", peak_flops=312e12, kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB")
+    ),
     "cpu": Chip("cpu"),
 }
 
@@ -112,14 +143,8 @@ SHAPES_3D = {
     4096: (16, 16, 16),
 }
 SHAPES_2D = {
-    1: (1, 1),
-    4: (2, 2),
-    8: (2, 4),
-    16: (4, 4),
-    32: (4, 8),
-    64: (8, 8),
-    128: (8, 16),
-    256: (16, 16),
+    math.prod(sides): sides
+    for sides in ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 }
 # By what stands before the number in a name.
 FAMILIES = {
@@ -133,38 +158,50 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of chips, or one CPU or GPU.
+    """Slices of chips, all alike, or one CPU or GPU.
 
     Attributes:
-      name: as Cloud writes it, "v4-512".
+      name: of one slice as Cloud writes it, "v4-512".
       chip: its chips.
-      sides: how they are wired, in chips; their product is their number.
+      sides: how those of a slice are wired, in chips; their product is their number.
+      slices: how many slices, joined by the data center's network.
     """
 
     name: str
     chip: Chip
     sides: tuple[int, ...] = (1,)
+    slices: int = 1
 
     @property
-    def num_chips(self) -> int:
-        """Chips, each one device to JAX."""
+    def label(self) -> str:
+        """The name with the number of slices, "2 x v4-512"."""
+        return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
+
+    @property
+    def slice_chips(self) -> int:
+        """Chips of one slice."""
         return math.prod(self.sides)
 
     @property
+    def num_chips(self) -> int:
+        """Chips of all slices, each one device to JAX."""
+        return self.slices * self.slice_chips
+
+    @property
     def shape(self) -> str:
-        """The sides as Cloud writes them, "4x8x8"."""
+        """The sides of a slice as Cloud writes them, "4x8x8"."""
         return "x".join(map(str, self.sides))
 
     @property
     def host_bounds(self) -> tuple[int, int, int]:
         """Sides of the part that one host has: 4 chips, but in 2D up to 8 if there is one host."""
-        if len(self.sides) < 3 and self.num_chips <= 8:
+        if len(self.sides) < 3 and self.slice_chips <= 8:
             return (*self.sides, 1, 1)[:3]
         return (2, 2, 1)
 
     @property
     def num_hosts(self) -> int:
-        """Hosts, each one process to JAX."""
+        """Hosts of all slices, each one process to JAX."""
         return self.num_chips // math.prod(self.host_bounds)
 
     @property
@@ -186,20 +223,25 @@ class Topology:
         return self.links * self.chip.link_bytes_per_s
 
 
-def lookup(name: str) -> Topology:
+def lookup(name: str, slices: int = 1) -> Topology:
     """The topology of a name such as v4-512 (256 chips: two cores each), v5litepod-16, cpu or gpu.
 
+    Args:
+      slices: how many of them, joined by the data center's network.
+
     Raises:
-      UserError: for a name that is none, with those that are.
+      UserError: for a name that is none, with those that are; for slices of what has none.
     """
     if name in ("cpu", "gpu"):
+        if slices > 1:
+            raise UserError(f"config.mesh.slice is {slices}; allowed on {name}: 1")
         return Topology(name, CHIPS[name])
     family, _, number = name.rpartition("-")
     chip, shapes = FAMILIES.get(family, (None, {}))
     if chip and number.isdecimal():
         chips, rest = divmod(int(number), chip.cores)
         if chips in shapes and not rest:
-            return Topology(name, chip, shapes[chips])
+            return Topology(name, chip, shapes[chips], slices)
     if chip:
         allowed = ", ".join(f"{family}-{n * chip.cores}" for n in shapes)
     else:
@@ -233,8 +275,17 @@ def devices(topology: Topology) -> list[Any]:
         topology_name=f"{chip.libtpu}:{topology.shape}",
         chip_config_name=chip.config,
         chips_per_host_bounds=topology.host_bounds,
+        num_slices=topology.slices,
     )
     return list(description.devices)
+
+
+def device_peak_flops() -> float:
+    """Peak bf16 FLOP/s of a device that is here; 0 where it is not known, as of a CPU."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    return next((chip.peak_flops for chip in CHIPS.values() if kind in chip.kinds), 0.0)
 
 
 def device_memory() -> float:

@@ -145,8 +145,7 @@ def train(
         if start >= config.num_steps:
             log.info("already trained for %d steps: %s", start, workdir)
             return True
-        host = (jax.process_index(), jax.process_count())
-        batches = data.train_batches(config, position["examples"], *host)
+        batches = data.train_batches(config, position["examples"], *built.batch_share)
         # Read before compiling, so that the next ones are read meanwhile.
         batches = itertools.chain([next(batches)], batches)
         startup.done("first batch")

@@ -19,7 +19,7 @@ ALLOWED_SIBLINGS = {
     "solvers": {"diffusion"},
     "editing": {"diffusion", "sampling"},
     "train_step": {"optim"},
-    "metrics": {"train_step"},
+    "metrics": {"topologies", "train_step"},
     "data": {"run_config"},
     "cli": {"compilation"},
     "distributed": {"rendezvous"},

@@ -319,6 +319,8 @@ def test_the_jobset_is_what_kubernetes_reads():
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"][:4] == ["python", "-m", "imagen_jax.train", "--distributed"]
+    # Otherwise training refuses the devices of several slices.
+    assert "--config.mesh.slice=1" in container["command"]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 

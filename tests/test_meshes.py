@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import load_config, random_batch, shrink, shrink_sr
 
-from imagen_jax import experiment, run_config, sharding
+from imagen_jax import experiment, run_config, sharding, topologies
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import MeshConfig, make_mesh, weight_shardings
 
@@ -18,9 +18,11 @@ slow = pytest.mark.slow
 MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2, "remat": "block"},
     pytest.param({"data": 8}, marks=slow),
-    pytest.param({"fsdp": 8, "data": 1}, marks=slow),
+    pytest.param({"fsdp": 8, "data": 1, "remat": "offload"}, marks=slow),
     pytest.param({"data": 4, "fsdp": 1, "tensor": 2}, marks=slow),
-    pytest.param({"slice": 2, "data": 1, "fsdp": 4, "remat": "save_attention"}, marks=slow),
+    pytest.param(
+        {"topology": "v4-8", "slice": 2, "fsdp": 4, "remat": "save_attention"}, marks=slow
+    ),
 ]
 
 
@@ -107,3 +109,42 @@ def test_a_topology_must_be_there():
         experiment.build(stage("base64", topology="v4-512"))
     with pytest.raises(UserError, match="v4-7"):
         experiment.build(stage("base64", topology="v4-7"))
+
+
+def test_a_topology_of_several_slices_must_be_there():
+    built = experiment.build(stage("base64", topology="v4-8", slice=2, fsdp=0))
+    assert tuple(built.mesh.shape.values()) == (2, 1, 4, 1)
+    with pytest.raises(UserError, match=r"'v4-8' and config.mesh.slice 4, 16 chips; here are 8"):
+        experiment.build(stage("base64", topology="v4-8", slice=4))
+    with pytest.raises(UserError, match=r"config.mesh.slice is -1; allowed: with mesh.topology"):
+        stage("base64", topology="v4-8", slice=-1, data=1)
+
+
+@pytest.fixture
+def two_slices():
+    pytest.importorskip("libtpu")
+    return topologies.devices(topologies.lookup("v4-16", 2))
+
+
+def test_slices_lie_along_their_axis(two_slices):
+    mesh = make_mesh(MeshConfig(slice=2, fsdp=0), two_slices)
+    for index, devices in enumerate(mesh.devices):
+        assert {d.slice_index for d in devices.flat} == {index}
+    for slices in (1, 4):
+        words = f"config.mesh.slice is {slices}; the 16 devices are of 2 slice"
+        with pytest.raises(UserError, match=words):
+            make_mesh(MeshConfig(slice=slices), two_slices)
+
+
+@pytest.mark.parametrize(("tensor", "shares"), [(1, 4), (2, 4), (4, 4), (8, 2)])
+def test_hosts_joined_by_tensor_read_the_same_rows(tensor, shares, two_slices, monkeypatch):
+    mesh = make_mesh(MeshConfig(slice=2, tensor=tensor), two_slices)
+    found = []
+    for host in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        found.append(sharding.batch_share(mesh))
+    assert sorted(found) == sorted((host * shares // 4, shares) for host in range(4))
+
+
+def test_one_host_reads_all_rows():
+    assert sharding.batch_share(make_mesh(MeshConfig(data=4, tensor=2))) == (0, 1)

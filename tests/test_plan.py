@@ -129,6 +129,35 @@ def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
     assert found == {"reduce-scatter": {"count": 1, "bytes": 3 / 4 * 4096}}
 
 
+OUTSIDE = """HloModule m, num_partitions=4
+
+ENTRY %main (a: bf16[1024]) -> bf16[1024] {
+  %a = bf16[1024] parameter(0)
+  %key = token[] after-all()
+  %send = (bf16[1024], u32[], token[]) send(%a, %key), is_host_transfer=true, \
+    frontend_attributes={_xla_megascale_target="{1,2,3,4}x{0:3}"}
+  %sent = token[] send-done(%send)
+  %recv = (bf16[1024]{0:T(8,128)}, u32[], token[]) recv(%key), is_host_transfer=true, \
+    frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+    _xla_megascale_target="{1,2,3,4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %received = (bf16[1024], token[]) recv-done(%recv)
+  %out = bf16[1024] get-tuple-element(%received), index=0
+  %away = (bf16[1024]{0:S(5)}, bf16[1024]{0}, u32[]{:S(2)}) copy-start(%out)
+  %there = bf16[1024]{0:S(5)} copy-done(%away)
+  %home = (bf16[1024]{0}, bf16[1024]{0:S(5)}, u32[]{:S(2)}) copy-start(%there)
+  %here = bf16[1024] copy-done(%home)
+  %near = (bf16[1024]{0:S(1)}, bf16[1024]{0}, u32[]{:S(2)}) copy-start(%here)
+  ROOT %done = bf16[1024] copy-done(%near)
+}
+""".replace("\\\n    ", "")
+
+
+def test_what_goes_to_other_slices_and_to_the_host():
+    found = costs.count(hlo.parse(OUTSIDE))
+    assert found.collectives == {"between-slices": {"count": 1, "bytes": 2 * 3 / 4 * 2048}}
+    assert found.host_bytes == 2 * 2048
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [
@@ -180,6 +209,18 @@ def test_the_roofline_is_the_largest_bound():
     assert step.bounds == pytest.approx(bounds)
     assert (step.binds, step.step_s) == ("compute", pytest.approx(7 / 275))
     assert step.compiler_s is None
+
+
+def test_no_step_is_faster_than_what_leaves_the_chip():
+    received = {"all-reduce": {"count": 1, "bytes": 1e9}, "between-slices": {"bytes": 1e9}}
+    counted = dataclasses.replace(operations(flops=0.0), collectives=received)
+    step = roofline.estimate(counted, {"flops": 1e12, "bytes accessed": 0.0}, V4, fast=True)
+    assert step.bounds["network"] == step.step_s == pytest.approx(1 / 6.25)
+    assert step.binds == "network" and "host" not in step.bounds
+    assert step.bounds["interconnect"] == pytest.approx(1 / 100)
+    counted = dataclasses.replace(counted, host_bytes=30e9)
+    step = roofline.estimate(counted, {"flops": 1e12, "bytes accessed": 0.0}, V4, fast=True)
+    assert step.bounds["host"] == step.step_s == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
@@ -373,6 +414,17 @@ def test_the_search_ranks_what_fits(fake_compiler, tmp_path):
     assert rows[0][0] in report.text(found) and "Search" in report.page(found)
 
 
+def test_a_plan_of_two_slices(fake_compiler, tmp_path):
+    config = small(batch_size=32, mesh=sharding.MeshConfig(slice=2, fsdp=0, remat="block"))
+    config = dataclasses.replace(config, microbatches=2)
+    planner = plan.Planner(config, topologies.lookup("v4-8", 2), True, tmp_path)
+    found = planner.plan(config) | {"config": "c", "command": ""}
+    assert found["mesh"] == {"slice": 2, "data": 1, "fsdp": 4, "tensor": 1}
+    assert found["pace"]["chip_hours"] == pytest.approx(found["pace"]["days"] * 24 * 8)
+    assert "2 x v4-8: 8 chips (2 slices of 2x2x1), 2 host(s)" in report.text(found)
+    assert {row["fsdp"] for row in planner.search()} == {4}
+
+
 def test_a_batch_that_does_not_divide(on_cpu, tmp_path):
     config = small(batch_size=6)
     with pytest.raises(UserError, match=r"batch_size is 6.*multiple of 4"):
@@ -405,6 +457,10 @@ def test_the_input_of_this_host(tiny_data, monkeypatch):
         (["--config=configs/demo.py"], "--out=DIR"),
         (["--config=configs/demo.py", "--out={out}"], "--topology is missing"),
         (["--config=configs/demo.py", "--out={out}", "--topology=v4-7"], "'v4-7'; allowed: v4-8"),
+        (
+            ["--config=configs/demo.py", "--out={out}", "--topology=gpu", "--search"],
+            "--search compiles, and for gpu",
+        ),
     ],
 )
 def test_bad_input_is_one_line(args, message, tmp_path, flag_values):
@@ -427,9 +483,13 @@ def flag_values():
         delattr(flags.FLAGS, name)
 
 
-def test_the_step_compiles_for_a_tpu(tmp_path):
+def test_the_step_compiles_for_two_slices_of_a_tpu(tmp_path):
     pytest.importorskip("libtpu")
-    config = small()
-    found = plan.Planner(config, V4, True, tmp_path).plan(config)
-    assert found["memory"]["fits"] and found["step"]["step_s"] > 0
-    assert found["step"]["unknown_loops"] == 0
+    config = small(mesh=sharding.MeshConfig(slice=2, remat="offload"))
+    found = plan.Planner(config, topologies.lookup("v4-8", 2), True, tmp_path).plan(config)
+    step = found["step"]
+    assert found["memory"]["fits"] and step["step_s"] > 0 and step["unknown_loops"] == 0
+    # Each chip of a slice has its part of the gradients added up with those of the other slice.
+    gradients = found["parameters"] / 4 * 4
+    assert 0.5 * gradients < step["collectives"]["between-slices"]["bytes"] < 1.5 * gradients
+    assert step["host_bytes"] > 0 and {"network", "host"} <= set(step["bounds"])

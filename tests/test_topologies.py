@@ -1,8 +1,14 @@
 """Names of slices give their shapes; what is none is refused with those that are."""
 
 import importlib.util
+import os
+import subprocess
+import sys
+import types
 
+import jax
 import pytest
+from conftest import ROOT
 
 from imagen_jax import topologies
 from imagen_jax.errors import UserError
@@ -38,6 +44,14 @@ def test_every_shape_multiplies_to_its_chips(name):
     found = topologies.lookup(name)
     assert found.num_chips * found.chip.cores == int(name.rpartition("-")[2])
     assert found.num_chips == 1 or found.links > 0
+
+
+def test_slices_are_so_many_of_the_same():
+    found = topologies.lookup("v4-512", 2)
+    assert (found.label, found.shape, found.slice_chips) == ("2 x v4-512", "4x8x8", 256)
+    assert (found.num_chips, found.num_hosts) == (512, 128)
+    with pytest.raises(UserError, match=r"config.mesh.slice is 2; allowed on gpu: 1"):
+        topologies.lookup("gpu", 2)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +96,37 @@ def test_devices_are_those_of_the_slice():
         devices = topologies.devices(found)
         assert len(devices) == found.num_chips
         assert len({d.process_index for d in devices}) == found.num_hosts
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("TPU v5 lite", 197e12), ("NVIDIA H200", 989e12)])
+def test_the_peak_of_the_devices_that_are_here(kind, peak, monkeypatch):
+    assert topologies.device_peak_flops() == 0.0
+    device = types.SimpleNamespace(device_kind=kind)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert topologies.device_peak_flops() == peak
+
+
+def test_every_chip_is_known_by_its_kind():
+    pytest.importorskip("libtpu")
+    for name in ("v4-8", "v5p-8", "v5e-4", "v6e-4"):
+        found = topologies.lookup(name)
+        assert topologies.devices(found)[0].device_kind in found.chip.kinds
+
+
+def test_devices_of_several_slices():
+    pytest.importorskip("libtpu")
+    devices = topologies.devices(topologies.lookup("v4-16", 3))
+    assert len(devices) == 24 and len({d.process_index for d in devices}) == 6
+    assert {d.slice_index for d in devices} == {0, 1, 2}
+
+
+def test_where_there_is_no_tpu_libtpu_is_silent():
+    pytest.importorskip("libtpu")
+    code = "import jax; from imagen_jax import cli; cli.run(lambda argv: print(jax.devices()))"
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT
+    )
+    assert done.returncode == 0 and "id=0" in done.stdout
+    if "TPU" not in done.stdout:
+        assert "libtpu" not in done.stderr and "TPU_" not in done.stderr

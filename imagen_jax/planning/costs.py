@@ -15,6 +15,10 @@ import re
 from imagen_jax.planning.hlo import Computation, Instruction, Program, arrays
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What libtpu has its runtime do, on the hosts and over the data center's network.
+BETWEEN_SLICES = "between-slices"
+# The memory space of what is offloaded.
+HOST_MEMORY = "S(5)"
 # They move nothing: names of what is there, and what is counted where it was started or goes on.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "call"}
 FREE |= {"while", "conditional", "partition-id", "async-start", "async-update", "async-done"}
@@ -45,27 +49,33 @@ class Costs:
     Attributes:
       operations: all that run.
       collectives: of each kind, how many ("count") and the bytes that a device receives ("bytes").
+      host_bytes: that go to the host's memory and come back.
       unknown_loops: loops counted as one turn, because their number of turns was not found.
     """
 
     operations: list[Operation]
     collectives: dict[str, dict[str, float]]
+    host_bytes: float = 0.0
     unknown_loops: int = 0
 
 
 def count(program: Program) -> Costs:
     """Counts a program's costs."""
-    operations, unknown = [], 0
+    operations, unknown, host_bytes = [], 0, 0.0
     flops: dict[int, float] = {}
-    table = {kind: {"count": 0, "bytes": 0.0} for kind in COLLECTIVES}
+    table = {kind: {"count": 0, "bytes": 0.0} for kind in (*COLLECTIVES, BETWEEN_SLICES)}
     for where, i, times, fused in program.walk():
         unknown += i.opcode == "while" and program.turns(where, i) is None
         kind = i.opcode.removesuffix("-start")
         if kind == "all-reduce" and fused:  # with the slice of it that a device keeps
             kind = "reduce-scatter"
+        if kind == "recv" and "megascale" in i.rest:
+            kind = BETWEEN_SLICES
         if kind in table:
             table[kind]["count"] += times
             table[kind]["bytes"] += times * received(program, where, i, kind)
+        if i.opcode == "copy-start" and HOST_MEMORY in i.shape:
+            host_bytes += times * _first_size(i.shape)  # of source and destination, which are equal
         if not fused:
             operations.append(Operation(times, 0.0, _moved(program, where, i), _cycles(i)))
         if work := _flops(where, i):
@@ -73,7 +83,8 @@ def count(program: Program) -> Costs:
             flops[len(operations) - 1] = flops.get(len(operations) - 1, 0.0) + work
     operations = [dataclasses.replace(o, flops=flops.get(n, 0.0)) for n, o in enumerate(operations)]
     operations = [o for o in operations if o.flops or o.bytes or o.cycles]
-    return Costs(operations, {k: v for k, v in table.items() if v["count"]}, unknown)
+    found = {k: v for k, v in table.items() if v["count"]}
+    return Costs(operations, found, host_bytes, unknown)
 
 
 def received(program: Program, where: Computation, i: Instruction, kind: str) -> float:
@@ -83,8 +94,10 @@ def received(program: Program, where: Computation, i: Instruction, kind: str) ->
     contribution to its part; an all-reduce is both, one after the other.
 
     Args:
-      kind: one of COLLECTIVES, which need not be the instruction's own.
+      kind: one of COLLECTIVES, which need not be the instruction's own, or BETWEEN_SLICES.
     """
+    if kind == BETWEEN_SLICES:
+        return _received_from_slices(i)
     size = sum(_size(where[name].shape) for name in i.operands if name in where)
     group = group_size(i, program.num_partitions)
     factor = {
@@ -93,6 +106,13 @@ def received(program: Program, where: Computation, i: Instruction, kind: str) ->
         "collective-permute": 1,
     }.get(kind, (group - 1) / group)
     return factor * size
+
+
+def _received_from_slices(i: Instruction) -> float:
+    """What a device gets from other slices; they are written {1,2} before the devices of each."""
+    slices = i.attribute(r'_xla_megascale_target="\{([\d,]+)\}').count(",") + 1
+    reduced = i.attribute(r'_xla_megascale_transfer_type="(\w+)"') == "ALL_REDUCE"
+    return _first_size(i.shape) * (2 * (slices - 1) / slices if reduced else 1)
 
 
 def group_size(i: Instruction, num_devices: int) -> int:
@@ -116,6 +136,11 @@ def group_size(i: Instruction, num_devices: int) -> int:
 
 def _size(shape: str) -> float:
     return sum(width * math.prod(sides) for width, sides in arrays(shape))
+
+
+def _first_size(shape: str) -> float:
+    width, sides = arrays(shape)[0]
+    return width * math.prod(sides)
 
 
 def _cycles(i: Instruction) -> int:

@@ -62,9 +62,10 @@ def sections(plan: dict[str, Any]) -> list[tuple[str, Rows]]:
 def _run(plan: dict[str, Any]) -> Rows:
     t, s = plan["topology"], plan["setting"]
     compiler = plan["compiler"]
+    shape = t["shape"] if t["slices"] == 1 else f"{t['slices']} slices of {t['shape']}"
     rows = [
         ("config", plan["config"]),
-        ("topology", f"{t['name']}: {t['chips']} chips ({t['shape']}), {t['hosts']} host(s)"),
+        ("topology", f"{t['name']}: {t['chips']} chips ({shape}), {t['hosts']} host(s)"),
         ("mesh", " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())),
         ("remat, microbatches", f"{s['remat']}, {s['microbatches']}"),
         ("batch", f"{s['batch_size']:,}"),
@@ -114,6 +115,8 @@ def _step(step: dict[str, Any]) -> Rows:
         rows.append(
             (f"{kind}, {row['count']:,} of them, GB received", f"{row['bytes'] / 1e9:,.3f}")
         )
+    if step["host_bytes"]:
+        rows.append(("to the host's memory and back, GB", f"{step['host_bytes'] / 1e9:,.3f}"))
     if step["unknown_loops"]:
         rows.append(("loops counted as one turn", str(step["unknown_loops"])))
     return rows

@@ -1,7 +1,9 @@
 """How long a step takes at the least, by what it computes, moves and sends; and how long it may.
 
-Three bounds: all FLOPs at the chip's peak, all bytes at its memory's bandwidth, all that comes from
-other chips at the bandwidth of its links. The compiler's own estimate stands beside them.
+Bounds: all FLOPs at the chip's peak, all bytes at its memory's bandwidth, all that comes from other
+chips at the bandwidth of its links; where there is any, also what comes from other slices at the
+chip's share of the network, and what goes to the host's memory and back at that of PCIe. The
+compiler's own estimate stands beside them.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from imagen_jax.planning.costs import Costs, Operation
+from imagen_jax.planning.costs import BETWEEN_SLICES, Costs, Operation
 from imagen_jax.topologies import Topology
 
 
@@ -21,18 +23,21 @@ class Estimate:
       flops: with recomputation, by XLA's count, loops counted as often as they run.
       bytes: read and written, by the same count.
       collectives: of each kind, how many, and the bytes that the chip receives.
-      bounds: the least time for "compute", "memory" and "interconnect".
+      host_bytes: that go to the host's memory and come back.
+      bounds: the least time for "compute", "memory" and "interconnect", for "network" between
+        slices and for "host".
       binds: the largest of them, the roofline.
       compiler_s: the compiler's estimate, or None if it has no sane one.
       source: what that is, "cycles" or "optimal_seconds".
-      step_s: the prediction: the compiler's estimate or else the roofline, and no less than the
-        interconnect takes, which at best is hidden behind the rest.
+      step_s: the prediction: the compiler's estimate or else the roofline, and no less than what
+        leaves the chip takes, which at best is hidden behind the rest.
       unknown_loops: loops that were counted as one turn for want of their number.
     """
 
     flops: float
     bytes: float
     collectives: dict[str, dict[str, float]]
+    host_bytes: float
     bounds: dict[str, float]
     binds: str
     compiler_s: float | None
@@ -58,12 +63,18 @@ def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool
     chip = topology.chip
     flops = xla["flops"] * _repeats(costs, lambda o: o.flops)
     moved = xla["bytes accessed"] * _repeats(costs, lambda o: o.bytes)
-    received = sum(row["bytes"] for row in costs.collectives.values())
+    received = {kind: row["bytes"] for kind, row in costs.collectives.items()}
+    others = received.pop(BETWEEN_SLICES, 0.0)
+    inside = sum(received.values())
     bounds = {
         "compute": flops / chip.peak_flops,
         "memory": moved / chip.hbm_bytes_per_s,
-        "interconnect": received / topology.ici_bytes_per_s if received else 0.0,
+        "interconnect": inside / topology.ici_bytes_per_s if inside else 0.0,
     }
+    if others:
+        bounds["network"] = others / chip.network_bytes_per_s
+    if costs.host_bytes:
+        bounds["host"] = costs.host_bytes / chip.host_bytes_per_s
     binds = max(bounds, key=bounds.get)
     optimal = xla.get("optimal_seconds", 0.0) * _repeats(costs, lambda o: _seconds(o, topology))
     cycles = 0.0 if fast else _cycle_seconds(costs, topology)
@@ -71,11 +82,13 @@ def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool
     # then below what the FLOPs alone take.
     sane = [(s, n) for s, n in ((cycles, "cycles"), (optimal, "optimal_seconds")) if s > 0]
     compiler, source = next((c for c in sane if c[0] >= bounds["compute"]), (None, ""))
-    step = max(compiler or bounds[binds], bounds["interconnect"])
+    outside = (bounds.get(kind, 0.0) for kind in ("interconnect", "network", "host"))
+    step = max(compiler or bounds[binds], *outside)
     return Estimate(
         flops=flops,
         bytes=moved,
         collectives=costs.collectives,
+        host_bytes=costs.host_bytes,
         bounds=bounds,
         binds=binds,
         compiler_s=compiler,
