@@ -48,8 +48,9 @@ MIN_SHARDED_SIZE = 2**16
 # whole arrays of zeros around them.
 TILE = (8, 128)
 # At 64 ways the 2B model's weights, EMA and optimizer state are 0.25 GiB a device, and a part of
-# its narrowest matrix, 512 rows, still is a tile.
-MOST_FSDP = 64
+# its narrowest matrix, 512 rows, still is a tile. Where there are not 64, 8 do: split 16 or 32 ways
+# over a whole slice, XLA exchanges activations and takes 1.6 times as long (docs/scaling.md).
+MOST_FSDP, FEW_FSDP = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,8 @@ class MeshConfig:
       slice: slices of TPUs, joined by the data center's network: one part of the batch each. With
         a topology, how many such slices.
       data: replicas of the model, each with its part of the batch.
-      fsdp: the batch and the weights are both split over this axis; 0 is all devices of a slice,
-        but at most MOST_FSDP.
+      fsdp: the batch and the weights are both split over this axis; 0 is MOST_FSDP devices, or if
+        a slice has no multiple of that, up to FEW_FSDP.
       tensor: the output channels of weights, and with them heads, are split over this axis.
       remat: what of a block is computed anew in the backward pass: "none" (nothing; activations
         are kept), "save_products" (all but its convolutions and attention: what costs little),
@@ -97,7 +98,8 @@ class MeshConfig:
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if self.fsdp == 0:
             others = math.prod(max(sizes[a], 1) for a in AXES if a != "fsdp")
-            sizes["fsdp"] = math.gcd(max(num_devices // others, 1), MOST_FSDP)
+            ways = max(num_devices // others, 1)
+            sizes["fsdp"] = math.gcd(ways, FEW_FSDP if ways % MOST_FSDP else MOST_FSDP)
         known = math.prod(s for s in sizes.values() if s != -1)
         sizes = {a: num_devices // known if s == -1 else s for a, s in sizes.items()}
         if math.prod(sizes.values()) != num_devices:
