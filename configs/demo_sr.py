@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.task = "scenes_64"
+    config.data.dir = "data/demo_sr"  # base64.py:tiny has other scenes of this size in data
     config.data.build = True
     config.data.num_train = 8000
     config.data.categories = ("Colors", "Conflicting")  # as in demo.py

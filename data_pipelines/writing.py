@@ -70,8 +70,8 @@ def prepare(builder: records.RecordsBuilder, *, overwrite: bool = False) -> epat
         differing = _differing(_stored_metadata(path), json.loads(json.dumps(builder.metadata)))
         if differing:
             raise UserError(
-                f"{path} was prepared with {'; '.join(differing)}. Choose another --data_dir, or "
-                "--overwrite to replace it"
+                f"{path} was prepared with {'; '.join(differing)}. Choose another --data_dir "
+                "(in a config, data.dir), or --overwrite to replace it"
             )
         print(f"{path} is already prepared with these settings", file=sys.stderr)
         return path
