@@ -24,10 +24,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks.efficient_unet import efficient, ordinary
-from imagen_jax import cli, experiment
+from imagen_jax import cli, experiment, pictures
 from imagen_jax import config as config_files
 from imagen_jax.errors import UserError
-from imagen_jax.files import replacing
+from imagen_jax.files import write_text
 from imagen_jax.run_config import NOT_WEIGHTS, Config, parse
 
 FLAGS = flags.FLAGS
@@ -75,10 +75,8 @@ def main(argv: list[str]) -> None:
         "params": {title: run.built.num_params for title, run in runs.items()},
         "step_seconds_loss": {title: run.points for title, run in runs.items()},
     }
-    with replacing(out.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    with replacing(out.with_suffix(".md")) as temporary:
-        temporary.write_text(text)
+    write_text(out.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
+    write_text(out.with_suffix(".md"), text)
     plot(runs, out.with_suffix(".png"))
 
 
@@ -160,22 +158,12 @@ def table(runs: dict[str, Run]) -> str:
 
 def plot(runs: dict[str, Run], path: Path) -> None:
     """Held-out loss against seconds of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for title, run in runs.items():
-        _, seconds, losses = zip(*run.points, strict=True)
-        label = f"{title}, {run.built.num_params / 1e6:.2f}M parameters"
-        axes.plot(seconds, losses, ".-", label=label)
-    axes.set(xlabel="seconds of training", ylabel="held-out loss, EMA weights", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    labels = {"xlabel": "seconds of training", "ylabel": "held-out loss, EMA weights"}
+    with pictures.chart(path, **labels) as axes:
+        for title, run in runs.items():
+            _, seconds, losses = zip(*run.points, strict=True)
+            label = f"{title}, {run.built.num_params / 1e6:.2f}M parameters"
+            axes.plot(seconds, losses, ".-", label=label)
 
 
 if __name__ == "__main__":

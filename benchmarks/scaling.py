@@ -18,13 +18,13 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli, topologies
+from imagen_jax import cli, pictures, topologies
 from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder, replacing
+from imagen_jax.files import make_folder, write_text
+from imagen_jax.plan import DOES_NOT_FIT
+from imagen_jax.topologies import GIB
 
 FLAGS = flags.FLAGS
-DOES_NOT_FIT = 1
-GIB = 2**30
 
 
 def define_flags() -> None:
@@ -57,10 +57,8 @@ def main(argv: list[str]) -> None:
     }
     text = "\n".join(f"{titles[kind]}:\n\n{table(rows)}" for kind, rows in plans.items())
     print(text)
-    with replacing(out / "scaling.md") as temporary:
-        temporary.write_text(text)
-    with replacing(out / "scaling.json") as temporary:
-        temporary.write_text(json.dumps(plans, indent=1) + "\n")
+    write_text(out / "scaling.md", text)
+    write_text(out / "scaling.json", json.dumps(plans, indent=1) + "\n")
     plot(plans, titles, out / "scaling.png")
 
 
@@ -112,29 +110,15 @@ def per_chip(plan: dict[str, Any]) -> float:
 
 def plot(plans: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: Path) -> None:
     """Images a second over chips, with the line on which twice the chips are twice as fast."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for kind, rows in plans.items():
-        fits = [p for p in rows if p["memory"]["fits"]]
-        chips = [p["topology"]["chips"] for p in fits]
-        axes.plot(chips, [p["pace"]["images_per_s"] for p in fits], "o-", label=titles[kind])
-        if kind == "weak" and fits:
-            linear = [n * per_chip(fits[0]) for n in chips]
-            axes.plot(chips, linear, "--", color="gray", label="linear")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("chips")
-    axes.set_ylabel("images/s, predicted")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    plt.close(figure)
+    with pictures.chart(path, xlabel="chips", ylabel="images/s, predicted") as axes:
+        axes.set_xscale("log", base=2)
+        for kind, rows in plans.items():
+            fits = [p for p in rows if p["memory"]["fits"]]
+            chips = [p["topology"]["chips"] for p in fits]
+            axes.plot(chips, [p["pace"]["images_per_s"] for p in fits], "o-", label=titles[kind])
+            if kind == "weak" and fits:
+                linear = [n * per_chip(fits[0]) for n in chips]
+                axes.plot(chips, linear, "--", color="gray", label="linear")
 
 
 if __name__ == "__main__":

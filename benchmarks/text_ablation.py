@@ -29,7 +29,7 @@ from tqdm import tqdm
 from imagen_jax import cli, evaluate, experiment, train
 from imagen_jax import config as config_files
 from imagen_jax.errors import UserError
-from imagen_jax.files import replacing
+from imagen_jax.files import write_text
 from imagen_jax.run_config import Config, parse
 
 FLAGS = flags.FLAGS
@@ -74,10 +74,8 @@ def main(argv: list[str]) -> None:
     results = {name: run(base, out, name) for name in FLAGS.settings}
     text = table(results)
     print(text)
-    with replacing(out / "table.md") as temporary:
-        temporary.write_text(text)
-    with replacing(out / "table.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_text(out / "table.md", text)
+    write_text(out / "table.json", json.dumps(results, indent=1) + "\n")
 
 
 def read_config(changes: dict[str, Any]) -> Config:
@@ -107,8 +105,7 @@ def run(base: Config, out: Path, name: str) -> dict[str, Any]:
     cli.log.info("%s", name)
     train.train(config, out / name, lambda step: False)
     result = {"asked": asked, **measure(config, out / name)}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from imagen_jax import cli, experiment, pictures, report
 from imagen_jax.errors import UserError
-from imagen_jax.files import replacing
+from imagen_jax.files import write_text
 
 SHOWN = 32
 
@@ -87,8 +87,9 @@ def evaluate(
     folder = workdir / "evaluation"
     folder.mkdir(exist_ok=True)
     table = {str(name): table for name, table in rows.items()}
-    with replacing(folder / "alignment.json") as temporary:
-        temporary.write_text(json.dumps({"split": split, "guidance": table}, indent=2) + "\n")
+    write_text(
+        folder / "alignment.json", json.dumps({"split": split, "guidance": table}, indent=2) + "\n"
+    )
     captions = [p["caption"] for p in prompts[:SHOWN]]
     sheets = {}
     for weight, images in drawn.items():

@@ -18,6 +18,12 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file, or none."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
 def probe_folder(folder: Path) -> None:
     """Makes a folder if it is not there; raises OSError if nothing can be written to it."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from clu import metric_writers, parameter_overview
 
 from imagen_jax import topologies
 from imagen_jax.errors import UserError
-from imagen_jax.files import replacing
+from imagen_jax.files import write_text
 from imagen_jax.train_step import bucket_names
 
 log = logging.getLogger("imagen_jax")
@@ -50,8 +50,7 @@ class MetricLogger:
             return
         lines = self._path.read_text().splitlines()
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        with replacing(self._path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of one step.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -49,16 +52,23 @@ def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
 
 def loss_curve(steps: list[int], losses: list[float], path: Path, eval_points=()) -> None:
     """A loss curve as PNG; `eval_points` is a list of (step, loss) drawn over it."""
+    with chart(path, xlabel="step", ylabel="loss (eps-MSE)") as axes:
+        axes.plot(steps, losses, lw=1, label="training")
+        if eval_points:
+            axes.plot(*zip(*eval_points, strict=True), "o-", ms=4, label="held out, EMA weights")
+
+
+@contextlib.contextmanager
+def chart(path: Path, **settings: Any) -> Iterator[Any]:
+    """Axes to draw labelled lines on, y logarithmic; a PNG at the end. settings: of the axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.plot(steps, losses, lw=1, label="training")
-    if eval_points:
-        axes.plot(*zip(*eval_points, strict=True), "o-", ms=4, label="held out, EMA weights")
-    axes.set(xlabel="step", ylabel="loss (eps-MSE)", yscale="log")
+    yield axes
+    axes.set(yscale="log", **settings)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with replacing(path) as temporary:

@@ -32,7 +32,7 @@ from imagen_jax import cli, experiment, sharding, topologies
 from imagen_jax import config as config_files
 from imagen_jax.cli import log
 from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder, replacing
+from imagen_jax.files import make_folder, write_text
 from imagen_jax.planning import compiling, report, search
 from imagen_jax.planning.figures import Run, figures
 from imagen_jax.run_config import Config, parse
@@ -102,8 +102,7 @@ def write(plan: dict[str, Any], out: Path) -> None:
         ("plan.json", json.dumps(plan, indent=2) + "\n"),
         ("plan.html", report.page(plan)),
     ):
-        with replacing(out / name) as temporary:
-            temporary.write_text(content)
+        write_text(out / name, content)
 
 
 def _command() -> str:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from imagen_jax import pictures
-from imagen_jax.files import replacing
+from imagen_jax.files import write_text
 
 Alignment = dict[str, dict[str, dict[str, float]]]
 
@@ -50,8 +50,7 @@ def write(workdir: Path, sheets: dict[str, Path], alignment: Alignment) -> Path:
         f"<style>{STYLE}</style>{''.join(parts)}</html>\n"
     )
     path = workdir / "report.html"
-    with replacing(path) as temporary:
-        temporary.write_text(page)
+    write_text(path, page)
     return path
 
 

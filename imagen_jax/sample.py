@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from imagen_jax import cascade, cli, experiment, pictures, prompts
 from imagen_jax.errors import UserError
-from imagen_jax.files import replacing
+from imagen_jax.files import write_text
 from imagen_jax.prompts import Request
 from imagen_jax.text import TextEncoder, load_encoder
 
@@ -228,8 +228,7 @@ def draw(
             for i, image in zip(rows, images, strict=True):
                 _write(image, folder / names[i], requests[i], records[i])
     listed = [{"file": n, **json.loads(r)} for n, r in zip(names, records, strict=True)]
-    with replacing(out / "samples.json") as temporary:
-        temporary.write_text(json.dumps(listed, indent=1) + "\n")
+    write_text(out / "samples.json", json.dumps(listed, indent=1) + "\n")
     shown = names[: pictures.MOST_ON_A_SHEET]
     sheet = np.stack([_side_by_side([folder / name for folder in folders]) for name in shown])
     captions = [r.prompt for r in requests[: len(shown)]]

@@ -31,7 +31,7 @@ from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.cli import log
 from imagen_jax.compilation import compile_ahead
 from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder, replacing
+from imagen_jax.files import make_folder, write_text
 from imagen_jax.profiling import Profile
 from imagen_jax.run_config import Config, parse
 from imagen_jax.startup import Startup, process_age
@@ -227,8 +227,7 @@ def fetch(logger, pending, log_every: int, force: bool = False) -> None:
 def write_config(workdir: Path, config: Config) -> None:
     """Writes config.json, complete with every default."""
     if jax.process_index() == 0:
-        with replacing(workdir / "config.json") as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write_text(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 if __name__ == "__main__":

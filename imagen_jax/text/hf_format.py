@@ -13,7 +13,7 @@ import safetensors.numpy
 from flax import nnx, traverse_util
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import replacing
+from imagen_jax.files import replacing, write_text
 from imagen_jax.text.families import FAMILIES, T5_NAMES, namer
 from imagen_jax.text.files import read_json
 from imagen_jax.text.loading import Checkpoint
@@ -129,5 +129,4 @@ def save_t5(
     }
     with replacing(folder / WEIGHTS_FILE) as temporary:
         temporary.write_bytes(safetensors.numpy.save(tensors, {"format": "np"}))
-    with replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
