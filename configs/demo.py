@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.data.task = "scenes_32"
     config.data.build = True
     config.data.num_train = 16_000
+    config.data.in_memory = True  # a CPU that trains has no time to decode
     # A few minutes are too few to learn to count, to place and to spell; () is all categories.
     config.data.categories = ("Colors", "Conflicting")
     config.data.sample_split = "heldout"

@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.data.dir = "data/demo_sr"  # base64.py:tiny has other scenes of this size in data
     config.data.build = True
     config.data.num_train = 8000
+    config.data.in_memory = True  # as in demo.py
     config.data.categories = ("Colors", "Conflicting")  # as in demo.py
     config.data.sample_split = "heldout"
 

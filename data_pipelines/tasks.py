@@ -31,6 +31,8 @@ _TASKS = {
     "folder": "folder",
 }
 _SPLITS = ("train", "validation", "heldout")
+# How many at a time are computed: of one alone, it takes as long as parsing its record.
+_POSITIONS = 64
 
 
 def names() -> list[str]:
@@ -89,7 +91,8 @@ class RecordsSource(seqio.DataSource):
         return [f"{self.name}:{split}"]
 
     def num_input_examples(self, split: str) -> int:
-        return records.dataset_info(self.data_dir, self.name).num_examples[split]
+        """How many records of the wanted categories there are."""
+        return len(self._kept(records.open_dataset(self.data_dir, self.name).info, split))
 
     def get_dataset(
         self,
@@ -106,13 +109,11 @@ class RecordsSource(seqio.DataSource):
             lacks one of its captions.
         """
         info = records.open_dataset(self.data_dir, self.name).info
+        kept = self._kept(info, split)
         paths, offsets = records.record_offsets(info, split)
-        kept = self._kept(info, split, len(offsets))
         offsets = offsets[kept]
         n = len(offsets)
-        positions = self._positions(shard_info or seqio.ShardInfo(0, 1))
-        if not shuffle:
-            positions = positions.take_while(lambda g: g < n)
+        positions = self.order(n, (seed or 0) if shuffle else None, shard_info)
         paths, offsets = tf.constant(paths), tf.constant(offsets)
 
         def read(index: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -133,8 +134,7 @@ class RecordsSource(seqio.DataSource):
         embeds = embeds or [_in_record]
 
         # One map for everything: for small records a stage costs as much as its work.
-        def row(g: tf.Tensor) -> dict[str, tf.Tensor]:
-            index = _shuffled(g, n, seed or 0) if shuffle else g
+        def row(g: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
             record = read(index)
             embedded = [embed(record, index) for embed in embeds]
             del record["text_tokens"]
@@ -143,10 +143,10 @@ class RecordsSource(seqio.DataSource):
 
         return positions.map(row, tf.data.AUTOTUNE)
 
-    def _kept(self, info: tfds.core.DatasetInfo, split: str, n: int) -> np.ndarray:
+    def _kept(self, info: tfds.core.DatasetInfo, split: str) -> np.ndarray:
         """Indices of the records that are of the wanted categories."""
         if not self.categories:
-            return np.arange(n)
+            return np.arange(info.splits[split].num_examples)
         found = np.array(list(records.strings(info, split, "category")))
         if unknown := set(self.categories) - set(found):
             raise UserError(
@@ -155,17 +155,33 @@ class RecordsSource(seqio.DataSource):
             )
         return np.flatnonzero(np.isin(found, self.categories))
 
-    def _positions(self, shard: seqio.ShardInfo) -> tf.data.Dataset:
-        """This shard's global positions, int64, without end."""
+    def order(
+        self, n: int, seed: int | None, shard_info: seqio.ShardInfo | None = None
+    ) -> tf.data.Dataset:
+        """This shard's global positions and which of n records is at each: pairs of int64.
+
+        Endless and shuffled; without a seed (None), the records in order, once.
+        """
+        shard = shard_info or seqio.ShardInfo(0, 1)
         first = self.start + self.block * shard.index
         stride = self.block * shard.num_shards
-        counter = tf.data.Dataset.counter()
-        return counter.map(lambda m: first + m // self.block * stride + m % self.block)
+
+        def some(i: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            m = i * _POSITIONS + tf.range(_POSITIONS, dtype=tf.int64)
+            g = first + m // self.block * stride + m % self.block
+            return g, g if seed is None else _shuffled(g, n, seed)
+
+        positions = tf.data.Dataset.counter().map(some).unbatch()
+        return positions if seed is not None else positions.take_while(lambda g, index: index < n)
 
 
 def _shuffled(g: tf.Tensor, n: int, seed: int) -> tf.Tensor:
-    """The record at global position g: each epoch and seed has its own permutation of range(n)."""
-    return tf.random.experimental.index_shuffle(g % n, [seed, g // n], tf.cast(n - 1, g.dtype))
+    """The records at global positions g [k]: each epoch and seed permutes range(n) anew."""
+    # tf.random.experimental.index_shuffle puts this before a seed, but not before one of each row.
+    first = tf.fill(tf.shape(g), tf.constant(498247692, tf.int64))
+    seeds = tf.stack([first, tf.fill(tf.shape(g), tf.constant(seed, tf.int64)), g // n], axis=1)
+    last = tf.constant(n - 1, g.dtype)
+    return tf.raw_ops.RandomIndexShuffle(index=g % n, seed=seeds, max_index=last, rounds=4)
 
 
 def _read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:

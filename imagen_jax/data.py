@@ -12,17 +12,22 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
+from tqdm import tqdm
 
 from data_pipelines import embeddings, records, tasks
 from imagen_jax.config import require
 from imagen_jax.errors import UserError
 from imagen_jax.run_config import Config
+from imagen_jax.topologies import GIB, physical_memory
 
 # Accelerators belong to JAX.
 tf.config.set_visible_devices([], "GPU")
 
 Batch = dict[str, np.ndarray]
 
+# How many records are read into memory at a time.
+_CHUNK = 256
+_STRINGS = ("caption", "category", "scene")
 TOO_SMALL = "an image is smaller than config.model.image_size (or config.data.image_size, if set)"
 
 
@@ -78,19 +83,16 @@ def train_batches(
       Dicts of image uint8 [b, H, W, 3], text bfloat16 [b, T, D], text_mask bool [b, T], with
       b = batch_size / num_shards.
     """
-    local = config.batch_size // num_shards
-    source = dict(data_dir=config.data.dir, start=position, block=local)
-    dataset = _dataset(config, "train", source, seqio.ShardInfo(shard, num_shards), shuffle=True)
-    return _numpy_batches(config, dataset, local)
+    split, info = "train", seqio.ShardInfo(shard, num_shards)
+    if config.data.in_memory:
+        return _numpy_batches(config, _from_memory(config, split, position, info))
+    return _numpy_batches(config, _from_disk(config, split, position, info))
 
 
 def eval_batches(config: Config, shard: int = 0, num_shards: int = 1) -> list[Batch]:
     """The first `eval_batches` batches of the evaluation split, the same at every call."""
-    local = config.batch_size // num_shards
-    source = dict(data_dir=config.data.dir, start=0, block=local)
     info = seqio.ShardInfo(shard, num_shards)
-    dataset = _dataset(config, config.data.eval_split, source, info, shuffle=True)
-    batches = _numpy_batches(config, dataset, local)
+    batches = _numpy_batches(config, _from_disk(config, config.data.eval_split, 0, info))
     return [next(batches) for _ in range(config.eval_batches)]
 
 
@@ -101,12 +103,12 @@ def examples(config: Config, split: str, num: int) -> list[dict[str, Any]]:
       Dicts of caption, category, scene (str), image (uint8 [H, W, 3]), text (bfloat16 [T, D]) and
       text_mask (bool [T]).
     """
-    source = dict(data_dir=config.data.dir, start=0, block=1)
-    dataset = _dataset(config, split, source, None, shuffle=False)
+    rows = _rows(config, _source(config, split), split, shuffle=False, strings=_STRINGS)
+    rows = rows.take(num).map(lambda row: {**row, "image": _crop(config, row["image"])})
     out = []
-    for row in _guarded(config, dataset.take(num).as_numpy_iterator()):
+    for row in _guarded(config, rows.as_numpy_iterator()):
         padded = config.text.pad(*([row[key]] for key in _text_keys(config)))
-        strings = {k: row[k].decode() for k in ("caption", "category", "scene")}
+        strings = {k: row[k].decode() for k in _STRINGS}
         out.append({**strings, "image": row["image"], **{k: v[0] for k, v in padded.items()}})
     return out
 
@@ -116,30 +118,111 @@ def stack_text(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {k: np.stack([row[k] for row in rows]) for k in ("text", "text_mask")}
 
 
-def _dataset(config: Config, split: str, source: dict, shard_info, shuffle: bool):
-    task = open_task(config)
-    available = records.dataset_info(config.data.dir, task.source.name).num_examples
+def _from_disk(
+    config: Config, split: str, position: int, info: seqio.ShardInfo
+) -> tf.data.Dataset:
+    """Batches of image uint8 [b, H, W, 3] and ragged embeddings, endless; records as they come."""
+    size = config.batch_size // info.num_shards
+    rows = _rows(config, _source(config, split, position, size), split, info)
+    if config.full_size > config.unet.image_size:
+        rows = rows.map(
+            lambda row: {**row, "image": _crop(config, row["image"], row["position"])},
+            tf.data.AUTOTUNE,
+        )
+    return rows.ragged_batch(size, drop_remainder=True)
+
+
+def _from_memory(
+    config: Config, split: str, position: int, info: seqio.ShardInfo
+) -> tf.data.Dataset:
+    """The same batches; all records are decoded now, and kept.
+
+    Raises:
+      UserError: they would take more than half of this machine's memory.
+    """
+    kept = _whole_split(config, split)
+    size = config.batch_size // info.num_shards
+    order = _source(config, split, position, size).order(len(kept["image"]), config.seed, info)
+
+    def batch(positions: tf.Tensor, indices: tf.Tensor) -> dict[str, Any]:
+        rows = {key: tf.gather(values, indices) for key, values in kept.items()}
+        if config.full_size > config.unet.image_size:
+            spec = tf.TensorSpec((config.unet.image_size,) * 2 + (3,), tf.uint8)
+            at = (rows["image"], positions)
+            rows["image"] = tf.map_fn(lambda x: _crop(config, *x), at, fn_output_signature=spec)
+        return rows
+
+    return order.batch(size, drop_remainder=True).map(batch, tf.data.AUTOTUNE)
+
+
+def _whole_split(config: Config, split: str) -> dict[str, Any]:
+    """Image uint8 [n, S, S, 3] and ragged embeddings [n, (t), D] of all records of a split."""
+    source = _source(config, split)
+    num, available = source.num_input_examples(split), physical_memory()
+    rows = _rows(config, source, split, shuffle=False).ragged_batch(_CHUNK)
+    chunks = []
+    with tqdm(total=num, desc="reading into memory", unit=" records", mininterval=0.5) as bar:
+        for chunk in _guarded(config, iter(rows)):
+            count = len(chunk.pop("position"))
+            needed = num / count * sum(map(_bytes, chunk.values()))
+            if not chunks and needed > available / 2:
+                raise UserError(
+                    f"config.data.in_memory is True, but {num:,} records take {needed / GIB:.1f} "
+                    f"GiB; allowed is half of this machine's {available / GIB:.1f} GiB"
+                )
+            chunks.append(chunk)
+            bar.update(count)
+    return {key: tf.concat([chunk[key] for chunk in chunks], axis=0) for key in chunks[0]}
+
+
+def _bytes(values: tf.Tensor | tf.RaggedTensor) -> int:
+    flat = getattr(values, "flat_values", values)
+    return int(tf.size(flat)) * flat.dtype.size
+
+
+def _source(config: Config, split: str, start: int = 0, block: int = 1) -> tasks.RecordsSource:
+    """The records of the config's task, after checking that it has such a split."""
+    source = open_task(config).source
+    available = records.dataset_info(config.data.dir, source.name).num_examples
     if split not in available:
         allowed = ", ".join(available)
         raise UserError(f"data.task={config.data.task} has no split {split!r}; it has: {allowed}")
-    source = task.source.at(**source, stores=config.stores, categories=config.data.categories)
-    dataset = task.replace(source=source).get_dataset(
+    return source.at(
+        config.data.dir,
+        start=start,
+        block=block,
+        stores=config.stores,
+        categories=config.data.categories,
+    )
+
+
+def _rows(
+    config: Config,
+    source: tasks.RecordsSource,
+    split: str,
+    info: seqio.ShardInfo | None = None,
+    shuffle: bool = True,
+    strings: Sequence[str] = (),
+) -> tf.data.Dataset:
+    """Records as image uint8 [S, S, 3], S of `full_size`, embeddings, position and `strings`."""
+    task = seqio.get_mixture_or_task(config.data.task).replace(source=source)
+    dataset = task.get_dataset(
         sequence_length=None,
         split=split,
         shuffle=shuffle,
         seed=config.seed,
-        shard_info=shard_info,
+        shard_info=info,
         num_epochs=1,  # a shuffled source is endless by itself
         try_in_mem_cache=False,
+        trim_output_features=False,  # nothing to do, and a stage for it
     )
+    keys = ("position", *strings)
 
     def shape(row):
         dims = zip(_text_keys(config), config.text.parts, strict=True)
         text = {key: tf.ensure_shape(row[key], (None, part.dim)) for key, part in dims}
         image = _fit(row["image"], config.full_size)
-        if config.full_size > config.unet.image_size:
-            image = _crop(image, row["position"] if shuffle else None, config)
-        return {**row, "image": image, **text}
+        return {"image": image, **text, **{key: row[key] for key in keys}}
 
     options = tf.data.Options()
     # Finding out how many threads each stage wants took a quarter of the time that reading takes;
@@ -152,7 +235,8 @@ def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
     """The centre square at the model's resolution; antialiased where it shrinks."""
     shape = tf.shape(image)
     side = tf.minimum(shape[0], shape[1])
-    image = tf.image.resize_with_crop_or_pad(image, side, side)
+    top, left = tf.unstack((shape[:2] - side) // 2)
+    image = image[top : top + side, left : left + side]
 
     def shrink():
         small = tf.image.resize(image, (size, size), method="area")
@@ -163,7 +247,7 @@ def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
     return tf.ensure_shape(image, (size, size, 3))
 
 
-def _crop(image: tf.Tensor, position: tf.Tensor | None, config: Config) -> tf.Tensor:
+def _crop(config: Config, image: tf.Tensor, position: tf.Tensor | None = None) -> tf.Tensor:
     """A square of model.image_size, its place random in the seed and position; without, central.
 
     Its corner is a multiple of the upscaling, so that shrinking the crop gives exactly the crop of
@@ -183,12 +267,10 @@ def _text_keys(config: Config) -> list[str]:
     return tasks.embedding_keys(len(config.text.parts))
 
 
-def _numpy_batches(config: Config, dataset: tf.data.Dataset, size: int) -> Iterator[Batch]:
+def _numpy_batches(config: Config, dataset: tf.data.Dataset) -> Iterator[Batch]:
     keys = _text_keys(config)
-    ragged = dataset.map(lambda r: {k: r[k] for k in ("image", *keys)})
     # Ragged until here: padding to the token limit multiplies the bytes an example by five.
-    ragged = ragged.ragged_batch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
-    for rows in _guarded(config, iter(ragged)):
+    for rows in _guarded(config, iter(dataset.prefetch(tf.data.AUTOTUNE))):
         captions = [_split(rows[key]) for key in keys]
         yield {"image": rows["image"].numpy(), **config.text.pad(*captions)}
 

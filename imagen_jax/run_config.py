@@ -153,6 +153,8 @@ class DataConfig:
       num_train: how many scenes to draw then.
       image_size: side to which images are brought, of which training sees random crops of
         model.image_size pixels; 0 is model.image_size, no crop (section 2.5: 1024 and 256).
+      in_memory: decode all images for training once, at the start, and keep them: worth it where
+        they are few, or the CPU has other work. Every host keeps all of them.
     """
 
     task: str
@@ -164,6 +166,7 @@ class DataConfig:
     build: bool = False
     num_train: int = 20_000
     image_size: int = 0
+    in_memory: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

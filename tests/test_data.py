@@ -4,8 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import load_config, shrink
 
+from data_pipelines import tasks
 from imagen_jax import data, experiment, run_config
 from imagen_jax.errors import UserError
 
@@ -58,6 +60,30 @@ def test_hosts_hold_consecutive_rows_of_the_same_global_batches(config):
     for i, batch in enumerate(whole):
         joined = {k: np.concatenate([h[i][k] for h in hosts]) for k in batch}
         assert same(joined, batch)
+
+
+@pytest.mark.parametrize("crops", [{}, {"data.image_size": 32, "model.image_size": 16}])
+def test_from_memory_come_the_batches_that_come_from_disk(tiny_data, crops):
+    # The second share of three, from the middle of the first epoch into the second.
+    crops = {**crops, "data.categories": ("Colors", "Conflicting", "Counting"), "batch_size": 6}
+    disk, memory = (parse(tiny_data, **crops, **{"data.in_memory": m}) for m in (False, True))
+    batches = [take(data.train_batches(c, 12, 1, 3), 12) for c in (disk, memory)]
+    assert all(map(same, *batches))
+    assert not same(batches[0][0], batches[0][1])
+
+
+def test_more_than_the_memory_is_one_line(tiny_data, monkeypatch):
+    monkeypatch.setattr(data, "physical_memory", lambda: 2**10)
+    with pytest.raises(UserError, match=r"in_memory is True, but 40 records take .* is half of"):
+        data.train_batches(parse(tiny_data, **{"data.in_memory": True}), 0)
+
+
+def test_an_epoch_is_the_permutation_that_tensorflow_has_for_its_number():
+    source = tasks.RecordsSource("scenes/32", start=5)
+    pairs = source.order(7, seed=3).take(100).as_numpy_iterator()
+    for position, index in pairs:
+        seed = [3, position // 7]
+        assert index == tf.random.experimental.index_shuffle(position % 7, seed, 6)
 
 
 def test_evaluation_batches_never_change_and_prompts_are_the_first_of_their_split(config):
