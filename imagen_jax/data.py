@@ -118,9 +118,7 @@ def stack_text(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     return {k: np.stack([row[k] for row in rows]) for k in ("text", "text_mask")}
 
 
-def _from_disk(
-    config: Config, split: str, position: int, info: seqio.ShardInfo
-) -> tf.data.Dataset:
+def _from_disk(config: Config, split: str, position: int, info: seqio.ShardInfo) -> tf.data.Dataset:
     """Batches of image uint8 [b, H, W, 3] and ragged embeddings, endless; records as they come."""
     size = config.batch_size // info.num_shards
     rows = _rows(config, _source(config, split, position, size), split, info)

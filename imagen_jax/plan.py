@@ -60,7 +60,9 @@ def define_flags() -> None:
         "fast", False, "Compile with the least effort: minutes on a small machine, less exact."
     )
     flags.DEFINE_bool(
-        "search", False, "Also try remat policies, sizes of fsdp and microbatches, and rank them."
+        "search",
+        False,
+        "Also try sizes of fsdp and tensor, remat policies, microbatches; rank them.",
     )
     flags.DEFINE_string("cache", "~/.cache/imagen_jax/plan", "Folder of what was compiled before.")
 
@@ -152,8 +154,8 @@ class Planner:
 
     def search(self) -> list[dict[str, Any]]:
         """Rows of the settings tried: the setting, needed, step_s, mfu (None if unknown), note."""
-        settings = [*search.grid(sharding.REMAT, self._most_fsdp()), setting_of(self._built)]
-        return search.first_fits(settings, self._attempt)
+        start, chips = setting_of(self._built), self.topology.slice_chips
+        return search.search(start, sharding.REMAT, chips, self._attempt)
 
     def suggest(self, memory: dict[str, Any]) -> str:
         """The nearest setting to the config's that fits, as flags; "" if none does.
@@ -164,7 +166,7 @@ class Planner:
         state = sum(memory["state"].values()) - memory["state"]["batch"]
         split = state > WORTH_SPLITTING * memory["available"]
         for setting in search.nearest(setting_of(self._built), self._most_fsdp(), split):
-            if self._attempt(setting)[0]:
+            if self._attempt(setting)["step_s"] is not None:
                 return str(setting)
         return ""
 
@@ -172,23 +174,21 @@ class Planner:
         """Of a slice the devices that share the batch, as far as splitting weights helps."""
         return min(self.topology.slice_chips // self.config.mesh.tensor, sharding.MOST_FSDP)
 
-    def _attempt(self, setting: search.Setting) -> tuple[bool, dict[str, Any]]:
+    def _attempt(self, setting: search.Setting) -> search.Row:
         row = {**dataclasses.asdict(setting), "needed": None, "step_s": None, "mfu": None}
-        mesh = dataclasses.replace(
-            self.config.mesh, remat=setting.remat, fsdp=setting.fsdp, data=-1
-        )
+        sizes = {"data": -1, "fsdp": setting.fsdp, "tensor": setting.tensor}
+        mesh = dataclasses.replace(self.config.mesh, remat=setting.remat, **sizes)
         config = dataclasses.replace(self.config, mesh=mesh, microbatches=setting.microbatches)
         try:
             plan = self._plans.get(setting) or self.plan(config)
         except UserError as e:
-            return False, {**row, "note": str(e)}
+            return {**row, "note": str(e)}
         except jax.errors.JaxRuntimeError as e:
-            return False, {**row, "note": f"the compiler failed: {str(e).splitlines()[0]}"}
+            return {**row, "note": f"the compiler failed: {str(e).splitlines()[0]}"}
         row["needed"] = plan["memory"]["needed"]
         if not plan["memory"]["fits"]:
-            return False, {**row, "note": "does not fit"}
-        pace = plan["pace"]
-        return True, {**row, "step_s": pace["step_s"], "mfu": pace["mfu"], "note": ""}
+            return {**row, "note": "does not fit"}
+        return {**row, "step_s": plan["pace"]["step_s"], "mfu": plan["pace"]["mfu"], "note": ""}
 
     def _run(self, built: experiment.Experiment) -> Run:
         config, state = built.config, built.abstract_state
@@ -259,7 +259,8 @@ class Planner:
 
 def setting_of(built: experiment.Experiment) -> search.Setting:
     """The part of an experiment's config that a search changes, as numbers."""
-    return search.Setting(built.config.mesh.remat, built.mesh.shape["fsdp"], built.microbatches)
+    sizes = (built.mesh.shape[axis] for axis in ("fsdp", "tensor"))
+    return search.Setting(built.config.mesh.remat, *sizes, built.microbatches)
 
 
 def lower(built: experiment.Experiment) -> jax.stages.Lowered:

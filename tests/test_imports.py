@@ -20,7 +20,7 @@ ALLOWED_SIBLINGS = {
     "editing": {"diffusion", "sampling"},
     "train_step": {"optim"},
     "metrics": {"topologies", "train_step"},
-    "data": {"run_config"},
+    "data": {"run_config", "topologies"},
     "cli": {"compilation"},
     "distributed": {"rendezvous"},
     "fits": {"sharding"},

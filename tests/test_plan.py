@@ -313,24 +313,46 @@ def test_another_error_of_the_compiler_is_not_hidden(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_search_adds_microbatches_only_where_it_must():
-    def attempt(s):
-        fits = s.remat == "block" and s.microbatches >= 2
-        return fits, (s.remat, s.fsdp, s.microbatches)
+def test_the_search_goes_from_the_mesh_to_what_it_keeps():
+    tried = []
 
-    tried = search.first_fits(search.grid(("none", "block"), 4), attempt)
-    assert ("block", 4, 2) in tried and ("block", 4, 4) not in tried
-    assert ("none", 4, 4) in tried
+    def attempt(s):
+        tried.append(dataclasses.astuple(s))
+        # Twice the microbatches, or block, make it fit; tensor is fast and block slow.
+        fits = s.remat == "block" or s.microbatches >= 2
+        seconds = 1 / s.fsdp / s.tensor + (s.remat == "block")
+        return {"step_s": seconds if fits else None}
+
+    start = search.Setting("none", 4, 1, 1)
+    rows = search.search(start, ("none", "block"), 16, attempt)
+    assert tried == [
+        ("none", 4, 1, 1),
+        ("none", 8, 1, 1),
+        ("none", 8, 1, 2),
+        ("none", 16, 1, 1),
+        ("none", 16, 1, 2),
+        ("none", 8, 2, 1),
+        ("none", 8, 2, 2),
+        ("block", 16, 1, 1),
+    ]
+    assert [row["step_s"] for row in rows][-3:] == [None, 1 / 16, 1 + 1 / 16]
+
+
+def test_the_sizes_of_a_search_divide_the_slice():
+    assert search.meshes(1) == [(1, 1)]
+    assert search.meshes(4) == [(4, 1), (2, 2)]
+    assert search.meshes(16) == [(8, 1), (16, 1), (8, 2)]
+    assert search.meshes(256) == [(8, 1), (64, 1), (8, 2), (64, 2)]
 
 
 def test_the_nearest_setting_comes_first():
-    none = search.Setting("none", 1, 1)
+    none = search.Setting("none", 1, 1, 1)
     tried = search.nearest(none, 8, split=True)
-    assert tried[:2] == [search.Setting("block", 1, 1), search.Setting("none", 8, 1)]
-    assert tried[-1] == search.Setting("block", 8, 8)
+    assert tried[:2] == [search.Setting("block", 1, 1, 1), search.Setting("none", 8, 1, 1)]
+    assert tried[-1] == search.Setting("block", 8, 1, 8)
     assert {s.fsdp for s in search.nearest(none, 8, split=False)} == {1}
-    block = search.Setting("block", 8, 1)
-    assert search.nearest(block, 8, split=True)[0] == search.Setting("block", 8, 2)
+    block = search.Setting("block", 8, 1, 1)
+    assert search.nearest(block, 8, split=True)[0] == search.Setting("block", 8, 1, 2)
 
 
 @pytest.fixture
@@ -408,7 +430,7 @@ def test_the_search_ranks_what_fits(fake_compiler, tmp_path):
     planner = plan.Planner(config, V4, True, tmp_path)
     found = planner.plan(config) | {"config": "c", "command": "", "search": planner.search()}
     rows = report.search_rows(found)[1:]
-    fits = [row for row in rows if row[4]]
+    fits = [row for row in rows if row[5]]
     assert fits == rows[: len(fits)] and {row[-1] for row in rows[len(fits) :]} == {"does not fit"}
     assert {row[0] for row in fits} == set(sharding.REMAT)
     assert rows[0][0] in report.text(found) and "Search" in report.page(found)
@@ -422,7 +444,9 @@ def test_a_plan_of_two_slices(fake_compiler, tmp_path):
     assert found["mesh"] == {"slice": 2, "data": 1, "fsdp": 4, "tensor": 1}
     assert found["pace"]["chip_hours"] == pytest.approx(found["pace"]["days"] * 24 * 8)
     assert "2 x v4-8: 8 chips (2 slices of 2x2x1), 2 host(s)" in report.text(found)
-    assert {row["fsdp"] for row in planner.search()} == {4}
+    rows = planner.search()
+    assert {(row["fsdp"], row["tensor"]) for row in rows} == {(4, 1), (2, 2)}
+    assert {row["remat"] for row in rows} == set(sharding.REMAT)
 
 
 def test_a_batch_that_does_not_divide(on_cpu, tmp_path):

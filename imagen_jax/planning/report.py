@@ -157,11 +157,12 @@ def search_rows(plan: dict[str, Any]) -> list[list[str]]:
     def rank(entry: dict[str, Any]) -> float:
         return entry["step_s"] if entry["step_s"] is not None else float("inf")
 
-    header = ["remat", "fsdp", "microbatches", "GiB a chip", "step s", "MFU", "note"]
+    header = ["remat", "fsdp", "tensor", "microbatches", "GiB a chip", "step s", "MFU", "note"]
     rows = [
         [
             e["remat"],
             str(e["fsdp"]),
+            str(e["tensor"]),
             str(e["microbatches"]),
             "" if e["needed"] is None else f"{e['needed'] / GIB:.2f}",
             "" if e["step_s"] is None else f"{e['step_s']:.4f}",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any
 
-MICROBATCHES = (1, 2, 4)
-T = TypeVar("T")
+MICROBATCHES = (1, 2, 4)  # times those of the start
+FSDP, TENSOR = (8, 64), (1, 2)
+Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,45 +18,67 @@ class Setting:
     Attributes:
       remat: config.mesh.remat.
       fsdp: config.mesh.fsdp; the data axis takes the devices that are left.
+      tensor: config.mesh.tensor.
       microbatches: config.microbatches.
     """
 
     remat: str
     fsdp: int
+    tensor: int
     microbatches: int
 
     def __str__(self) -> str:
         """As flags."""
         return (
             f"--config.mesh.remat={self.remat} --config.mesh.data=-1 "
-            f"--config.mesh.fsdp={self.fsdp} --config.microbatches={self.microbatches}"
+            f"--config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
+            f"--config.microbatches={self.microbatches}"
         )
 
 
-def grid(remats: Iterable[str], most_fsdp: int) -> list[Setting]:
-    """The settings of a search: every remat policy, two sizes of fsdp, microbatches as needed."""
-    sizes = sorted({min(8, most_fsdp), most_fsdp})
-    return [Setting(r, f, m) for r in remats for f in sizes for m in MICROBATCHES]
+def search(
+    start: Setting, remats: Iterable[str], chips: int, attempt: Callable[[Setting], Row]
+) -> list[Row]:
+    """Attempts one thing after the other, since each takes minutes: the mesh, then what it keeps.
 
-
-def first_fits(
-    settings: Iterable[Setting], attempt: Callable[[Setting], tuple[bool, T]]
-) -> list[T]:
-    """Attempts settings in order; more microbatches only where fewer did not fit.
-
-    They cost time and save memory, nothing else, and each attempt costs minutes.
+    First `start`, then its policy on every mesh, then all other policies on the fastest of these
+    meshes. More microbatches only where fewer do not fit: they cost time and save memory, nothing
+    else.
 
     Args:
-      attempt: whether the setting fits, and what else came of it.
+      chips: of one slice.
+      attempt: a setting's row; its step_s is None unless it fits.
+
+    Returns:
+      The rows in the order of their attempts.
     """
-    done, results = set(), []
-    for setting in settings:
-        if (setting.remat, setting.fsdp) not in done:
-            fits, result = attempt(setting)
-            results.append(result)
-            if fits:
-                done.add((setting.remat, setting.fsdp))
-    return results
+    rows: dict[Setting, Row] = {}
+
+    def until_it_fits(setting: Setting) -> None:
+        for times in MICROBATCHES:
+            setting = dataclasses.replace(setting, microbatches=times * start.microbatches)
+            if setting not in rows:
+                rows[setting] = attempt(setting)
+            if rows[setting]["step_s"] is not None:
+                return
+
+    def seconds(setting: Setting) -> float:
+        step_s = rows[setting]["step_s"]
+        return float("inf") if step_s is None else step_s
+
+    rows[start] = attempt(start)
+    for fsdp, tensor in meshes(chips):
+        until_it_fits(dataclasses.replace(start, fsdp=fsdp, tensor=tensor))
+    fastest = min(rows, key=seconds)
+    for remat in remats:
+        until_it_fits(dataclasses.replace(fastest, remat=remat))
+    return list(rows.values())
+
+
+def meshes(chips: int) -> list[tuple[int, int]]:
+    """Sizes of fsdp and tensor that are worth attempting on a slice of so many chips."""
+    sizes = [(min(f, chips // t), t) for t in TENSOR for f in FSDP if chips % t == 0]
+    return [(f, t) for f, t in dict.fromkeys(sizes) if chips % (f * t) == 0]
 
 
 def nearest(tried: Setting, most_fsdp: int, split: bool) -> list[Setting]:
