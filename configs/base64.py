@@ -31,8 +31,8 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.seed = 0
     config.num_steps = 2_500_000
     config.batch_size = 2048
-    config.microbatches = 0  # as few as device_batch allows: on the paper's slice, one
-    config.device_batch = 8
+    config.microbatches = 0  # as few as device_batch and the chip allow: on the paper's slice, one
+    config.device_batch = 8  # as many as a tile of a TPU has rows; fewer take as long
     config.log_every = 100
     config.eval_every = 10_000
     config.sample_every = 10_000
@@ -83,7 +83,7 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 0
-    config.mesh.remat = "none"
+    config.mesh.remat = ""  # as little as the memory of a chip allows
     return _tiny(config) if size == "tiny" else config
 
 
@@ -116,4 +116,5 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.optimizer.warmup_steps = 100
     config.sampling.num_steps = 32
     config.sampling.guidance_weight = 3.0
+    config.mesh.remat = "none"
     return config

@@ -41,6 +41,7 @@ class Experiment:
     Attributes:
       config: the typed config.
       mesh: the device mesh.
+      remat: what of a block is computed anew in the backward pass, a key of sharding.REMAT.
       microbatches: parts in which a batch is taken.
       abstract_state: TrainState of ShapeDtypeStructs that carry shardings.
       init: () -> TrainState on the devices; the state never lies on one of them whole.
@@ -60,23 +61,21 @@ class Experiment:
                 f"{len(devices)} device(s)"
             )
         self.mesh = sharding.make_mesh(config.mesh, devices)
-        self.microbatches = config.microbatches or sharding.count_microbatches(
-            self.mesh,
-            config.batch_size,
-            config.device_batch,
-            topology.chip.hbm_bytes if topology else topologies.device_memory(),
-        )
-        sharding.check_batch(self.mesh, config.batch_size, self.microbatches)
         self.schedule = diffusion.Schedule(config.diffusion.schedule)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
         self._network = _network(config.unet)
-        self._run_block = sharding.block_runner(
-            self.mesh, config.mesh.remat, jnp.dtype(config.unet.dtype)
-        )
 
         shapes = jax.eval_shape(self._init)
         shardings = sharding.weight_shardings(self.mesh, shapes)
         self.abstract_state: TrainState = sharding.with_shardings(shapes, shardings)
+        room = self._room(topology)
+        scanned = getattr(config.unet, "scan_blocks", False)
+        self.remat = config.mesh.remat or sharding.choose_remat(room, scanned)
+        self.microbatches = config.microbatches or sharding.count_microbatches(
+            self.mesh, config.batch_size, config.device_batch, room, self.remat
+        )
+        sharding.check_batch(self.mesh, config.batch_size, self.microbatches)
+        self._run_block = sharding.block_runner(self.mesh, self.remat, jnp.dtype(config.unet.dtype))
         self.batch_sharding = sharding.batch_sharding(self.mesh)
         self.batch_ways = sharding.batch_ways(self.mesh)
         whole = sharding.replicated(self.mesh)
@@ -129,6 +128,12 @@ class Experiment:
     def state_bytes_per_device(self) -> int:
         """Bytes of weights, EMA and optimizer state that each device holds."""
         return sharding.bytes_per_device(self.abstract_state)
+
+    def _room(self, topology: topologies.Topology | None) -> float:
+        """Bytes of a device beside its state, gradients, and the gradients of microbatches' sum."""
+        memory = topology.chip.hbm_bytes if topology else 0
+        gradients = sharding.bytes_per_device(self.abstract_state.params)
+        return (memory or topologies.device_memory()) - self.state_bytes_per_device - 2 * gradients
 
     @functools.cached_property
     def model_flops(self) -> float:

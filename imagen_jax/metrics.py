@@ -29,7 +29,11 @@ def overview(params: Any) -> str:
 
 
 class MetricLogger:
-    """Averages step metrics between log lines and writes them everywhere; only host 0 writes."""
+    """Averages step metrics between log lines and writes them everywhere; only host 0 writes.
+
+    Attributes:
+      step_time: seconds a step, by the last line; infinite before the first.
+    """
 
     def __init__(self, workdir: Path, num_steps: int, batch_size: int, flops_per_step: float):
         self._path = Path(workdir) / "metrics.jsonl"
@@ -40,6 +44,7 @@ class MetricLogger:
         self.writer = metric_writers.create_default_writer(
             workdir, just_logging=not self._main, asynchronous=False
         )
+        self.step_time = math.inf
         self._window: list[dict[str, np.ndarray]] = []
         self._paused = 0.0
         self._start = time.perf_counter()
@@ -70,6 +75,7 @@ class MetricLogger:
     def flush(self, step: int) -> None:
         """Writes the averages since the last call, under `step`."""
         seconds = (time.perf_counter() - self._start - self._paused) / len(self._window)
+        self.step_time = seconds
         scalars = {k: float(np.mean([m[k] for m in self._window])) for k in ("loss", "grad_norm")}
         loss_sums, counts = (
             np.sum([m[k] for m in self._window], 0) for k in ("bucket_loss", "bucket_count")

@@ -260,7 +260,7 @@ class Planner:
 def setting_of(built: experiment.Experiment) -> search.Setting:
     """The part of an experiment's config that a search changes, as numbers."""
     sizes = (built.mesh.shape[axis] for axis in ("fsdp", "tensor"))
-    return search.Setting(built.config.mesh.remat, *sizes, built.microbatches)
+    return search.Setting(built.remat, *sizes, built.microbatches)
 
 
 def lower(built: experiment.Experiment) -> jax.stages.Lowered:

@@ -175,8 +175,8 @@ class Config:
 
     Attributes:
       microbatches: parts of a batch whose gradients are averaged; 0 is as few as device_batch asks.
-      device_batch: examples that a device with 30 GiB takes at once, others in proportion (the next
-        lower power of two); read only if microbatches is 0.
+      device_batch: examples that a device takes at once in sharding.ROOM; read where microbatches
+        is 0. With twice the room it takes twice as many.
     """
 
     seed: int

@@ -51,6 +51,9 @@ TILE = (8, 128)
 # its narrowest matrix, 512 rows, still is a tile. Where there are not 64, 8 do: split 16 or 32 ways
 # over a whole slice, XLA exchanges activations and takes 1.6 times as long (docs/scaling.md).
 MOST_FSDP, FEW_FSDP = 64, 8
+# Bytes beside state and gradients in which a device takes Config.device_batch examples at once:
+# recomputing next to nothing, and recomputing every block (docs/scaling.md).
+ROOM = {"kept": 13 * 2**30, "block": 9 * 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class MeshConfig:
       remat: what of a block is computed anew in the backward pass: "none" (nothing; activations
         are kept), "save_products" (all but its convolutions and attention: what costs little),
         "save_attention" (all but its attention), "block" (all), or "offload" (as save_products, but
-        they are kept in the host's memory).
+        they are kept in the host's memory). With "" the device's memory decides, see choose_remat.
     """
 
     topology: str = ""
@@ -79,7 +82,7 @@ class MeshConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        require(self.remat in REMAT, "mesh.remat", self.remat, ", ".join(REMAT))
+        require(not self.remat or self.remat in REMAT, "mesh.remat", self.remat, ", ".join(REMAT))
         for axis in AXES:
             size = getattr(self, axis)
             ok = size == -1 or size > 0 or (axis == "fsdp" and size == 0)
@@ -169,15 +172,31 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
         )
 
 
-def count_microbatches(mesh: Mesh, batch_size: int, device_batch: int, memory: float) -> int:
+def choose_remat(room: float, scanned: bool) -> str:
+    """The policy that recomputes least of those that a device has room for.
+
+    Args:
+      room: bytes of a device beside state and gradients.
+      scanned: whether blocks run in a scan, which stores all that its backward pass reads, a copy
+        a turn.
+    """
+    if room < ROOM["kept"]:
+        return "block"
+    return "save_products" if scanned else "none"
+
+
+def count_microbatches(
+    mesh: Mesh, batch_size: int, device_batch: int, room: float, remat: str
+) -> int:
     """As few equal parts of the batch as let a device take its share of one at once.
 
     Args:
-      device_batch: examples that a device with 30 GiB takes at once.
-      memory: bytes of a device; twice as many take twice as much. 0 is unknown, as 30 GiB.
+      device_batch: examples that a device takes at once in the ROOM for `remat`; in twice as much,
+        twice as many.
+      room: bytes of a device beside state and gradients.
     """
-    scale = 2.0 ** math.floor(math.log2(memory / (30 * 2**30))) if memory else 1
-    most = max(1, int(device_batch * scale))
+    times = max(room, 1.0) / ROOM["block" if remat == "block" else "kept"]
+    most = max(1, int(device_batch * 2.0 ** math.floor(math.log2(times))))
     share = max(1, batch_size // batch_ways(mesh))
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
 

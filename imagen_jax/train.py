@@ -40,6 +40,9 @@ FLAGS = flags.FLAGS
 
 # EX_TEMPFAIL of sysexits.h, "try again": what restarts a run must tell a preemption from its end.
 STOPPED = 75
+# How far the host runs ahead of the device: each step of it holds a batch on the device, and delays
+# a stop.
+AHEAD_S, MOST_AHEAD = 2.0, 16
 
 
 def define_flags() -> None:
@@ -162,6 +165,7 @@ def train(
                 log.info("\n%s", metrics.overview(built.abstract_params))
             devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
             log.info("training %s parameters on %s", f"{built.num_params:,}", devices)
+            log.info("%d microbatch(es), remat=%s", built.microbatches, built.remat)
             log.info(compile_ahead(built.step.lower(built.abstract_state, built.abstract_batch)))
             startup.done("compile")
             return run_loop(built, state, start, batches, logger, actions, stop)
@@ -183,11 +187,12 @@ def start_or_resume(built: experiment.Experiment, checkpoints: Checkpoints):
 def run_loop(built, state, start, batches, logger, actions, stop) -> bool:
     """The loop itself; True if it reached the last step.
 
-    Metrics are fetched one step late, so the host never stalls the device.
+    The host runs ahead of the device by up to AHEAD_S, then fetches the metrics of all steps but
+    the newest. So the device never waits for the host, not even for one that is held up a while.
     """
     config = built.config
     logger.restart_clock()
-    pending = None
+    pending: list[tuple[int, Any]] = []
     with jax.transfer_guard("disallow"):
         for step in range(start + 1, config.num_steps + 1):
             if actions.profile.starts(step):
@@ -197,14 +202,16 @@ def run_loop(built, state, start, batches, logger, actions, stop) -> bool:
                 state, metrics = built.step(state, built.put(next(batches)))
             if step == start + 1:
                 actions.started(step, metrics)
-            fetch(logger, pending, config.log_every)
-            pending = (step, metrics)
+            pending.append((step, metrics))
+            ahead = min(AHEAD_S / logger.step_time, MOST_AHEAD)
+            if len(pending) > ahead or (step - 1) % config.log_every == 0:
+                fetch(logger, pending, config.log_every, keep=1)
             stopping = stop(step)
             due = [actions.save] if stopping else actions.due(step)
             if due:
-                ends = stopping or step == config.num_steps
-                fetch(logger, pending, config.log_every, force=ends)
-                pending = None
+                fetch(logger, pending, config.log_every)
+                if (stopping or step == config.num_steps) and step % config.log_every:
+                    logger.flush(step)
                 with logger.pause():
                     for action in due:
                         action(step, state)
@@ -214,14 +221,13 @@ def run_loop(built, state, start, batches, logger, actions, stop) -> bool:
     return True
 
 
-def fetch(logger, pending, log_every: int, force: bool = False) -> None:
-    """Hands the metrics of a finished step to the logger, and has it write when a line is due."""
-    if pending is None:
-        return
-    step, metrics = pending
-    logger.add(step, metrics)
-    if force or step % log_every == 0:
-        logger.flush(step)
+def fetch(logger, pending: list[tuple[int, Any]], log_every: int, keep: int = 0) -> None:
+    """Waits for all steps but the last `keep`, and hands their metrics to the logger."""
+    while len(pending) > keep:
+        step, metrics = pending.pop(0)
+        logger.add(step, metrics)
+        if step % log_every == 0:
+            logger.flush(step)
 
 
 def write_config(workdir: Path, config: Config) -> None:

@@ -91,17 +91,37 @@ def test_fsdp_of_0_is_a_whole_slice_but_at_most_64():
 
 
 @pytest.mark.parametrize(
-    ("memory", "expected"), [(0, 1), (32e9, 2), (33e9, 1), (17e9, 2), (16e9, 4), (95e9, 1)]
+    ("room", "remat", "count"),
+    [(13, "none", 8), (26.1, "none", 4), (12.9, "none", 16), (12.9, "block", 8), (1, "none", 64)],
 )
-def test_a_larger_device_takes_more_examples_at_once(memory, expected):
+def test_a_device_with_more_room_takes_more_examples_at_once(room, remat, count):
     mesh = make_mesh(MeshConfig())
-    count = sharding.count_microbatches(mesh, 64, device_batch=8, memory=memory)
-    assert count == expected
+    found = sharding.count_microbatches(mesh, 512, 8, room * sharding.ROOM["kept"] / 13, remat)
+    assert found == count
 
 
 def test_microbatches_divide_the_batch():
     mesh = make_mesh(MeshConfig())
-    assert sharding.count_microbatches(mesh, 8 * 12, device_batch=5, memory=0) == 3
+    assert sharding.count_microbatches(mesh, 8 * 12, 5, sharding.ROOM["kept"], "none") == 3
+
+
+@pytest.mark.parametrize(
+    ("config_name", "topology", "remat", "microbatches"),
+    [
+        ("base64", "v4-8", "none", 2048 // 4 // 8),
+        ("base64", "v5e-4", "block", 2048 // 4 // 4),  # of 16 GiB, state and gradients take 7
+        ("base64", "v5e-8", "block", 2048 // 8 // 8),
+        ("base64:1b", "v5e-8", "none", 2048 // 8 // 8),
+        ("sr256", "v5e-8", "save_products", 2048 // 8 // 16),
+    ],
+)
+def test_a_topology_sets_mesh_remat_and_microbatches(config_name, topology, remat, microbatches):
+    config = run_config.parse(load_config(*config_name.split(":")))
+    mesh = dataclasses.replace(config.mesh, topology=topology)
+    chips = topologies.lookup(topology).num_chips
+    built = experiment.build(dataclasses.replace(config, mesh=mesh), jax.devices()[:chips])
+    assert (built.remat, built.microbatches) == (remat, microbatches)
+    assert built.mesh.shape["fsdp"] == chips
 
 
 def test_a_topology_must_be_there():

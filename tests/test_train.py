@@ -1,16 +1,21 @@
 """The whole path: training writes what users rely on, goes on exactly after a stop, and reports."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import jax
 import pytest
 from conftest import ROOT, load_config, shrink
 from PIL import Image
 
-from imagen_jax import distributed, evaluate, experiment, fits, run_config, train
+from imagen_jax import distributed, evaluate, experiment, fits, profiling, run_config, train
 from imagen_jax.errors import UserError
 
 
@@ -111,6 +116,42 @@ def test_a_finished_run_is_left_alone(config, finished):
     before = (finished / "metrics.jsonl").read_text()
     train.train(config, finished, StopAt())
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("step_time", "most"), [(math.inf, 1), (0.5, 4), (1e-3, 16)])
+def test_the_host_runs_ahead_by_two_seconds_and_misses_no_step(step_time, most):
+    done, ahead, calls = 0, [], []
+
+    def step(state, batch):
+        nonlocal done
+        done += 1
+        return state, done
+
+    def add(number, metrics):
+        ahead.append(done - number)
+        calls.append(number)
+
+    logger = types.SimpleNamespace(
+        step_time=step_time,
+        restart_clock=lambda: None,
+        pause=contextlib.nullcontext,
+        add=add,
+        flush=lambda number: calls.append(f"line {number}"),
+    )
+    config = types.SimpleNamespace(num_steps=47, log_every=20)
+    built = types.SimpleNamespace(config=config, step=step, put=lambda batch: batch)
+    saved = []
+    actions = types.SimpleNamespace(
+        profile=profiling.Profile((), Path()),
+        started=lambda *args: None,
+        due=lambda number: [lambda *args: saved.append(number)] if number in (33, 47) else [],
+    )
+    args = (built, None, 0, itertools.repeat(None), logger, actions, StopAt())
+    assert train.run_loop(*args)
+    lines = {20: ["line 20"], 40: ["line 40"], 47: ["line 47"]}
+    assert calls == [call for n in range(1, 48) for call in [n, *lines.get(n, [])]]
+    assert max(ahead) == most and ahead[32] == ahead[46] == 0 and saved == [33, 47]
+    assert ahead[19] == 1, "a line is written as soon as its last step is done"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
