@@ -6,6 +6,7 @@ the data is one number, and the same whatever the number of hosts (see data_pipe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from data_pipelines import embeddings, records, tasks
+from imagen_jax.cli import log
 from imagen_jax.config import require
 from imagen_jax.errors import UserError
 from imagen_jax.run_config import Config
@@ -133,11 +135,7 @@ def _from_disk(config: Config, split: str, position: int, info: seqio.ShardInfo)
 def _from_memory(
     config: Config, split: str, position: int, info: seqio.ShardInfo
 ) -> tf.data.Dataset:
-    """The same batches; all records are decoded now, and kept.
-
-    Raises:
-      UserError: they would take more than half of this machine's memory.
-    """
+    """The same batches; all records are decoded now, and kept."""
     kept = _whole_split(config, split)
     size = config.batch_size // info.num_shards
     order = _source(config, split, position, size).order(len(kept["image"]), config.seed, info)
@@ -154,23 +152,30 @@ def _from_memory(
 
 
 def _whole_split(config: Config, split: str) -> dict[str, Any]:
-    """Image uint8 [n, S, S, 3] and ragged embeddings [n, (t), D] of all records of a split."""
+    """Image uint8 [n, S, S, 3] and ragged embeddings [n, (t), D] of all records of a split.
+
+    Raises:
+      UserError: they would take more than a quarter of this machine's memory.
+    """
     source = _source(config, split)
     num, available = source.num_input_examples(split), physical_memory()
+    keys = ("image", *_text_keys(config))
     rows = _rows(config, source, split, shuffle=False).ragged_batch(_CHUNK)
-    chunks = []
-    with tqdm(total=num, desc="reading into memory", unit=" records", mininterval=0.5) as bar:
-        for chunk in _guarded(config, iter(rows)):
-            count = len(chunk.pop("position"))
-            needed = num / count * sum(map(_bytes, chunk.values()))
-            if not chunks and needed > available / 2:
-                raise UserError(
-                    f"config.data.in_memory is True, but {num:,} records take {needed / GIB:.1f} "
-                    f"GiB; allowed is half of this machine's {available / GIB:.1f} GiB"
-                )
+    rows = ({key: row[key] for key in keys} for row in _guarded(config, iter(rows)))
+    chunks = [next(rows)]
+    read = len(chunks[0]["image"])
+    needed = num / read * sum(map(_bytes, chunks[0].values()))
+    if needed > available / 4:  # putting the parts together takes as much again
+        raise UserError(
+            f"config.data.in_memory is True, but {num:,} records take {needed / GIB:.1f} GiB; "
+            f"allowed is a quarter of this machine's {available / GIB:.1f} GiB"
+        )
+    words = {"desc": "reading into memory", "unit": " records"}
+    with tqdm(total=num, initial=read, disable=not log.isEnabledFor(logging.INFO), **words) as bar:
+        for chunk in rows:
             chunks.append(chunk)
-            bar.update(count)
-    return {key: tf.concat([chunk[key] for chunk in chunks], axis=0) for key in chunks[0]}
+            bar.update(len(chunk["image"]))
+    return {key: tf.concat([chunk[key] for chunk in chunks], axis=0) for key in keys}
 
 
 def _bytes(values: tf.Tensor | tf.RaggedTensor) -> int:

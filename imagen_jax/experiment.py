@@ -60,6 +60,11 @@ class Experiment:
                 f"config.mesh.topology is {name!r}{several}, {topology.num_chips} chips; here are "
                 f"{len(devices)} device(s)"
             )
+        kind = devices[0].device_kind
+        if topology and devices[0].platform == "tpu" and kind not in topology.chip.kinds:
+            raise UserError(
+                f"config.mesh.topology is {name!r}, of {topology.chip.kinds[0]}; here are {kind}"
+            )
         self.mesh = sharding.make_mesh(config.mesh, devices)
         self.schedule = diffusion.Schedule(config.diffusion.schedule)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
@@ -68,16 +73,11 @@ class Experiment:
         shapes = jax.eval_shape(self._init)
         shardings = sharding.weight_shardings(self.mesh, shapes)
         self.abstract_state: TrainState = sharding.with_shardings(shapes, shardings)
-        room = self._room(topology)
-        scanned = getattr(config.unet, "scan_blocks", False)
-        self.remat = config.mesh.remat or sharding.choose_remat(room, scanned)
-        self.microbatches = config.microbatches or sharding.count_microbatches(
-            self.mesh, config.batch_size, config.device_batch, room, self.remat
-        )
+        self.batch_ways = sharding.batch_ways(self.mesh)
+        self.remat, self.microbatches = self._fit(topology)
         sharding.check_batch(self.mesh, config.batch_size, self.microbatches)
         self._run_block = sharding.block_runner(self.mesh, self.remat, jnp.dtype(config.unet.dtype))
         self.batch_sharding = sharding.batch_sharding(self.mesh)
-        self.batch_ways = sharding.batch_ways(self.mesh)
         whole = sharding.replicated(self.mesh)
         # Run once: on a CPU, optimizing a thousand small random number generators takes longer.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
@@ -129,11 +129,22 @@ class Experiment:
         """Bytes of weights, EMA and optimizer state that each device holds."""
         return sharding.bytes_per_device(self.abstract_state)
 
-    def _room(self, topology: topologies.Topology | None) -> float:
-        """Bytes of a device beside its state, gradients, and the gradients of microbatches' sum."""
-        memory = topology.chip.hbm_bytes if topology else 0
-        gradients = sharding.bytes_per_device(self.abstract_state.params)
-        return (memory or topologies.device_memory()) - self.state_bytes_per_device - 2 * gradients
+    def _fit(self, topology: topologies.Topology | None) -> tuple[str, int]:
+        """The remat policy and the microbatches; what the config leaves open, memory decides."""
+        c = self.config
+        memory = (topology and topology.chip.hbm_bytes) or topologies.device_memory()
+        # Gradients twice: those of a microbatch, and their sum.
+        gradients = 2 * sharding.bytes_per_device(self.abstract_state.params)
+        room = memory - self.state_bytes_per_device - gradients
+        times = 1.0
+        if c.microbatches and c.device_batch:
+            times = max(1.0, c.batch_size / self.batch_ways / c.microbatches / c.device_batch)
+        scanned = getattr(c.unet, "scan_blocks", False)
+        remat = c.mesh.remat or sharding.choose_remat(room, times, scanned)
+        microbatches = c.microbatches or sharding.count_microbatches(
+            self.mesh, c.batch_size, c.device_batch, room, remat
+        )
+        return remat, microbatches
 
     @functools.cached_property
     def model_flops(self) -> float:

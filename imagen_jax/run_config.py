@@ -174,7 +174,8 @@ class Config:
     """All config keys. Intervals are in steps; 0 turns the action off.
 
     Attributes:
-      microbatches: parts of a batch whose gradients are averaged; 0 is as few as device_batch asks.
+      microbatches: parts of a batch whose gradients are averaged; 0 is as few as device_batch and
+        the room on a device allow.
       device_batch: examples that a device takes at once in sharding.ROOM; read where microbatches
         is 0. With twice the room it takes twice as many.
     """

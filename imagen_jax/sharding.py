@@ -82,7 +82,8 @@ class MeshConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        require(not self.remat or self.remat in REMAT, "mesh.remat", self.remat, ", ".join(REMAT))
+        known = self.remat in ("", *REMAT)
+        require(known, "mesh.remat", self.remat, f'{", ".join(REMAT)}, or "" to choose')
         for axis in AXES:
             size = getattr(self, axis)
             ok = size == -1 or size > 0 or (axis == "fsdp" and size == 0)
@@ -172,15 +173,16 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
         )
 
 
-def choose_remat(room: float, scanned: bool) -> str:
+def choose_remat(room: float, times: float, scanned: bool) -> str:
     """The policy that recomputes least of those that a device has room for.
 
     Args:
       room: bytes of a device beside state and gradients.
+      times: how many times Config.device_batch it takes at once.
       scanned: whether blocks run in a scan, which stores all that its backward pass reads, a copy
         a turn.
     """
-    if room < ROOM["kept"]:
+    if room < ROOM["kept"] * times:
         return "block"
     return "save_products" if scanned else "none"
 

@@ -196,6 +196,7 @@ def run_loop(built, state, start, batches, logger, actions, stop) -> bool:
     with jax.transfer_guard("disallow"):
         for step in range(start + 1, config.num_steps + 1):
             if actions.profile.starts(step):
+                fetch(logger, pending, config.log_every)
                 with logger.pause():
                     actions.profile.start(state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):

@@ -34,6 +34,7 @@ def load_config(name, argument=None):
 
 def _shrink_run(config):
     config.batch_size = 8
+    config.data.in_memory = False
     config.num_steps = 100
     config.num_samples = 4
     config.optimizer.warmup_steps = 1

@@ -74,7 +74,7 @@ def test_from_memory_come_the_batches_that_come_from_disk(tiny_data, crops):
 
 def test_more_than_the_memory_is_one_line(tiny_data, monkeypatch):
     monkeypatch.setattr(data, "physical_memory", lambda: 2**10)
-    with pytest.raises(UserError, match=r"in_memory is True, but 40 records take .* is half of"):
+    with pytest.raises(UserError, match=r"in_memory is True, but 40 records take .* a quarter of"):
         data.train_batches(parse(tiny_data, **{"data.in_memory": True}), 0)
 
 

@@ -20,6 +20,8 @@ MESHES = [
     pytest.param({"data": 8}, marks=slow),
     pytest.param({"fsdp": 8, "data": 1, "remat": "offload"}, marks=slow),
     pytest.param({"data": 4, "fsdp": 1, "tensor": 2}, marks=slow),
+    pytest.param({"data": 1, "fsdp": 8, "remat": "none"}, marks=slow),
+    pytest.param({"data": 2, "fsdp": 4, "remat": "save_products"}, marks=slow),
     pytest.param(
         {"topology": "v4-8", "slice": 2, "fsdp": 4, "remat": "save_attention"}, marks=slow
     ),
@@ -80,11 +82,13 @@ def test_output_channels_go_to_tensor_and_whole_tiles_of_the_rest_to_fsdp():
     assert spec((3, 3, 3, 9999), fsdp=8) == (None,) * 4
 
 
-def test_fsdp_of_0_is_a_whole_slice_but_at_most_64():
+def test_fsdp_of_0_is_64_or_up_to_8():
     def sizes(devices, **axes):
         return tuple(MeshConfig(fsdp=0, **axes).sizes(devices).values())
 
     assert sizes(4) == (1, 1, 4, 1)
+    assert sizes(16) == (1, 2, 8, 1)
+    assert sizes(32) == (1, 4, 8, 1)
     assert sizes(256) == (1, 4, 64, 1)
     assert sizes(2048, tensor=2) == (1, 16, 64, 2)
     assert sizes(512, slice=2) == (2, 4, 64, 1)
@@ -129,6 +133,22 @@ def test_a_topology_must_be_there():
         experiment.build(stage("base64", topology="v4-512"))
     with pytest.raises(UserError, match="v4-7"):
         experiment.build(stage("base64", topology="v4-7"))
+
+
+def test_a_topology_must_be_of_the_chips_that_are_there():
+    pytest.importorskip("libtpu")
+    devices = topologies.devices(topologies.lookup("v5e-4"))
+    with pytest.raises(UserError, match="is 'v4-8', of TPU v4; here are TPU v5 lite"):
+        experiment.build(stage("base64", topology="v4-8"), devices)
+
+
+def test_more_at_once_than_a_device_has_room_for_recomputes_blocks():
+    config = run_config.parse(load_config("base64"))
+    mesh = dataclasses.replace(config.mesh, topology="v4-8")
+    for parts, remat in ((64, "none"), (16, "block")):
+        asked = dataclasses.replace(config, mesh=mesh, microbatches=parts)
+        built = experiment.build(asked, jax.devices()[:4])
+        assert (built.remat, built.microbatches) == (remat, parts)
 
 
 def test_a_topology_of_several_slices_must_be_there():
