@@ -53,7 +53,7 @@ TILE = (8, 128)
 MOST_FSDP, FEW_FSDP = 64, 8
 # Bytes beside state and gradients in which a device takes Config.device_batch examples at once:
 # recomputing next to nothing, and recomputing every block (docs/scaling.md).
-ROOM = {"kept": 13 * 2**30, "block": 9 * 2**30}
+ROOM = {"kept": 13 * 2**30, "block": 7 * 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
