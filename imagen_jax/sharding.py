@@ -31,11 +31,11 @@ BATCH_AXES = ("slice", "data", "fsdp")
 _POLICIES = jax.checkpoint_policies
 REMAT: dict[str, Callable[..., Any]] = {
     "none": _POLICIES.save_anything_except_these_names("weight"),
-    "save_products": _POLICIES.save_only_these_names("conv", "attention"),
+    "save_products": _POLICIES.save_only_these_names("conv", "attention", "statistics"),
     "save_attention": _POLICIES.save_only_these_names("attention"),
     "block": _POLICIES.nothing_saveable,
     "offload": _POLICIES.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=["statistics"],
         names_which_can_be_offloaded=["conv", "attention"],
         offload_src="device",
         offload_dst="pinned_host",
@@ -69,9 +69,10 @@ class MeshConfig:
         a slice has no multiple of that, up to FEW_FSDP.
       tensor: the output channels of weights, and with them heads, are split over this axis.
       remat: what of a block is computed anew in the backward pass: "none" (nothing; activations
-        are kept), "save_products" (all but its convolutions and attention: what costs little),
-        "save_attention" (all but its attention), "block" (all), or "offload" (as save_products, but
-        they are kept in the host's memory). With "" the device's memory decides, see choose_remat.
+        are kept), "save_products" (all but its convolutions, attention, and norms' statistics: what
+        costs little), "save_attention" (all but its attention), "block" (all), or "offload" (as
+        save_products, but products are kept in the host's memory). With "" the device's memory
+        decides, see choose_remat.
     """
 
     topology: str = ""

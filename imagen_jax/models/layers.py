@@ -103,6 +103,7 @@ class GroupNorm(nnx.Module):
         grouped = (b, self.groups, c // self.groups)
         mean = x.mean((1, 2)).reshape(grouped).mean(2, keepdims=True)
         mean_square = jnp.square(x).mean((1, 2)).reshape(grouped).mean(2, keepdims=True)
+        mean, mean_square = (checkpoint_name(m, "statistics") for m in (mean, mean_square))
         rstd = jax.lax.rsqrt(jnp.maximum(mean_square - jnp.square(mean), 0.0) + 1e-5)
         mean_bc = jnp.broadcast_to(mean, grouped).reshape(b, c)
         scale_bc = jnp.broadcast_to(rstd, grouped).reshape(b, c) * self.scale[...][None, :]
