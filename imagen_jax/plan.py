@@ -57,7 +57,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("out", None, "Folder for plan.json and plan.html; made if it is not there.")
     flags.DEFINE_bool(
-        "fast", False, "Compile with the least effort: minutes on a small machine, less exact."
+        "fast", False, "Compile with the least effort: minutes, but time is an optimistic bound."
     )
     flags.DEFINE_bool(
         "search",
