@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import cascade, diffusion, editing, optim, sharding, topologies
+from imagen_jax import cascade, diffusion, editing, fits, optim, sharding, topologies
 from imagen_jax.checkpoint import Checkpoints
 from imagen_jax.errors import UserError
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
@@ -74,7 +74,8 @@ class Experiment:
         shardings = sharding.weight_shardings(self.mesh, shapes)
         self.abstract_state: TrainState = sharding.with_shardings(shapes, shardings)
         self.batch_ways = sharding.batch_ways(self.mesh)
-        self.remat, self.microbatches = self._fit(topology)
+        memory = (topology and topology.chip.hbm_bytes) or topologies.device_memory()
+        self.remat, self.microbatches = fits.choose(config, self.mesh, self.abstract_state, memory)
         sharding.check_batch(self.mesh, config.batch_size, self.microbatches)
         self._run_block = sharding.block_runner(self.mesh, self.remat, jnp.dtype(config.unet.dtype))
         self.batch_sharding = sharding.batch_sharding(self.mesh)
@@ -128,23 +129,6 @@ class Experiment:
     def state_bytes_per_device(self) -> int:
         """Bytes of weights, EMA and optimizer state that each device holds."""
         return sharding.bytes_per_device(self.abstract_state)
-
-    def _fit(self, topology: topologies.Topology | None) -> tuple[str, int]:
-        """The remat policy and the microbatches; what the config leaves open, memory decides."""
-        c = self.config
-        memory = (topology and topology.chip.hbm_bytes) or topologies.device_memory()
-        # Gradients twice: those of a microbatch, and their sum.
-        gradients = 2 * sharding.bytes_per_device(self.abstract_state.params)
-        room = memory - self.state_bytes_per_device - gradients
-        times = 1.0
-        if c.microbatches and c.device_batch:
-            times = max(1.0, c.batch_size / self.batch_ways / c.microbatches / c.device_batch)
-        scanned = getattr(c.unet, "scan_blocks", False)
-        remat = c.mesh.remat or sharding.choose_remat(room, times, scanned)
-        microbatches = c.microbatches or sharding.count_microbatches(
-            self.mesh, c.batch_size, c.device_batch, room, remat
-        )
-        return remat, microbatches
 
     @functools.cached_property
     def model_flops(self) -> float:

@@ -176,7 +176,7 @@ class Config:
     Attributes:
       microbatches: parts of a batch whose gradients are averaged; 0 is as few as device_batch and
         the room on a device allow.
-      device_batch: examples that a device takes at once in sharding.ROOM; read where microbatches
+      device_batch: examples that a device takes at once in fits.ROOM; read where microbatches
         is 0. With twice the room it takes twice as many.
     """
 

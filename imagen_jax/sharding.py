@@ -51,9 +51,6 @@ TILE = (8, 128)
 # its narrowest matrix, 512 rows, still is a tile. Where there are not 64, 8 do: split 16 or 32 ways
 # over a whole slice, XLA exchanges activations and takes 1.6 times as long (docs/scaling.md).
 MOST_FSDP, FEW_FSDP = 64, 8
-# Bytes beside state and gradients in which a device takes Config.device_batch examples at once:
-# recomputing next to nothing, and recomputing every block (docs/scaling.md).
-ROOM = {"kept": 13 * 2**30, "block": 7 * 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +69,7 @@ class MeshConfig:
         are kept), "save_products" (all but its convolutions, attention, and norms' statistics: what
         costs little), "save_attention" (all but its attention), "block" (all), or "offload" (as
         save_products, but products are kept in the host's memory). With "" the device's memory
-        decides, see choose_remat.
+        decides, see fits.choose_remat.
     """
 
     topology: str = ""
@@ -172,36 +169,6 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
             f"config.batch_size is {batch_size}; it must be a multiple of {unit} "
             f"({ways} devices x {microbatches} microbatches)"
         )
-
-
-def choose_remat(room: float, times: float, scanned: bool) -> str:
-    """The policy that recomputes least of those that a device has room for.
-
-    Args:
-      room: bytes of a device beside state and gradients.
-      times: how many times Config.device_batch it takes at once.
-      scanned: whether blocks run in a scan, which stores all that its backward pass reads, a copy
-        a turn.
-    """
-    if room < ROOM["kept"] * times:
-        return "block"
-    return "save_products" if scanned else "none"
-
-
-def count_microbatches(
-    mesh: Mesh, batch_size: int, device_batch: int, room: float, remat: str
-) -> int:
-    """As few equal parts of the batch as let a device take its share of one at once.
-
-    Args:
-      device_batch: examples that a device takes at once in the ROOM for `remat`; in twice as much,
-        twice as many.
-      room: bytes of a device beside state and gradients.
-    """
-    times = max(room, 1.0) / ROOM["block" if remat == "block" else "kept"]
-    most = max(1, int(device_batch * 2.0 ** math.floor(math.log2(times))))
-    share = max(1, batch_size // batch_ways(mesh))
-    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
 
 
 def _weight_spec(mesh: Mesh, shape: tuple[int, ...]) -> P:

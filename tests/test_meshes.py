@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import load_config, random_batch, shrink, shrink_sr
 
-from imagen_jax import experiment, run_config, sharding, topologies
+from imagen_jax import experiment, fits, run_config, sharding, topologies
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import MeshConfig, make_mesh, weight_shardings
 
@@ -100,13 +100,13 @@ def test_fsdp_of_0_is_64_or_up_to_8():
 )
 def test_a_device_with_more_room_takes_more_examples_at_once(room, remat, count):
     mesh = make_mesh(MeshConfig())
-    found = sharding.count_microbatches(mesh, 512, 8, room * sharding.ROOM["kept"] / 13, remat)
+    found = fits.count_microbatches(mesh, 512, 8, room * fits.ROOM["kept"] / 13, remat)
     assert found == count
 
 
 def test_microbatches_divide_the_batch():
     mesh = make_mesh(MeshConfig())
-    assert sharding.count_microbatches(mesh, 8 * 12, 5, sharding.ROOM["kept"], "none") == 3
+    assert fits.count_microbatches(mesh, 8 * 12, 5, fits.ROOM["kept"], "none") == 3
 
 
 @pytest.mark.parametrize(

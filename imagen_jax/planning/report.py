@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from imagen_jax.planning import search
+
 GIB = 2**30
 Rows = list[tuple[str, str]]
 
@@ -154,9 +156,6 @@ def _input(plan: dict[str, Any]) -> Rows:
 def search_rows(plan: dict[str, Any]) -> list[list[str]]:
     """Header and rows of the search's table: the fastest first, then what does not fit."""
 
-    def rank(entry: dict[str, Any]) -> float:
-        return entry["step_s"] if entry["step_s"] is not None else float("inf")
-
     header = ["remat", "fsdp", "tensor", "microbatches", "GiB a chip", "step s", "MFU", "note"]
     rows = [
         [
@@ -169,7 +168,7 @@ def search_rows(plan: dict[str, Any]) -> list[list[str]]:
             "" if e["mfu"] is None else f"{e['mfu']:.1%}",
             e["note"],
         ]
-        for e in sorted(plan["search"], key=rank)
+        for e in sorted(plan["search"], key=search.seconds)
     ]
     return [header, *rows]
 

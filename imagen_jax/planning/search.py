@@ -62,17 +62,18 @@ def search(
             if rows[setting]["step_s"] is not None:
                 return
 
-    def seconds(setting: Setting) -> float:
-        step_s = rows[setting]["step_s"]
-        return float("inf") if step_s is None else step_s
-
     rows[start] = attempt(start)
     for fsdp, tensor in meshes(chips):
         until_it_fits(dataclasses.replace(start, fsdp=fsdp, tensor=tensor))
-    fastest = min(rows, key=seconds)
+    fastest = min(rows, key=lambda setting: seconds(rows[setting]))
     for remat in remats:
         until_it_fits(dataclasses.replace(fastest, remat=remat))
     return list(rows.values())
+
+
+def seconds(row: Row) -> float:
+    """The predicted step of a row, infinite if it does not fit."""
+    return float("inf") if row["step_s"] is None else row["step_s"]
 
 
 def meshes(chips: int) -> list[tuple[int, int]]:
