@@ -59,12 +59,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--blocks is {FLAGS.blocks}; it must be whole numbers above 0")
     clock = CLOCKS[FLAGS.clock]
     common = {"dtype": FLAGS.dtype, "text_dim": TEXT_DIM, "low_res": FLAGS.image_size // 4}
+    unrolled = efficient(FLAGS.width, FLAGS.image_size, **common)
     configs = {
         "ordinary": ordinary(FLAGS.width, FLAGS.image_size, **common),
-        "efficient, scanned": efficient(FLAGS.width, FLAGS.image_size, **common),
+        "efficient, scanned": dataclasses.replace(unrolled, scan_blocks=True),
+        "efficient, unrolled": unrolled,
     }
-    unrolled = dataclasses.replace(configs["efficient, scanned"], scan_blocks=False)
-    configs["efficient, unrolled"] = unrolled
     networks = compare(configs, FLAGS.batch_size, FLAGS.rounds, clock)
     print(networks_table(networks, FLAGS.clock), flush=True)
     compiling = compile_times(unrolled, list(map(int, FLAGS.blocks)), clock)

@@ -54,7 +54,10 @@ def main(argv: list[str]) -> None:
     common = {key: getattr(config.unet, key) for key in ("low_res", "dtype", "text_dim")}
     networks = {
         "ordinary": ("unet", ordinary(FLAGS.width, config.unet.image_size, **common)),
-        "Efficient": ("efficient_unet", _unrolled(config.unet.image_size, **common)),
+        "Efficient": (
+            "efficient_unet",
+            efficient(FLAGS.width, config.unet.image_size, **common),
+        ),
     }
     runs = {}
     for title, (name, network) in networks.items():
@@ -80,16 +83,10 @@ def main(argv: list[str]) -> None:
     plot(runs, out.with_suffix(".png"))
 
 
-def _unrolled(image_size: int, **common: Any):
-    # A CPU is slow at gradients of looped convolutions, and elsewhere it makes no difference.
-    config = efficient(FLAGS.width, image_size, **common)
-    return dataclasses.replace(config, scan_blocks=False)
-
-
 def with_network(config: Config, name: str, network: Any) -> Config:
     """The config with another section `model`."""
     values = dataclasses.asdict(network)
-    section = {k: v for k, v in values.items() if k not in NOT_WEIGHTS or k == "scan_blocks"}
+    section = {k: v for k, v in values.items() if k not in NOT_WEIGHTS}
     return dataclasses.replace(config, model={"name": name, "dtype": network.dtype, **section})
 
 

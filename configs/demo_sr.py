@@ -42,7 +42,6 @@ def get_config() -> ConfigDict:
     config.model.skip = "concat"
     config.model.cond_width = 64
     config.model.num_heads = 4
-    config.model.scan_blocks = False  # a CPU convolves more slowly inside a loop
     config.model.dtype = "float32"
 
     config.text = ConfigDict()

@@ -117,7 +117,6 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.model.num_res_blocks = (1, 1, 2, 2)
     config.model.cond_width = 64
     config.model.num_heads = 4
-    config.model.scan_blocks = False  # a CPU is slow at gradients of looped convolutions
     config.model.dtype = "float32"
 
     config.text.encoder = "byte-tiny"
