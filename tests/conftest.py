@@ -1,7 +1,9 @@
 """Test-wide settings (one CPU made into 8 devices, rank promotion an error) and a tiny config."""
 
+import atexit
 import importlib.util
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ os.environ["XLA_FLAGS"] = (
 )
 # Compiling is most of a test's time: do little of it, and no program twice.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="imagen_jax_tests_")
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import numpy as np
