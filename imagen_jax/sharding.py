@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,11 +25,11 @@ from imagen_jax.errors import UserError
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
 
-# Rematerialization by name: what the backward pass finds of a block's forward pass. Gathered
-# weights are never kept: they are gathered again.
+# Rematerialization by name: what the backward pass finds of a block's forward pass. Where not all
+# of it, weights are gathered again.
 _POLICIES = jax.checkpoint_policies
 REMAT: dict[str, Callable[..., Any]] = {
-    "none": _POLICIES.save_anything_except_these_names("weight"),
+    "none": _POLICIES.everything_saveable,
     "save_products": _POLICIES.save_only_these_names("conv", "attention", "statistics"),
     "save_attention": _POLICIES.save_only_these_names("attention"),
     "block": _POLICIES.nothing_saveable,
@@ -257,8 +256,8 @@ def block_runner(mesh: Mesh, remat: str, dtype: Any) -> Callable[..., Any]:
     """Runs a model's block as `run(fn, params, *arrays)`, gathering its weights at use.
 
     With plain FSDP shardings XLA's partitioner un-shards the batch instead of the weights, which
-    does not fit on a chip. So a block's weights are constrained to be whole inside jax.checkpoint,
-    and the activations at its border to lie as the batch does.
+    does not fit on a chip. So a block's weights are constrained to be whole inside it (and inside
+    jax.checkpoint), and the activations at its border to lie as the batch does.
 
     Args:
       remat: a key of REMAT.
@@ -272,20 +271,20 @@ def block_runner(mesh: Mesh, remat: str, dtype: Any) -> Callable[..., Any]:
 
     def gathered(fn, params, *arrays):
         if split:
-            params = jax.tree.map(lambda x: checkpoint_name(gather(x), "weight"), params)
+            params = jax.tree.map(gather, params)
             arrays = jax.tree.map(on_batch, arrays)
         return fn(params, *arrays)
 
     def run(fn, params, *arrays):
-        if remat == "none" and not split:
-            return fn(params, *arrays)
+        if remat == "none":  # else jax.checkpoint rounds all that is kept, one pass over it more
+            return gathered(fn, params, *arrays)
         # Barriers keep XLA from undoing the recomputation of products. Where those are kept, they
         # would only have it store, in float32, what it can compute from its neighbour on the way.
         step = jax.checkpoint(
             gathered,
             static_argnums=(0,),
             policy=REMAT[remat],
-            prevent_cse=remat not in ("none", "save_products"),
+            prevent_cse=remat != "save_products",
         )
         return step(fn, params, *arrays)
 
