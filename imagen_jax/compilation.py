@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk from one run to the next, and what became of one."""
+"""How programs are compiled, kept on disk from one run to the next, and what became of one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ log = logging.getLogger("imagen_jax")
 DEFAULT = "~/.cache/imagen_jax/xla"
 # Set by JAX for each program that it reads instead of compiling, with the seconds that took.
 READ = "/jax/compilation_cache/cache_retrieval_time_sec"
+# By platform, of the training step. A TPU else stands still while weights are gathered.
+OPTIONS = {"tpu": {"xla_enable_async_all_gather": True}}
 UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
 
 

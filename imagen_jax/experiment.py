@@ -20,6 +20,7 @@ import numpy as np
 
 from imagen_jax import cascade, diffusion, editing, fits, optim, sharding, topologies
 from imagen_jax.checkpoint import Checkpoints
+from imagen_jax.compilation import OPTIONS
 from imagen_jax.errors import UserError
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
 from imagen_jax.models.functional import Functional, functional
@@ -85,6 +86,7 @@ class Experiment:
         self.init: Callable[[], TrainState] = jax.jit(
             self._init, out_shardings=shardings, compiler_options=quick
         )
+        self.compiler_options = OPTIONS.get(devices[0].platform, {})
         self.step = jax.jit(
             functools.partial(
                 train_step,
@@ -97,6 +99,7 @@ class Experiment:
             in_shardings=(shardings, self.batch_sharding),
             out_shardings=(shardings, whole),
             donate_argnums=(0,),
+            compiler_options=self.compiler_options,
         )
         self.eval_loss = jax.jit(self._eval_loss, out_shardings=whole)
         self._draw = jax.jit(self._sample, static_argnums=(3,), out_shardings=whole)

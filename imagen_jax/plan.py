@@ -134,9 +134,10 @@ class Planner:
         setting, run = setting_of(built), self._run(built)
         compiled = None
         if self.compiles:
+            options = {**built.compiler_options, **compiling.effort(self.fast)}
             with self._progress(f"compiling {_words(setting)}"):
                 compiled = compiling.compile_step(
-                    lower(built), self.topology.label, self.fast, self.cache
+                    lower(built), self.topology.label, options, self.cache
                 )
             log.info(
                 "%s, %.0f s", "from the cache" if compiled.cached else "done", compiled.seconds

@@ -125,8 +125,29 @@ ENTRY %main (a: f32[1024]) -> f32[256] {
 
 
 def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
-    found = costs.count(hlo.parse(SCATTER)).collectives
-    assert found == {"reduce-scatter": {"count": 1, "bytes": 3 / 4 * 4096}}
+    found = costs.count(hlo.parse(SCATTER))
+    assert found.collectives == {"reduce-scatter": {"count": 1, "bytes": 3 / 4 * 4096}}
+    assert [o.waits_for for o in found.operations] == [3 / 4 * 4096]
+
+
+GATHERS = """HloModule m, num_partitions=4
+
+ENTRY %main (a: f32[256]) -> f32[1024] {
+  %a = f32[256] parameter(0)
+  %start = (f32[256], f32[1024]) all-gather-start(%a), replica_groups={{0,1,2,3}}, dimensions={0}
+  %done = f32[1024] all-gather-done(%start)
+  %side = f32[2048] custom-call(%done, %done), custom_call_target="ConcatBitcast"
+  ROOT %now = f32[1024] all-gather(%a), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+
+
+def test_only_a_collective_that_is_not_started_ahead_is_waited_for():
+    found = costs.count(hlo.parse(GATHERS))
+    assert found.collectives["all-gather"] == {"count": 2, "bytes": 2 * 3 * 1024}
+    # And naming two arrays that lie side by side as one moves nothing.
+    moved_now = 1024 + 4096
+    assert [(o.waits_for, o.bytes) for o in found.operations] == [(3 * 1024, moved_now)]
 
 
 OUTSIDE = """HloModule m, num_partitions=4
@@ -211,6 +232,17 @@ def test_the_roofline_is_the_largest_bound():
     assert step.compiler_s is None
 
 
+def test_a_chip_waits_for_exposed_collectives_after_its_own_work():
+    alone = costs.Operation(2, bytes=1e9, cycles=7, waits_for=1e9)
+    counted = operations(flops=2e12, cycles=int(0.02 * V4.chip.clock_hz))
+    counted = dataclasses.replace(counted, operations=[*counted.operations, alone])
+    xla = {"flops": 3e12, "bytes accessed": 1.0, "optimal_seconds": 0.0}
+    step = roofline.estimate(counted, xla, V4, fast=False)
+    assert step.exposed_s == pytest.approx(2 * 1e9 / 100e9)
+    assert step.compiler_s == pytest.approx(3 * 0.02 + 1e12 / 275e12)
+    assert step.step_s == pytest.approx(step.compiler_s + step.exposed_s)
+
+
 def test_no_step_is_faster_than_what_leaves_the_chip():
     received = {"all-reduce": {"count": 1, "bytes": 1e9}, "between-slices": {"bytes": 1e9}}
     counted = dataclasses.replace(operations(flops=0.0), collectives=received)
@@ -288,28 +320,28 @@ class FakeLowered:
 
 def test_a_program_is_compiled_once(tmp_path):
     lowered = FakeLowered()
-    first = compiling.compile_step(lowered, "v4-8", True, tmp_path / "cache")
-    again = compiling.compile_step(lowered, "v4-8", True, tmp_path / "cache")
+    first = compiling.compile_step(lowered, "v4-8", {}, tmp_path / "cache")
+    again = compiling.compile_step(lowered, "v4-8", {}, tmp_path / "cache")
     assert lowered.compiled == 1
     assert (first.cached, again.cached) == (False, True)
     assert again == dataclasses.replace(first, cached=True)
     assert first.needed == 10 + 11 - 12 + 13 + 14
-    for target, fast, text in (("v4-16", True, "a"), ("v4-8", False, "a"), ("v4-8", True, "b")):
+    for target, options, text in (("v4-16", {}, "a"), ("v4-8", {"x": 1}, "a"), ("v4-8", {}, "b")):
         other = FakeLowered(text)
-        assert not compiling.compile_step(other, target, fast, tmp_path / "cache").cached
+        assert not compiling.compile_step(other, target, options, tmp_path / "cache").cached
 
 
 def test_a_program_too_large_is_remembered_too(tmp_path):
     lowered = FakeLowered(error="RESOURCE_EXHAUSTED: Used 33.5G of 30.75G hbm.")
     for cached in (False, True):
-        found = compiling.compile_step(lowered, "v4-8", True, tmp_path)
+        found = compiling.compile_step(lowered, "v4-8", {}, tmp_path)
         assert (found.cached, found.needed, found.text) == (cached, 33.5 * GIB, "")
     assert lowered.compiled == 1
 
 
 def test_another_error_of_the_compiler_is_not_hidden(tmp_path):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        compiling.compile_step(FakeLowered(error="INTERNAL: no"), "v4-8", True, tmp_path)
+        compiling.compile_step(FakeLowered(error="INTERNAL: no"), "v4-8", {}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -359,7 +391,7 @@ def test_the_nearest_setting_comes_first():
 def on_cpu(monkeypatch):
     """CPUs play the chips of v4-8, and XLA for CPUs the compiler."""
     monkeypatch.setattr(topologies, "devices", lambda topology: jax.devices()[: topology.num_chips])
-    monkeypatch.setattr(compiling, "options", lambda fast: {})
+    monkeypatch.setattr(compiling, "effort", lambda fast: {})
 
 
 def small(**changes):
@@ -397,7 +429,7 @@ def test_a_plan_has_every_figure(on_cpu, tmp_path):
 def fake_compiler(monkeypatch, on_cpu):
     """Halves what a program needs with every microbatch and with remat; its text is LOOP."""
 
-    def compile_step(lowered, target, fast, cache):
+    def compile_step(lowered, target, options, cache):
         text = lowered.as_text()
         needed = 100 * GIB / text["microbatches"] / (2 if text["remat"] == "block" else 1)
         cost = {"flops": 1e12, "bytes accessed": 1e9}

@@ -49,7 +49,7 @@ class Compiled:
     cached: bool = False
 
 
-def options(fast: bool) -> dict[str, Any]:
+def effort(fast: bool) -> dict[str, Any]:
     """Compiler options: with `fast` those of the least effort, by this JAX's name for it."""
     if not fast:
         return {}
@@ -58,29 +58,30 @@ def options(fast: bool) -> dict[str, Any]:
     return {"exec_time_optimization_effort": -1.0}
 
 
-def compile_step(lowered: Any, target: str, fast: bool, cache: Path) -> Compiled:
+def compile_step(lowered: Any, target: str, options: dict[str, Any], cache: Path) -> Compiled:
     """Compiles a lowered program, or finds in `cache` what compiling it once gave.
 
     Args:
       lowered: from `jitted.lower(...)`, on devices to compile for.
       target: the topology's name.
+      options: of the compiler.
       cache: a folder, made if it is not there.
     """
-    path = cache / f"{_key(lowered, target, fast)}.json.gz"
+    path = cache / f"{_key(lowered, target, options)}.json.gz"
     if path.exists():
         with contextlib.suppress(OSError, ValueError, TypeError):
             kept = json.loads(gzip.decompress(path.read_bytes()))
             return dataclasses.replace(Compiled(**kept), cached=True)
-    compiled = _compile(lowered, fast)
+    compiled = _compile(lowered, options)
     cache.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(compiled)).encode()))
     return compiled
 
 
-def _key(lowered: Any, target: str, fast: bool) -> str:
+def _key(lowered: Any, target: str, options: dict[str, Any]) -> str:
     """A hash of all that the result depends on."""
-    parts = [target, jax.__version__, compiler_version(), json.dumps(options(fast))]
+    parts = [target, jax.__version__, compiler_version(), json.dumps(options)]
     return hashlib.sha256("\n".join([*parts, lowered.as_text()]).encode()).hexdigest()[:32]
 
 
@@ -92,10 +93,10 @@ def compiler_version() -> str:
         return ""
 
 
-def _compile(lowered: Any, fast: bool) -> Compiled:
+def _compile(lowered: Any, options: dict[str, Any]) -> Compiled:
     start = time.perf_counter()
     try:
-        compiled = lowered.compile(compiler_options=options(fast))
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as e:
         needed = too_large(str(e))
         if needed is None:

@@ -22,11 +22,13 @@ HOST_MEMORY = "S(5)"
 # They move nothing: names of what is there, and what is counted where it was started or goes on.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "call"}
 FREE |= {"while", "conditional", "partition-id", "async-start", "async-update", "async-done"}
+# Custom calls that move nothing: they name what lies side by side already.
+FREE_CALLS = ("ConcatBitcast",)
 # Where the compiler has no estimate it writes the largest number that it can.
 NO_ESTIMATE = 10**15
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Operation:
     """One operation that runs `times` times a step, on every device.
 
@@ -34,12 +36,15 @@ class Operation:
       flops: of the convolutions and matrix products in it.
       bytes: read and written, on-chip memory included.
       cycles: that the compiler thinks it takes; 0 where it does not say.
+      waits_for: bytes from other devices, which this one does nothing but wait for; collectives
+        that are started first and awaited later have none.
     """
 
     times: int
     flops: float = 0.0
     bytes: float = 0.0
     cycles: int = 0
+    waits_for: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,27 +67,27 @@ class Costs:
 def count(program: Program) -> Costs:
     """Counts a program's costs."""
     operations, unknown, host_bytes = [], 0, 0.0
-    flops: dict[int, float] = {}
     table = {kind: {"count": 0, "bytes": 0.0} for kind in (*COLLECTIVES, BETWEEN_SLICES)}
     for where, i, times, fused in program.walk():
         unknown += i.opcode == "while" and program.turns(where, i) is None
+        if i.opcode == "copy-start" and HOST_MEMORY in i.shape:
+            host_bytes += times * _first_size(i.shape)  # of source and destination, which are equal
+        if not fused:
+            operations.append(Operation(times, 0.0, _moved(program, where, i), _cycles(i)))
+        # What is fused comes after the fusion that it is in.
+        operations[-1].flops += _flops(where, i)
         kind = i.opcode.removesuffix("-start")
         if kind == "all-reduce" and fused:  # with the slice of it that a device keeps
             kind = "reduce-scatter"
         if kind == "recv" and "megascale" in i.rest:
             kind = BETWEEN_SLICES
         if kind in table:
+            size = received(program, where, i, kind)
             table[kind]["count"] += times
-            table[kind]["bytes"] += times * received(program, where, i, kind)
-        if i.opcode == "copy-start" and HOST_MEMORY in i.shape:
-            host_bytes += times * _first_size(i.shape)  # of source and destination, which are equal
-        if not fused:
-            operations.append(Operation(times, 0.0, _moved(program, where, i), _cycles(i)))
-        if work := _flops(where, i):
-            # A fusion comes before what is fused into it.
-            flops[len(operations) - 1] = flops.get(len(operations) - 1, 0.0) + work
-    operations = [dataclasses.replace(o, flops=flops.get(n, 0.0)) for n, o in enumerate(operations)]
-    operations = [o for o in operations if o.flops or o.bytes or o.cycles]
+            table[kind]["bytes"] += times * size
+            if i.opcode in COLLECTIVES:
+                operations[-1].waits_for += size
+    operations = [o for o in operations if o.flops or o.bytes or o.cycles or o.waits_for]
     found = {k: v for k, v in table.items() if v["count"]}
     return Costs(operations, found, host_bytes, unknown)
 
@@ -194,6 +199,8 @@ def _moved(program: Program, where: Computation, i: Instruction) -> float:
     """Bytes that an operation reads and writes: of an array that it slices, the slice alone."""
     if i.opcode in FREE or i.opcode.endswith(("-start", "-done")):
         return 0.0  # what is copied ahead of its use counts where it is used
+    if i.attribute(r'custom_call_target="(\w+)"') in FREE_CALLS:
+        return 0.0
     operands = [_size(where[name].shape) if name in where else 0.0 for name in i.operands]
     if i.opcode in ("dynamic-slice", "slice"):
         return 2 * _size(i.shape)

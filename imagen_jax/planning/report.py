@@ -111,7 +111,9 @@ def _step(step: dict[str, Any]) -> Rows:
         for kind, seconds in step["bounds"].items()
     ]
     own = f"{step['compiler_s']:.4f} ({step['source']})" if step["compiler_s"] else "none"
-    rows += [("the compiler's estimate", own), ("predicted", f"{step['step_s']:.4f}")]
+    rows.append(("the compiler's estimate", own))
+    rows.append(("waiting for other chips", f"{step['exposed_s']:.4f}"))
+    rows.append(("predicted", f"{step['step_s']:.4f}"))
     rows.append(("memory traffic of a chip, GB", f"{step['bytes'] / 1e9:,.2f}"))
     for kind, row in step["collectives"].items():
         rows.append(

@@ -27,10 +27,12 @@ class Estimate:
       bounds: the least time for "compute", "memory" and "interconnect", for "network" between
         slices and for "host".
       binds: the largest of them, the roofline.
-      compiler_s: the compiler's estimate, or None if it has no sane one.
+      compiler_s: the compiler's estimate of what the chip itself does, or None if it has no sane
+        one.
       source: what that is, "cycles" or "optimal_seconds".
-      step_s: the prediction: the compiler's estimate or else the roofline, and no less than what
-        leaves the chip takes, which at best is hidden behind the rest.
+      exposed_s: in collectives during which the chip does nothing else.
+      step_s: the prediction: the compiler's estimate, or else the bound of computing and memory,
+        and what is exposed; no less than all that leaves the chip takes.
       unknown_loops: loops that were counted as one turn for want of their number.
     """
 
@@ -42,6 +44,7 @@ class Estimate:
     binds: str
     compiler_s: float | None
     source: str
+    exposed_s: float
     step_s: float
     unknown_loops: int = 0
 
@@ -82,8 +85,10 @@ def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool
     # then below what the FLOPs alone take.
     sane = [(s, n) for s, n in ((cycles, "cycles"), (optimal, "optimal_seconds")) if s > 0]
     compiler, source = next((c for c in sane if c[0] >= bounds["compute"]), (None, ""))
+    exposed = sum(o.times * o.waits_for for o in costs.operations) / topology.ici_bytes_per_s
     outside = (bounds.get(kind, 0.0) for kind in ("interconnect", "network", "host"))
-    step = max(compiler or bounds[binds], *outside)
+    own = compiler or max(bounds["compute"], bounds["memory"])
+    step = max(own + exposed, *outside)
     return Estimate(
         flops=flops,
         bytes=moved,
@@ -93,6 +98,7 @@ def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool
         binds=binds,
         compiler_s=compiler,
         source=source,
+        exposed_s=exposed,
         step_s=step,
         unknown_loops=costs.unknown_loops,
     )
@@ -109,9 +115,12 @@ def _seconds(o: Operation, topology: Topology) -> float:
 
 
 def _cycle_seconds(costs: Costs, topology: Topology) -> float:
-    """The compiler's cycles, one operation after the other; the roofline where it has none."""
+    """The compiler's cycles, one operation after the other; the roofline where it has none.
+
+    Without the collectives that the chip waits for.
+    """
     clock = topology.chip.clock_hz
     if not any(o.cycles for o in costs.operations):
         return 0.0
-    times = ((o.times, o.cycles / clock or _seconds(o, topology)) for o in costs.operations)
-    return sum(n * s for n, s in times)
+    own = (o for o in costs.operations if not o.waits_for)
+    return sum(o.times * (o.cycles / clock or _seconds(o, topology)) for o in own)
