@@ -27,6 +27,7 @@ ALLOWED_SIBLINGS = {
     "planning.figures": {"topologies"},
     "planning.roofline": {"topologies"},
     "report": {"pictures"},
+    "models.layers": {"models.attention"},
     "models.efficient_unet": {"models.layers", "models.network"},
     "models.network": {"models.layers"},
     "models.unet": {"models.layers", "models.network"},

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from imagen_jax.models.attention import attention
+
 zeros_init = nnx.initializers.zeros_init()
 
 
@@ -145,7 +147,8 @@ class TextPooling(nnx.Module):
         self.head_dim = head_dim
         if self.attend:
             self.q = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-            self.kv = nnx.Linear(width, 2 * width, dtype=dtype, rngs=rngs)
+            self.k = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+            self.v = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, text_btd: jax.Array, mask_bt: jax.Array) -> jax.Array:
@@ -153,31 +156,22 @@ class TextPooling(nnx.Module):
         pooled = masked_mean(text, mask_bt)
         if self.attend:
             mean = pooled[:, None, :]
-            (q,) = split_heads(self.q(mean), 1, self.head_dim)
             tokens = jnp.concatenate([mean, text], axis=1)
-            k, v = split_heads(self.kv(tokens), 2, self.head_dim)
             mask = jnp.concatenate([jnp.ones_like(mask_bt[:, :1]), mask_bt], axis=1)
-            pooled = attention(q, k, v, mask)[:, 0]
+            qkv = self.q(mean), self.k(tokens), self.v(tokens)
+            pooled = attend(*qkv, mask, self.head_dim)[:, 0]
         return self.out(pooled)
 
 
-def split_heads(x_bsc: jax.Array, parts: int, head_dim: int) -> tuple[jax.Array, ...]:
-    """Channels [heads, parts, head_dim] -> one array [B, S, heads, head_dim] for each part.
-
-    Heads come first among the channels, so that splitting those over devices splits heads.
-    """
-    b, s, c = x_bsc.shape
-    x = x_bsc.reshape(b, s, c // (parts * head_dim), parts, head_dim)
-    return tuple(x[:, :, :, i] for i in range(parts))
-
-
-def attention(
-    q_bshd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask_bt: jax.Array | None = None
+def attend(
+    q_bsc: jax.Array, k_btc: jax.Array, v_btc: jax.Array, mask_bt: jax.Array | None, head_dim: int
 ) -> jax.Array:
-    """Multi-head attention, [B, S, heads * head_dim]; ignores keys where the mask is False."""
-    mask = None if mask_bt is None else mask_bt[:, None, None, :]
-    out = jax.nn.dot_product_attention(q_bshd, k_bthd, v_bthd, mask=mask)
-    return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention")
+    """Multi-head attention, [B, S, C], with the heads side by side among the channels.
+
+    Splitting the channels over devices therefore splits heads.
+    """
+    q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q_bsc, k_btc, v_btc))
+    return attention(q, k, v, mask_bt).reshape(q_bsc.shape)
 
 
 class Attention(nnx.Module):
@@ -202,31 +196,38 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         hidden = hidden or channels
+        kw = {"dtype": dtype, "rngs": rngs}
         self.head_dim = head_dim
-        self.parts = 3 if self_attention else 1
-        self.norm = GroupNorm(channels, dtype=dtype)
-        self.qkv = nnx.Linear(channels, self.parts * hidden, dtype=dtype, rngs=rngs)
-        if text_width:
-            layer_norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs) if text_norm else None
-            self.text_norm = layer_norm
-            self.text_kv = nnx.Linear(text_width, 2 * hidden, dtype=dtype, rngs=rngs)
+        self.self_attention = self_attention
         self.use_text = text_width > 0
-        self.out = nnx.Linear(hidden, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(channels, dtype=dtype)
+        # Each a matrix of its own: cutting up one product costs a TPU a copy in another layout.
+        self.q = nnx.Linear(channels, hidden, **kw)
+        if self_attention:
+            self.k = nnx.Linear(channels, hidden, **kw)
+            self.v = nnx.Linear(channels, hidden, **kw)
+        if text_width:
+            self.text_norm = nnx.LayerNorm(text_width, **kw) if text_norm else None
+            self.text_k = nnx.Linear(text_width, hidden, **kw)
+            self.text_v = nnx.Linear(text_width, hidden, **kw)
+        self.out = nnx.Linear(hidden, channels, kernel_init=zeros_init, **kw)
 
     def __call__(self, x_bhwc: jax.Array, cond: Conditioning) -> jax.Array:
         b, h, w, c = x_bhwc.shape
-        qkv = self.qkv(self.norm(x_bhwc).reshape(b, h * w, c))
-        q, *kv = split_heads(qkv, self.parts, self.head_dim)
-        keys, values, mask = kv[:1], kv[1:], None
+        x = self.norm(x_bhwc).reshape(b, h * w, c)
+        keys, values, masks = [], [], []
+        if self.self_attention:
+            keys.append(self.k(x))
+            values.append(self.v(x))
+            masks.append(jnp.ones((b, h * w), bool))
         if self.use_text:
             text = self.text_norm(cond.text) if self.text_norm is not None else cond.text
-            text_k, text_v = split_heads(self.text_kv(text), 2, self.head_dim)
-            keys, values = [*keys, text_k], [*values, text_v]
-            masks = [jnp.ones((b, h * w), bool)] if kv else []
-            mask = jnp.concatenate([*masks, cond.text_mask], axis=1)
-        k, v = (jnp.concatenate(parts, axis=1) for parts in (keys, values))
-        out = self.out(attention(q, k, v, mask))
-        if not kv:
+            keys.append(self.text_k(text))
+            values.append(self.text_v(text))
+            masks.append(cond.text_mask)
+        k, v, mask = (jnp.concatenate(parts, axis=1) for parts in (keys, values, masks))
+        out = self.out(attend(self.q(x), k, v, mask if self.use_text else None, self.head_dim))
+        if not self.self_attention:
             out = jnp.where(mask.any(1)[:, None, None], out, 0)
         return x_bhwc + out.reshape(x_bhwc.shape)
 
