@@ -370,6 +370,17 @@ def test_the_search_goes_from_the_mesh_to_what_it_keeps():
     assert [row["step_s"] for row in rows][-3:] == [None, 1 / 16, 1 + 1 / 16]
 
 
+def test_the_search_takes_fewer_microbatches_while_they_are_faster():
+    tried = []
+
+    def attempt(s):
+        tried.append((s.remat, s.microbatches))
+        return {"step_s": None if s.microbatches == 1 else s.microbatches + (s.remat == "block")}
+
+    search.search(search.Setting("block", 1, 1, 8), ("none", "block"), 1, attempt)
+    assert tried == [("block", 8), ("none", 8), ("none", 4), ("none", 2), ("none", 1)]
+
+
 def test_the_sizes_of_a_search_divide_the_slice():
     assert search.meshes(1) == [(1, 1)]
     assert search.meshes(4) == [(4, 1), (2, 2)]
