@@ -1,0 +1,136 @@
+"""Our attention against jax.nn.dot_product_attention, in one run.
+
+    python -m benchmarks.attention --shapes=32x8,16x16 --batch_size=2
+
+The attention of the base model on this machine's device: at each size of the image (--shapes are
+SIZExHEADS, of 64 channels a head) all pixels attend to all pixels and 128 tokens. Called in turn
+are a forward pass and one with gradients; beside the median of the times stands the temporary
+memory that XLA plans. In brackets, how many times less than JAX's. On a GPU JAX's has a second row,
+through cuDNN.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from imagen_jax import cli
+from imagen_jax.errors import UserError
+from imagen_jax.models.attention import attention
+
+FLAGS = flags.FLAGS
+TOKENS, HEAD_DIM = 128, 64
+JAXS = "jax.nn"
+KINDS = ("forward", "with gradients")
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("shapes", ["32x8", "16x16"], "Sides of the image x heads.")
+    flags.DEFINE_integer("batch_size", 2, "Images a call.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 9, "How often each program is timed.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of queries, keys and values.")
+    flags.DEFINE_string("json", "", "Also write the figures to this file.")
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints a table in Markdown."""
+    del argv
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text) for text in FLAGS.shapes]
+    if not all(found):
+        raise UserError(f"--shapes is {','.join(FLAGS.shapes)}; allowed: SIZExHEADS, as in 32x8")
+    shapes = [(int(match[1]), int(match[2])) for match in found]
+    rows = [
+        {"size": size, "heads": heads, "name": name, **figures}
+        for size, heads in shapes
+        for name, figures in measure(size, heads, FLAGS.batch_size, FLAGS.rounds).items()
+    ]
+    print(table(rows))
+    if FLAGS.json:
+        settings = {key: FLAGS[key].value for key in ("batch_size", "rounds", "dtype")}
+        settings |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        text = json.dumps({"settings": settings, "rows": rows}, indent=2)
+        Path(FLAGS.json).write_text(text + "\n")
+
+
+def functions() -> dict[str, Callable[..., jax.Array]]:
+    """(q, k, v, mask) -> the attention's output, by name."""
+
+    def jaxs(q, k, v, mask, implementation=None):
+        mask = mask[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+    ways = {JAXS: jaxs, "ours": attention}
+    if jax.default_backend() == "gpu":
+        ways[f"{JAXS}, cuDNN"] = functools.partial(jaxs, implementation="cudnn")
+    return ways
+
+
+def programs(function: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
+    """The jitted functions of (q, k, v, mask, gradient of the output) that are timed."""
+
+    def with_gradients(q, k, v, mask, g):
+        out, pull = jax.vjp(lambda q, k, v: function(q, k, v, mask), q, k, v)
+        return out, pull(g)
+
+    forward = jax.jit(lambda q, k, v, mask, g: function(q, k, v, mask))
+    return dict(zip(KINDS, (forward, jax.jit(with_gradients)), strict=True))
+
+
+def measure(size: int, heads: int, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds and bytes of each function's programs, timed in turn."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    lengths = [size**2, size**2 + TOKENS, size**2 + TOKENS, size**2]
+    shapes = [(batch, length, heads, HEAD_DIM) for length in lengths]
+    q, k, v, g = map(functools.partial(jax.random.normal, dtype=FLAGS.dtype), keys, shapes)
+    mask = jnp.broadcast_to(jnp.arange(k.shape[1]) < k.shape[1] - TOKENS // 2, k.shape[:2])
+    args = (q, k, v, mask, g)
+    compiled = {
+        (name, kind): program.lower(*args).compile()
+        for name, function in functions().items()
+        for kind, program in programs(function).items()
+    }
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in compiled}
+    for turn in range(rounds + 1):
+        for key, program in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            if turn:  # the first is not counted
+                seconds[key].append(time.perf_counter() - start)
+    results: dict[str, dict[str, Any]] = {name: {} for name, _ in compiled}
+    for (name, kind), program in compiled.items():
+        results[name][f"{kind}, s"] = seconds[name, kind]
+        results[name][f"{kind}, bytes"] = program.memory_analysis().temp_size_in_bytes
+    return results
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown, each with how many times less it takes than JAX's."""
+    head = " | ".join(f"{kind}, ms | {kind}, temporary MiB" for kind in KINDS)
+    lines = [f"| pixels, heads | attention | {head} |", "|---" * (2 + 2 * len(KINDS)) + "|"]
+    bases = {(row["size"], row["heads"]): row for row in rows if row["name"] == JAXS}
+    for row in rows:
+        base = bases[row["size"], row["heads"]]
+        cells = []
+        for kind in KINDS:
+            for unit, scale, middle in (("s", 1e3, statistics.median), ("bytes", 2**-20, float)):
+                value, its = (scale * middle(r[f"{kind}, {unit}"]) for r in (row, base))
+                ratio = "" if row is base else f" ({its / value:.2f})"
+                cells.append(f"{value:.4g}{ratio}")
+        where = f"{row['size']}x{row['size']}, {row['heads']}"
+        lines.append(f"| {where} | {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
