@@ -333,3 +333,14 @@ def test_patches_move_the_first_level_to_a_coarser_grid():
     assert patched.resolutions == (16, 8, 4, 2)
     with pytest.raises(UserError, match="image_size is 20; it must be a multiple of 32"):
         UNetConfig(image_size=20, patch_size=4, attention_resolutions=())
+
+
+def test_resampling_and_its_gradients_are_means_and_sums_of_2x2_pixels():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    blocks = np.asarray(x).reshape(2, 2, 2, 3, 2, 3)
+    np.testing.assert_allclose(layers.downsample(x), blocks.mean((2, 4)), rtol=1e-6, atol=1e-6)
+    enlarged, pull = jax.vjp(layers.upsample, layers.downsample(x))
+    np.testing.assert_array_equal(enlarged[:, ::2, 1::2], layers.downsample(x))
+    np.testing.assert_allclose(pull(x)[0], blocks.sum((2, 4)), rtol=1e-6, atol=1e-6)
+    (gradient,) = jax.vjp(layers.downsample, x)[1](layers.downsample(x))
+    np.testing.assert_allclose(4 * gradient, enlarged, rtol=1e-6)

@@ -55,15 +55,19 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 def downsample(x_bhwc: jax.Array) -> jax.Array:
     """Halves height and width by averaging 2x2 pixels."""
-    b, h, w, c = x_bhwc.shape
-    return x_bhwc.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    return nnx.avg_pool(x_bhwc.astype(jnp.float32), (2, 2), (2, 2)).astype(x_bhwc.dtype)
 
 
+@jax.custom_vjp
 def upsample(x_bhwc: jax.Array) -> jax.Array:
     """Doubles height and width by repeating each pixel."""
     b, h, w, c = x_bhwc.shape
     x = jnp.broadcast_to(x_bhwc[:, :, None, :, None, :], (b, h, 2, w, 2, c))
     return x.reshape(b, 2 * h, 2 * w, c)
+
+
+# JAX would sum over two axes of length 2, which a TPU has to bring into another layout first.
+upsample.defvjp(lambda x: (upsample(x), None), lambda _, g: (4 * downsample(g),))
 
 
 def space_to_depth(x_bhwc: jax.Array, size: int) -> jax.Array:
