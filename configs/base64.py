@@ -83,6 +83,7 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 0
+    config.mesh.tensor = 0  # more than 1 where chips would have fewer examples than a tile has rows
     config.mesh.remat = ""  # as little as the memory of a chip allows
     return _tiny(config) if size == "tiny" else config
 
@@ -116,5 +117,6 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.optimizer.warmup_steps = 100
     config.sampling.num_steps = 32
     config.sampling.guidance_weight = 3.0
+    config.mesh.tensor = 1
     config.mesh.remat = "none"
     return config

@@ -66,7 +66,8 @@ class Experiment:
             raise UserError(
                 f"config.mesh.topology is {name!r}, of {topology.chip.kinds[0]}; here are {kind}"
             )
-        self.mesh = sharding.make_mesh(config.mesh, devices)
+        mesh = sharding.fill_tiles(config.mesh, config.batch_size, devices)
+        self.mesh = sharding.make_mesh(mesh, devices)
         self.schedule = diffusion.Schedule(config.diffusion.schedule)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
         self._network = _network(config.unet)

@@ -173,7 +173,9 @@ class Planner:
 
     def _most_fsdp(self) -> int:
         """Of a slice the devices that share the batch, as far as splitting weights helps."""
-        return min(self.topology.slice_chips // self.config.mesh.tensor, sharding.MOST_FSDP)
+        return min(
+            self.topology.slice_chips // self._built.mesh.shape["tensor"], sharding.MOST_FSDP
+        )
 
     def _attempt(self, setting: search.Setting) -> search.Row:
         row = {**dataclasses.asdict(setting), "needed": None, "step_s": None, "mfu": None}

@@ -63,7 +63,8 @@ class MeshConfig:
       data: replicas of the model, each with its part of the batch.
       fsdp: the batch and the weights are both split over this axis; 0 is MOST_FSDP devices, or if
         a slice has no multiple of that, up to FEW_FSDP.
-      tensor: the output channels of weights, and with them heads, are split over this axis.
+      tensor: the output channels of weights, and with them heads, are split over this axis; 0 is
+        as fill_tiles chooses.
       remat: what of a block is computed anew in the backward pass: "none" (nothing; activations
         are kept), "save_products" (all but its convolutions, attention, and norms' statistics: what
         costs little), "save_attention" (all but its attention), "block" (all), or "offload" (as
@@ -83,7 +84,7 @@ class MeshConfig:
         require(known, "mesh.remat", self.remat, f'{", ".join(REMAT)}, or "" to choose')
         for axis in AXES:
             size = getattr(self, axis)
-            ok = size == -1 or size > 0 or (axis == "fsdp" and size == 0)
+            ok = size == -1 or size > 0 or (axis in ("fsdp", "tensor") and size == 0)
             require(ok, f"mesh.{axis}", size, "-1 or a positive number")
         sizes = [getattr(self, axis) for axis in AXES]
         require(sizes.count(-1) <= 1, "mesh", tuple(sizes), "at most one axis of size -1")
@@ -97,6 +98,7 @@ class MeshConfig:
           UserError: if they do not multiply to that number.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
+        sizes["tensor"] = sizes["tensor"] or 1
         if self.fsdp == 0:
             others = math.prod(max(sizes[a], 1) for a in AXES if a != "fsdp")
             ways = max(num_devices // others, 1)
@@ -107,6 +109,19 @@ class MeshConfig:
             shape = " x ".join(f"{a}={getattr(self, a)}" for a in AXES)
             raise UserError(f"config.mesh is {shape}; it must multiply to {num_devices} devices")
         return sizes
+
+
+def fill_tiles(config: MeshConfig, batch_size: int, devices: list[jax.Device]) -> MeshConfig:
+    """With tensor 0 replaced: up to 4 TPUs share examples if each had less than a tile's rows.
+
+    A TPU lays the batch along those rows, and with fewer moves as many bytes (docs/scaling.md).
+    """
+    if config.tensor:
+        return config
+    most = 4 if devices[0].platform == "tpu" else 1
+    ways = [n for n in (1, 2, 4) if n <= most and len(devices) % n == 0]
+    full = [n for n in ways if batch_size * n >= TILE[0] * len(devices)]
+    return dataclasses.replace(config, tensor=min(full, default=max(ways)))
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

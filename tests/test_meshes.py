@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
@@ -95,6 +96,17 @@ def test_fsdp_of_0_is_64_or_up_to_8():
 
 
 @pytest.mark.parametrize(
+    ("platform", "devices", "batch", "ways"),
+    [("tpu", 256, 2048, 1), ("tpu", 512, 2048, 2), ("tpu", 1024, 2048, 4), ("tpu", 2048, 2048, 4),
+     ("tpu", 2, 1, 2), ("tpu", 1, 4, 1), ("gpu", 8, 8, 1)],
+)  # fmt: skip
+def test_tensor_of_0_fills_the_tiles_of_tpus(platform, devices, batch, ways):
+    several = [types.SimpleNamespace(platform=platform)] * devices
+    assert sharding.fill_tiles(MeshConfig(tensor=0), batch, several) == MeshConfig(tensor=ways)
+    assert sharding.fill_tiles(MeshConfig(tensor=8), batch, several).tensor == 8
+
+
+@pytest.mark.parametrize(
     ("room", "remat", "count"),
     [(13, "none", 8), (26.1, "none", 4), (12.9, "none", 16), (12.9, "block", 8), (1, "none", 64)],
 )
@@ -116,7 +128,7 @@ def test_microbatches_divide_the_batch():
         ("base64", "v5e-4", "block", 2048 // 4 // 8),  # of 16 GiB, state and gradients take 7
         ("base64", "v5e-8", "block", 2048 // 8 // 8),
         ("base64:1b", "v5e-8", "none", 2048 // 8 // 8),
-        ("sr256", "v5e-8", "save_products", 2048 // 8 // 16),
+        ("sr256", "v5e-8", "none", 2048 // 8 // 16),
     ],
 )
 def test_a_topology_sets_mesh_remat_and_microbatches(config_name, topology, remat, microbatches):
