@@ -13,7 +13,7 @@ from imagen_jax.errors import UserError
 
 # Bytes beside state and gradients in which a device takes Config.device_batch examples at once:
 # recomputing next to nothing, and recomputing every block (docs/scaling.md).
-ROOM = {"kept": 13 * 2**30, "block": 7 * 2**30}
+ROOM = {"kept": 11 * 2**30, "block": 7 * 2**30}
 
 
 def check_fits(built: Any, available: float) -> None:
