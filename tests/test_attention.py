@@ -71,6 +71,18 @@ def test_gradients_are_the_same_however_much_is_recomputed(remat):
         np.testing.assert_allclose(one, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_logits_are_computed_twice_in_training_alone():
+    def flops(function):
+        return jax.jit(function).lower(*arrays(), MASK).cost_analysis()["flops"]
+
+    def trained(q, k, v, g, mask):
+        return jax.vjp(lambda q: attention(q, k, v, mask), q)[0]
+
+    product = 2 * 4 * 6 * 9 * 2 * 8
+    alone = flops(lambda q, k, v, g, mask: attention(q, k, v, mask))
+    assert 2 * product < alone < 3 * product < flops(trained)
+
+
 def test_no_logits_are_kept_for_the_backward_pass():
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in arrays())
     _, pull = jax.vjp(attention, q, k, v)
