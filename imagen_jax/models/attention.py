@@ -1,4 +1,4 @@
-"""Attention whose logits never lie in memory.
+"""Attention that keeps no logits.
 
 At 32x32 pixels, 16 heads and 8 examples the base model's logits are 600 MB in float32, and a
 softmax that writes them down goes over them again and again. Training therefore computes them
