@@ -83,14 +83,15 @@ def plan(topology: str, batch_size: int, out: Path) -> dict[str, Any]:
 def table(plans: list[dict[str, Any]]) -> str:
     """A row a slice; the last column is images/s a chip, against the first slice's."""
     lines = [
-        "| slice | chips | batch | data x fsdp | microbatches | GiB a chip | s a step | binds "
+        "| slice | chips | batch | data x fsdp x tensor | microbatches | GiB a chip | s a step | binds "
         "| MFU | images/s | efficiency |",
         "|---" * 11 + "|",
     ]
     for p in plans:
         setting, mesh, memory = p["setting"], p["mesh"], p["memory"]
         cells = [p["topology"]["name"], p["topology"]["chips"], f"{setting['batch_size']:,}"]
-        cells += [f"{mesh['data']} x {mesh['fsdp']}", setting["microbatches"]]
+        sides = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
+        cells += [" x ".join(map(str, sides)), setting["microbatches"]]
         cells.append(f"{memory['needed'] / GIB:.1f}")
         if memory["fits"]:
             pace, step = p["pace"], p["step"]
