@@ -83,8 +83,8 @@ def plan(topology: str, batch_size: int, out: Path) -> dict[str, Any]:
 def table(plans: list[dict[str, Any]]) -> str:
     """A row a slice; the last column is images/s a chip, against the first slice's."""
     lines = [
-        "| slice | chips | batch | data x fsdp x tensor | microbatches | GiB a chip | s a step | binds "
-        "| MFU | images/s | efficiency |",
+        "| slice | chips | batch | data x fsdp x tensor | microbatches | GiB a chip | s a step "
+        "| binds | MFU | images/s | efficiency |",
         "|---" * 11 + "|",
     ]
     for p in plans:
