@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from imagen_jax.config import require
@@ -96,6 +97,7 @@ class Checkpoints:
             state=_restore_args(abstract_state), position=ocp.args.JsonRestore()
         )
         restored = self._manager.restore(step, args=args)
+        self._check_complete(step, restored["state"])
         return restored["state"], restored["position"]
 
     def restore_ema(self, abstract_ema: Any, identity: dict, step: int | None = None) -> Any:
@@ -107,7 +109,9 @@ class Checkpoints:
         step = self.existing_step(step)
         self._check_identity(step, identity)
         args = ocp.args.Composite(state=_restore_args({"ema": abstract_ema}))
-        return self._manager.restore(step, args=args)["state"]["ema"]
+        restored = self._manager.restore(step, args=args)["state"]
+        self._check_complete(step, restored)
+        return restored["ema"]
 
     def wait(self) -> None:
         """Blocks until a save in flight is complete."""
@@ -127,6 +131,16 @@ class Checkpoints:
                 raise UserError(
                     f"checkpoint {self.directory} step {step} is of another model: config.{key} "
                     f"is {wanted.get(key)!r}, the checkpoint has {saved.get(key)!r}"
+                )
+
+    def _check_complete(self, step: int, restored: Any) -> None:
+        """What a checkpoint does not have is left as it was asked for."""
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise UserError(
+                    f"checkpoint {self.directory} step {step} was written by another version of "
+                    f"this network: it has no {name}; train anew in another workdir"
                 )
 
 

@@ -44,6 +44,7 @@ class Experiment:
       mesh: the device mesh.
       remat: what of a block is computed anew in the backward pass, a key of sharding.REMAT.
       microbatches: parts in which a batch is taken.
+      compiler_options: of the step, for the devices' platform.
       abstract_state: TrainState of ShapeDtypeStructs that carry shardings.
       init: () -> TrainState on the devices; the state never lies on one of them whole.
       step: jitted (state, batch) -> (state, metrics); donates the state.
@@ -66,8 +67,8 @@ class Experiment:
             raise UserError(
                 f"config.mesh.topology is {name!r}, of {topology.chip.kinds[0]}; here are {kind}"
             )
-        mesh = sharding.fill_tiles(config.mesh, config.batch_size, devices)
-        self.mesh = sharding.make_mesh(mesh, devices)
+        sizes = (config.batch_size, config.microbatches)
+        self.mesh = sharding.make_mesh(sharding.fill_tiles(config.mesh, *sizes, devices), devices)
         self.schedule = diffusion.Schedule(config.diffusion.schedule)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
         self._network = _network(config.unet)

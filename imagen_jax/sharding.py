@@ -29,7 +29,7 @@ BATCH_AXES = ("slice", "data", "fsdp")
 # of it, weights are gathered again.
 _POLICIES = jax.checkpoint_policies
 REMAT: dict[str, Callable[..., Any]] = {
-    "none": _POLICIES.everything_saveable,
+    "none": _POLICIES.everything_saveable,  # block_runner then does without jax.checkpoint
     "save_products": _POLICIES.save_only_these_names("conv", "attention", "statistics"),
     "save_attention": _POLICIES.save_only_these_names("attention"),
     "block": _POLICIES.nothing_saveable,
@@ -64,12 +64,12 @@ class MeshConfig:
       fsdp: the batch and the weights are both split over this axis; 0 is MOST_FSDP devices, or if
         a slice has no multiple of that, up to FEW_FSDP.
       tensor: the output channels of weights, and with them heads, are split over this axis; 0 is
-        as fill_tiles chooses.
+        1, or on TPUs 2 or 4 where one would have fewer than 8 examples.
       remat: what of a block is computed anew in the backward pass: "none" (nothing; activations
-        are kept), "save_products" (all but its convolutions, attention, and norms' statistics: what
-        costs little), "save_attention" (all but its attention), "block" (all), or "offload" (as
-        save_products, but products are kept in the host's memory). With "" the device's memory
-        decides, see fits.choose_remat.
+        and gathered weights are kept), "save_products" (all but its convolutions, attention, and
+        norms' statistics: what costs little), "save_attention" (all but its attention), "block"
+        (all), or "offload" (as save_products, but products are kept in the host's memory). With ""
+        the device's memory decides, see fits.choose_remat.
     """
 
     topology: str = ""
@@ -85,11 +85,18 @@ class MeshConfig:
         for axis in AXES:
             size = getattr(self, axis)
             ok = size == -1 or size > 0 or (axis in ("fsdp", "tensor") and size == 0)
-            require(ok, f"mesh.{axis}", size, "-1 or a positive number")
+            require(ok, f"mesh.{axis}", size, "-1 or a positive number; 0 of fsdp and tensor")
         sizes = [getattr(self, axis) for axis in AXES]
         require(sizes.count(-1) <= 1, "mesh", tuple(sizes), "at most one axis of size -1")
         known = not self.topology or self.slice > 0
         require(known, "mesh.slice", self.slice, "with mesh.topology, the number of such slices")
+
+    def covers(self, num_devices: int) -> bool:
+        """Whether the sizes multiply to so many devices."""
+        try:
+            return bool(self.sizes(num_devices))
+        except UserError:
+            return False
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The size of each axis on so many devices.
@@ -98,7 +105,7 @@ class MeshConfig:
           UserError: if they do not multiply to that number.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        sizes["tensor"] = sizes["tensor"] or 1
+        sizes["tensor"] = sizes["tensor"] or 1  # as long as fill_tiles has not chosen
         if self.fsdp == 0:
             others = math.prod(max(sizes[a], 1) for a in AXES if a != "fsdp")
             ways = max(num_devices // others, 1)
@@ -111,17 +118,24 @@ class MeshConfig:
         return sizes
 
 
-def fill_tiles(config: MeshConfig, batch_size: int, devices: list[jax.Device]) -> MeshConfig:
+def fill_tiles(
+    config: MeshConfig, batch_size: int, microbatches: int, devices: list[jax.Device]
+) -> MeshConfig:
     """With tensor 0 replaced: up to 4 TPUs share examples if each had less than a tile's rows.
 
     A TPU lays the batch along those rows, and with fewer moves as many bytes (docs/scaling.md).
+
+    Args:
+      microbatches: of the config; 0 if they are to be chosen.
     """
     if config.tensor:
         return config
-    most = 4 if devices[0].platform == "tpu" else 1
-    ways = [n for n in (1, 2, 4) if n <= most and len(devices) % n == 0]
-    full = [n for n in ways if batch_size * n >= TILE[0] * len(devices)]
-    return dataclasses.replace(config, tensor=min(full, default=max(ways)))
+    at_once = batch_size // max(microbatches, 1)
+    choices = [dataclasses.replace(config, tensor=ways) for ways in (1, 2, 4)]
+    if devices[0].platform != "tpu":
+        return choices[0]
+    possible = [c for c in choices if c.covers(len(devices))] or choices[:1]
+    return next((c for c in possible if at_once * c.tensor >= TILE[0] * len(devices)), possible[-1])
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

@@ -165,7 +165,8 @@ def train(
                 log.info("\n%s", metrics.overview(built.abstract_params))
             devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
             log.info("training %s parameters on %s", f"{built.num_params:,}", devices)
-            log.info("%d microbatch(es), remat=%s", built.microbatches, built.remat)
+            shape = " x ".join(f"{axis}={size}" for axis, size in built.mesh.shape.items())
+            log.info("%s, %d microbatch(es), remat=%s", shape, built.microbatches, built.remat)
             log.info(compile_ahead(built.step.lower(built.abstract_state, built.abstract_batch)))
             startup.done("compile")
             return run_loop(built, state, start, batches, logger, actions, stop)

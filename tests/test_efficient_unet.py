@@ -306,6 +306,8 @@ def test_readings_of_the_paper_have_the_sizes_stated(skip, cond_width, sr256, sr
 @pytest.mark.parametrize("name", ["sr256", "sr1024"])
 def test_the_small_siblings_are_small(name):
     assert count(shipped(name, "tiny")) < 2_000_000
+    # A loop would cost a TPU a quarter of the step.
+    assert not shipped(name).scan_blocks
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,20 @@ def test_config_json_gives_the_same_config_back(config):
     assert dataclasses.replace(again, model=config.model) == config
 
 
+def test_a_checkpoint_that_lacks_a_weight_is_refused(config, one_device, tmp_path):
+    _, state, built = one_device
+    state = jax.tree.map(lambda x: x, state)  # the dicts are new
+    del state.params["head"], state.ema["head"]
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state, {"examples": 0}, config.identity)
+    checkpoints.wait()
+    with pytest.raises(UserError, match=r"by another version of this network: it has no ema\.head"):
+        checkpoints.restore_ema(built.abstract_state.ema, config.identity)
+    with pytest.raises(UserError, match=r"it has no (ema|params)\.head"):
+        checkpoints.restore(built.abstract_state, config.identity)
+    checkpoints.close()
+
+
 def test_checkpoint_comes_back_on_another_mesh_and_not_into_another_model(
     config, one_device, tmp_path
 ):

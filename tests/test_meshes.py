@@ -102,8 +102,31 @@ def test_fsdp_of_0_is_64_or_up_to_8():
 )  # fmt: skip
 def test_tensor_of_0_fills_the_tiles_of_tpus(platform, devices, batch, ways):
     several = [types.SimpleNamespace(platform=platform)] * devices
-    assert sharding.fill_tiles(MeshConfig(tensor=0), batch, several) == MeshConfig(tensor=ways)
-    assert sharding.fill_tiles(MeshConfig(tensor=8), batch, several).tensor == 8
+    found = sharding.fill_tiles(MeshConfig(tensor=0), batch, 0, several)
+    assert found == MeshConfig(tensor=ways)
+    assert sharding.fill_tiles(MeshConfig(tensor=8), batch, 0, several).tensor == 8
+
+
+def test_tensor_of_0_leaves_room_for_the_axes_that_are_given():
+    def tensor(batch=2048, microbatches=0, **axes):
+        several = [types.SimpleNamespace(platform="tpu")] * 512
+        return sharding.fill_tiles(
+            MeshConfig(tensor=0, **axes), batch, microbatches, several
+        ).tensor
+
+    assert tensor() == 2 and tensor(microbatches=2) == 4 and tensor(batch=4096) == 1
+    assert tensor(data=8, fsdp=64) == tensor(fsdp=512) == 1
+    assert tensor(data=4, fsdp=64) == 2 and tensor(slice=256) == 2
+
+
+def test_a_slice_with_few_examples_a_chip_shares_them():
+    pytest.importorskip("libtpu")
+    config = run_config.parse(load_config("base64"))
+    mesh = dataclasses.replace(config.mesh, topology="v4-1024")
+    devices = topologies.devices(topologies.lookup("v4-1024"))
+    built = experiment.Experiment(dataclasses.replace(config, mesh=mesh), devices)
+    assert dict(built.mesh.shape) == {"slice": 1, "data": 4, "fsdp": 64, "tensor": 2}
+    assert built.compiler_options == {"xla_enable_async_all_gather": True}
 
 
 @pytest.mark.parametrize(

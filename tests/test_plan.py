@@ -12,7 +12,7 @@ from conftest import load_config, shrink
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from imagen_jax import plan, sharding, topologies
+from imagen_jax import compilation, plan, sharding, topologies
 from imagen_jax.errors import UserError
 from imagen_jax.planning import compiling, costs, hlo, report, roofline, search
 from imagen_jax.run_config import parse
@@ -241,6 +241,10 @@ def test_a_chip_waits_for_exposed_collectives_after_its_own_work():
     assert step.exposed_s == pytest.approx(2 * 1e9 / 100e9)
     assert step.compiler_s == pytest.approx(3 * 0.02 + 1e12 / 275e12)
     assert step.step_s == pytest.approx(step.compiler_s + step.exposed_s)
+    # At the least effort weights are gathered at once, and training's program does not.
+    gathered = dataclasses.replace(counted, collectives={"all-gather": {"count": 1, "bytes": 5e8}})
+    step = roofline.estimate(gathered, xla, V4, fast=True)
+    assert step.exposed_s == pytest.approx((2e9 - 5e8) / 100e9)
 
 
 def test_no_step_is_faster_than_what_leaves_the_chip():
@@ -381,6 +385,17 @@ def test_the_search_takes_fewer_microbatches_while_they_are_faster():
     assert tried == [("block", 8), ("none", 8), ("none", 4), ("none", 2), ("none", 1)]
 
 
+def test_a_search_in_which_nothing_fits_ends():
+    tried = []
+
+    def attempt(s):
+        tried.append(s.microbatches)
+        return {"step_s": None}
+
+    search.search(search.Setting("block", 1, 1, 8), ("block",), 1, attempt)
+    assert tried == [8, 16, 32]
+
+
 def test_the_sizes_of_a_search_divide_the_slice():
     assert search.meshes(1) == [(1, 1)]
     assert search.meshes(4) == [(4, 1), (2, 2)]
@@ -439,8 +454,10 @@ def test_a_plan_has_every_figure(on_cpu, tmp_path):
 @pytest.fixture
 def fake_compiler(monkeypatch, on_cpu):
     """Halves what a program needs with every microbatch and with remat; its text is LOOP."""
+    monkeypatch.setitem(compilation.OPTIONS, "cpu", {"as_training": True})
 
     def compile_step(lowered, target, options, cache):
+        assert options == {"as_training": True}
         text = lowered.as_text()
         needed = 100 * GIB / text["microbatches"] / (2 if text["remat"] == "block" else 1)
         cost = {"flops": 1e12, "bytes accessed": 1e9}

@@ -344,3 +344,6 @@ def test_resampling_and_its_gradients_are_means_and_sums_of_2x2_pixels():
     np.testing.assert_allclose(pull(x)[0], blocks.sum((2, 4)), rtol=1e-6, atol=1e-6)
     (gradient,) = jax.vjp(layers.downsample, x)[1](layers.downsample(x))
     np.testing.assert_allclose(4 * gradient, enlarged, rtol=1e-6)
+    half = x.astype(jnp.bfloat16)
+    (gradient,) = jax.vjp(layers.upsample, layers.downsample(half))[1](half)
+    assert layers.downsample(half).dtype == gradient.dtype == jnp.bfloat16

@@ -54,7 +54,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def downsample(x_bhwc: jax.Array) -> jax.Array:
-    """Halves height and width by averaging 2x2 pixels."""
+    """Halves height and width, both even, by averaging 2x2 pixels."""
     return nnx.avg_pool(x_bhwc.astype(jnp.float32), (2, 2), (2, 2)).astype(x_bhwc.dtype)
 
 
@@ -162,8 +162,8 @@ class TextPooling(nnx.Module):
             mean = pooled[:, None, :]
             tokens = jnp.concatenate([mean, text], axis=1)
             mask = jnp.concatenate([jnp.ones_like(mask_bt[:, :1]), mask_bt], axis=1)
-            qkv = self.q(mean), self.k(tokens), self.v(tokens)
-            pooled = attend(*qkv, mask, self.head_dim)[:, 0]
+            q, k, v = self.q(mean), self.k(tokens), self.v(tokens)
+            pooled = attend(q, k, v, mask, self.head_dim)[:, 0]
         return self.out(pooled)
 
 

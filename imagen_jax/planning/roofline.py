@@ -30,7 +30,8 @@ class Estimate:
       compiler_s: the compiler's estimate of what the chip itself does, or None if it has no sane
         one.
       source: what that is, "cycles" or "optimal_seconds".
-      exposed_s: in collectives during which the chip does nothing else.
+      exposed_s: in collectives during which the chip does nothing else; what is started ahead
+        counts as hidden, though a little of it may not be.
       step_s: the prediction: the compiler's estimate, or else the bound of computing and memory,
         and what is exposed; no less than all that leaves the chip takes.
       unknown_loops: loops that were counted as one turn for want of their number.
@@ -85,7 +86,10 @@ def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool
     # then below what the FLOPs alone take.
     sane = [(s, n) for s, n in ((cycles, "cycles"), (optimal, "optimal_seconds")) if s > 0]
     compiler, source = next((c for c in sane if c[0] >= bounds["compute"]), (None, ""))
-    exposed = sum(o.times * o.waits_for for o in costs.operations) / topology.ici_bytes_per_s
+    waits_for = sum(o.times * o.waits_for for o in costs.operations)
+    if fast:  # the least effort starts nothing ahead; training's program starts these
+        waits_for = max(0.0, waits_for - received.get("all-gather", 0.0))
+    exposed = waits_for / topology.ici_bytes_per_s
     outside = (bounds.get(kind, 0.0) for kind in ("interconnect", "network", "host"))
     own = compiler or max(bounds["compute"], bounds["memory"])
     step = max(own + exposed, *outside)

@@ -69,7 +69,7 @@ def search(
     for remat in remats:
         until_it_fits(dataclasses.replace(fastest, remat=remat))
     fastest = min(rows, key=lambda setting: seconds(rows[setting]))
-    while fastest.microbatches % 2 == 0:
+    while rows[fastest]["step_s"] is not None and fastest.microbatches % 2 == 0:
         half = dataclasses.replace(fastest, microbatches=fastest.microbatches // 2)
         if half not in rows:
             rows[half] = attempt(half)
