@@ -92,11 +92,10 @@ def test_logits_are_computed_twice_in_training_alone():
 def test_policies_that_keep_attention_compute_its_logits_no_more_often():
     def products(remat):
         again = jax.checkpoint(attention, policy=REMAT[remat])
-        return str(jax.make_jaxpr(lambda q: with_gradients(again, MASK, q, *arrays()[1:]))(
-            arrays()[0]
-        )).count("dot_general")  # fmt: skip
+        jaxpr = jax.make_jaxpr(lambda given: with_gradients(again, MASK, *given))(arrays())
+        return str(jaxpr).count("dot_general")
 
-    # Two of logits, out, and four gradients; once more the exponentials, or all of the forward pass.
+    # Two of logits, the output's, four of gradients; then the exponentials' again, or all three.
     assert (products("save_attention"), products("block")) == (8, 10)
 
 
