@@ -47,8 +47,8 @@ MIN_SHARDED_SIZE = 2**16
 # whole arrays of zeros around them.
 TILE = (8, 128)
 # At 64 ways the 2B model's weights, EMA and optimizer state are 0.25 GiB a device, and a part of
-# its narrowest matrix, 512 rows, still is a tile. Where there are not 64, 8 do: split 16 or 32 ways
-# over a whole slice, XLA exchanges activations and takes 1.6 times as long (docs/scaling.md).
+# its narrowest matrix, 512 rows, still is a tile. Where there are no more than 64, 8 do: split over
+# a whole slice, XLA exchanges activations (16 or 32 ways) or sums whole weights (docs/scaling.md).
 MOST_FSDP, FEW_FSDP = 64, 8
 
 
@@ -62,7 +62,7 @@ class MeshConfig:
         a topology, how many such slices.
       data: replicas of the model, each with its part of the batch.
       fsdp: the batch and the weights are both split over this axis; 0 is MOST_FSDP devices, or if
-        a slice has no multiple of that, up to FEW_FSDP.
+        a slice is no larger multiple of that, up to FEW_FSDP.
       tensor: the output channels of weights, and with them heads, are split over this axis; 0 is
         1, or on TPUs 2 or 4 where one would have fewer than 8 examples.
       remat: what of a block is computed anew in the backward pass: "none" (nothing; activations
@@ -109,7 +109,8 @@ class MeshConfig:
         if self.fsdp == 0:
             others = math.prod(max(sizes[a], 1) for a in AXES if a != "fsdp")
             ways = max(num_devices // others, 1)
-            sizes["fsdp"] = math.gcd(ways, FEW_FSDP if ways % MOST_FSDP else MOST_FSDP)
+            many = ways > MOST_FSDP and ways % MOST_FSDP == 0
+            sizes["fsdp"] = math.gcd(ways, MOST_FSDP if many else FEW_FSDP)
         known = math.prod(s for s in sizes.values() if s != -1)
         sizes = {a: num_devices // known if s == -1 else s for a, s in sizes.items()}
         if math.prod(sizes.values()) != num_devices:

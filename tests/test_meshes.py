@@ -90,6 +90,8 @@ def test_fsdp_of_0_is_64_or_up_to_8():
     assert sizes(4) == (1, 1, 4, 1)
     assert sizes(16) == (1, 2, 8, 1)
     assert sizes(32) == (1, 4, 8, 1)
+    assert sizes(64) == (1, 8, 8, 1)
+    assert sizes(128) == (1, 2, 64, 1)
     assert sizes(256) == (1, 4, 64, 1)
     assert sizes(2048, tensor=2) == (1, 16, 64, 2)
     assert sizes(512, slice=2) == (2, 4, 64, 1)
