@@ -68,7 +68,7 @@ class Experiment:
                 f"config.mesh.topology is {name!r}, of {topology.chip.kinds[0]}; here are {kind}"
             )
         sizes = (config.batch_size, config.microbatches)
-        self.mesh = sharding.make_mesh(sharding.fill_tiles(config.mesh, *sizes, devices), devices)
+        self.mesh = sharding.make_mesh(fits.fill_tiles(config.mesh, *sizes, devices), devices)
         self.schedule = diffusion.Schedule(config.diffusion.schedule)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
         self._network = _network(config.unet)

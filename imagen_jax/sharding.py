@@ -105,7 +105,7 @@ class MeshConfig:
           UserError: if they do not multiply to that number.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        sizes["tensor"] = sizes["tensor"] or 1  # as long as fill_tiles has not chosen
+        sizes["tensor"] = sizes["tensor"] or 1  # as long as fits.fill_tiles has not chosen
         if self.fsdp == 0:
             others = math.prod(max(sizes[a], 1) for a in AXES if a != "fsdp")
             ways = max(num_devices // others, 1)
@@ -117,26 +117,6 @@ class MeshConfig:
             shape = " x ".join(f"{a}={getattr(self, a)}" for a in AXES)
             raise UserError(f"config.mesh is {shape}; it must multiply to {num_devices} devices")
         return sizes
-
-
-def fill_tiles(
-    config: MeshConfig, batch_size: int, microbatches: int, devices: list[jax.Device]
-) -> MeshConfig:
-    """With tensor 0 replaced: up to 4 TPUs share examples if each had less than a tile's rows.
-
-    A TPU lays the batch along those rows, and with fewer moves as many bytes (docs/scaling.md).
-
-    Args:
-      microbatches: of the config; 0 if they are to be chosen.
-    """
-    if config.tensor:
-        return config
-    at_once = batch_size // max(microbatches, 1)
-    choices = [dataclasses.replace(config, tensor=ways) for ways in (1, 2, 4)]
-    if devices[0].platform != "tpu":
-        return choices[0]
-    possible = [c for c in choices if c.covers(len(devices))] or choices[:1]
-    return next((c for c in possible if at_once * c.tensor >= TILE[0] * len(devices)), possible[-1])
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

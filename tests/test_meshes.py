@@ -104,17 +104,15 @@ def test_fsdp_of_0_is_64_or_up_to_8():
 )  # fmt: skip
 def test_tensor_of_0_fills_the_tiles_of_tpus(platform, devices, batch, ways):
     several = [types.SimpleNamespace(platform=platform)] * devices
-    found = sharding.fill_tiles(MeshConfig(tensor=0), batch, 0, several)
+    found = fits.fill_tiles(MeshConfig(tensor=0), batch, 0, several)
     assert found == MeshConfig(tensor=ways)
-    assert sharding.fill_tiles(MeshConfig(tensor=8), batch, 0, several).tensor == 8
+    assert fits.fill_tiles(MeshConfig(tensor=8), batch, 0, several).tensor == 8
 
 
 def test_tensor_of_0_leaves_room_for_the_axes_that_are_given():
     def tensor(batch=2048, microbatches=0, **axes):
         several = [types.SimpleNamespace(platform="tpu")] * 512
-        return sharding.fill_tiles(
-            MeshConfig(tensor=0, **axes), batch, microbatches, several
-        ).tensor
+        return fits.fill_tiles(MeshConfig(tensor=0, **axes), batch, microbatches, several).tensor
 
     assert tensor() == 2 and tensor(microbatches=2) == 4 and tensor(batch=4096) == 1
     assert tensor(data=8, fsdp=64) == tensor(fsdp=512) == 1

@@ -62,13 +62,16 @@ def search(
             if rows[setting]["step_s"] is not None:
                 return
 
+    def quickest() -> Setting:
+        return min(rows, key=lambda setting: seconds(rows[setting]))
+
     rows[start] = attempt(start)
     for fsdp, tensor in meshes(chips):
         until_it_fits(dataclasses.replace(start, fsdp=fsdp, tensor=tensor))
-    fastest = min(rows, key=lambda setting: seconds(rows[setting]))
+    fastest = quickest()
     for remat in remats:
         until_it_fits(dataclasses.replace(fastest, remat=remat))
-    fastest = min(rows, key=lambda setting: seconds(rows[setting]))
+    fastest = quickest()
     while rows[fastest]["step_s"] is not None and fastest.microbatches % 2 == 0:
         half = dataclasses.replace(fastest, microbatches=fastest.microbatches // 2)
         if half not in rows:
