@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from imagen_jax import cli
-from imagen_jax.errors import UserError
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
 from imagen_jax.models.attention import attention
 
 FLAGS = flags.FLAGS

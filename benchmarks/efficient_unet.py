@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from imagen_jax import cli
-from imagen_jax.errors import UserError
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
-from imagen_jax.models.functional import Functional, functional
+from imagen_jax.models.networks import Functional, functional
 from imagen_jax.models.unet import UNet, UNetConfig
 
 FLAGS = flags.FLAGS

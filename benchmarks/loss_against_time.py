@@ -24,11 +24,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks.efficient_unet import efficient, ordinary
-from imagen_jax import cli, experiment, pictures
-from imagen_jax import config as config_files
-from imagen_jax.errors import UserError
-from imagen_jax.files import write_text
-from imagen_jax.run_config import NOT_WEIGHTS, Config, parse
+from imagen_jax.common import cli, pictures, typed_config
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import write_text
+from imagen_jax.config import NOT_WEIGHTS, Config, parse
+from imagen_jax.training import experiment
 
 FLAGS = flags.FLAGS
 ROWS = 8  # of the table
@@ -45,12 +45,12 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Trains both, prints a table in Markdown, writes the files."""
     del argv
-    config = parse(config_files.load(FLAGS.config, ["optimizer.schedule=constant", *FLAGS.set]))
+    config = parse(typed_config.load(FLAGS.config, ["optimizer.schedule=constant", *FLAGS.set]))
     if not config.unet.low_res:
         raise UserError(f"--config={FLAGS.config} is no super-resolution config")
     with cli.quiet_imports():
-        from imagen_jax import data
-    data.build(config)
+        from data_pipelines.reading.batches import build
+    build(config)
     common = {key: getattr(config.unet, key) for key in ("low_res", "dtype", "text_dim")}
     networks = {
         "ordinary": ("unet", ordinary(FLAGS.width, config.unet.image_size, **common)),
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     runs = {}
     for title, (name, network) in networks.items():
         runs[title] = Run(with_network(config, name, network))
-        print(f"{title}: {runs[title].built.num_params:,} parameters", flush=True)
+        print(f"{title}: {runs[title].experiment.stage.num_params:,} parameters", flush=True)
     for segment in range(1, FLAGS.segments + 1):
         for title, run in runs.items():
             run.train_until(segment * FLAGS.minutes * 60 / FLAGS.segments)
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     figures = {
         "settings": {"minutes": FLAGS.minutes, "width": FLAGS.width, "config": FLAGS.config},
         "device": jax.devices()[0].device_kind,
-        "params": {title: run.built.num_params for title, run in runs.items()},
+        "params": {title: run.experiment.stage.num_params for title, run in runs.items()},
         "step_seconds_loss": {title: run.points for title, run in runs.items()},
     }
     write_text(out.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
@@ -95,21 +95,21 @@ class Run:
 
     def __init__(self, config: Config):
         with cli.quiet_imports():
-            from imagen_jax import data
+            from data_pipelines.reading.batches import Reader
 
-        self.built = experiment.build(config)
-        self._state = self.built.init()
-        self._batches = data.train_batches(config, 0)
-        self._held_out = data.eval_batches(config)
-        shapes = (self.built.abstract_state, self.built.abstract_batch)
-        self._step = self.built.step.lower(*shapes).compile()
+        self.experiment, reader = experiment.build(config), Reader(config)
+        self._state = self.experiment.init()
+        self._batches = reader.train_batches(0)
+        self._held_out = reader.eval_batches()
+        shapes = (self.experiment.abstract_state, self.experiment.stage.abstract_batch)
+        self._step = self.experiment.step.lower(*shapes).compile()
         self._steps, self._seconds = 0, 0.0
         self.points = [(0, 0.0, self._held_out_loss())]
 
     def train_until(self, seconds: float) -> None:
         """Trains up to so many seconds in all, then adds a point."""
         while self._seconds < seconds:
-            batch = jax.block_until_ready(self.built.put(next(self._batches)))
+            batch = jax.block_until_ready(self.experiment.stage.put(next(self._batches)))
             start = time.perf_counter()
             self._state, _ = jax.block_until_ready(self._step(self._state, batch))
             self._seconds += time.perf_counter() - start
@@ -117,7 +117,7 @@ class Run:
         self.points.append((self._steps, self._seconds, self._held_out_loss()))
 
     def _held_out_loss(self) -> float:
-        return self.built.held_out_loss(self._state.ema, self._held_out)
+        return self.experiment.stage.held_out_loss(self._state.ema, self._held_out)
 
 
 def sooner(slow: Run, fast: Run) -> float | None:
@@ -159,7 +159,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     with pictures.chart(path, **labels) as axes:
         for title, run in runs.items():
             _, seconds, losses = zip(*run.points, strict=True)
-            label = f"{title}, {run.built.num_params / 1e6:.2f}M parameters"
+            label = f"{title}, {run.experiment.stage.num_params / 1e6:.2f}M parameters"
             axes.plot(seconds, losses, ".-", label=label)
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from imagen_jax import cascade, cli, experiment
-from imagen_jax.errors import UserError
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
+from imagen_jax.stage import batch_size, load
 
 FLAGS = flags.FLAGS
 SOLVERS = ("ddim", "dpmpp_2m", "heun")
@@ -40,23 +41,23 @@ def main(argv: list[str]) -> None:
     seeds = np.arange(FLAGS.num, dtype=np.uint32)
     drawn = None
     for workdir in FLAGS.workdir:
-        built, params = experiment.load(Path(workdir).absolute())
-        cond = _prompts(built.config)
+        stage, params = load(Path(workdir).absolute())
+        cond = _prompts(stage.config)
         if drawn is not None:
             cond["low_res"] = drawn
-        draw = _drawer(built, params, seeds, cond)
+        draw = _sampler(stage, params, seeds, cond)
         drawn = draw(name="dpmpp_2m", num_steps=REFERENCE_STEPS)
-        print(f"\n{Path(workdir).name}, {built.config.full_size} pixels\n")
+        print(f"\n{Path(workdir).name}, {stage.config.full_size} pixels\n")
         print(_table(draw, drawn))
 
 
-def _drawer(built, params, seeds, cond) -> Callable[..., np.ndarray]:
+def _sampler(stage, params, seeds, cond) -> Callable[..., np.ndarray]:
     """A function of settings of the sampler; what they leave open is plain: no guidance."""
     plain = dataclasses.replace(
-        built.config.sampling, guidance_weight=1.0, threshold="none", spacing="log_snr"
+        stage.config.sampling, guidance_weight=1.0, threshold="none", spacing="log_snr"
     )
-    size = cascade.batch_size(built.config.full_size)
-    return lambda **changes: built.draw(
+    size = batch_size(stage.config.full_size)
+    return lambda **changes: stage.sample(
         params, seeds, cond, dataclasses.replace(plain, **changes), size
     )
 
@@ -64,9 +65,9 @@ def _drawer(built, params, seeds, cond) -> Callable[..., np.ndarray]:
 def _prompts(config) -> dict[str, np.ndarray]:
     """The text of the first held-out captions."""
     with cli.quiet_imports():
-        from imagen_jax import data
+        from data_pipelines.reading.batches import Reader, stack_text
 
-    return data.stack_text(data.examples(config, config.data.sample_split, FLAGS.num))
+    return stack_text(Reader(config).examples(config.data.sample_split, FLAGS.num))
 
 
 def _table(draw, reference: np.ndarray) -> str:

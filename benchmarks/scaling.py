@@ -18,11 +18,12 @@ from typing import Any
 
 from absl import flags
 
-from imagen_jax import cli, pictures, topologies
-from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder, write_text
+from imagen_jax.common import cli, pictures
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import make_folder, write_text
+from imagen_jax.devices import topologies
+from imagen_jax.devices.topologies import GIB
 from imagen_jax.plan import DOES_NOT_FIT
-from imagen_jax.topologies import GIB
 
 FLAGS = flags.FLAGS
 

@@ -26,11 +26,15 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from imagen_jax import cli, evaluate, experiment, train
-from imagen_jax import config as config_files
-from imagen_jax.errors import UserError
-from imagen_jax.files import write_text
-from imagen_jax.run_config import Config, parse
+from data_pipelines.embeddings.shards import finish
+from data_pipelines.embeddings.store import create_store
+from imagen_jax.common import cli, typed_config
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import write_text
+from imagen_jax.config import Config, parse
+from imagen_jax.evaluation.alignment import alignment
+from imagen_jax.stage import load
+from imagen_jax.training import experiment
 
 FLAGS = flags.FLAGS
 SENTENCEPIECE = "sentencepiece-tiny-random"
@@ -67,10 +71,10 @@ def main(argv: list[str]) -> None:
         if name not in SETTINGS:
             raise UserError(f"--settings has {name!r}; allowed: {', '.join(SETTINGS)}")
     with cli.quiet_imports():
-        from imagen_jax import data
+        from data_pipelines.reading import batches
     out = Path(FLAGS.out).absolute()
     base = read_config({})
-    data.build(base)
+    batches.build(base)
     results = {name: run(base, out, name) for name in FLAGS.settings}
     text = table(results)
     print(text)
@@ -82,7 +86,7 @@ def read_config(changes: dict[str, Any]) -> Config:
     """The config of the flags with other values for some keys."""
     overrides = [f"{key}={value}" for key, value in changes.items()]
     steps = [f"num_steps={FLAGS.steps}", f"checkpoint_every={min(300, FLAGS.steps)}"]
-    return parse(config_files.load(FLAGS.config, [*FLAGS.set, *steps, *overrides]))
+    return parse(typed_config.load(FLAGS.config, [*FLAGS.set, *steps, *overrides]))
 
 
 def run(base: Config, out: Path, name: str) -> dict[str, Any]:
@@ -103,7 +107,10 @@ def run(base: Config, out: Path, name: str) -> dict[str, Any]:
         cli.log.info("%s is there already", name)
         return result
     cli.log.info("%s", name)
-    train.train(config, out / name, lambda step: False)
+    from data_pipelines.reading.batches import Reader
+    from imagen_jax.training import loop
+
+    loop.train(experiment.build(config), Reader(config), out / name, lambda step: False)
     result = {"asked": asked, **measure(config, out / name)}
     write_text(path, json.dumps(result, indent=1) + "\n")
     return result
@@ -137,7 +144,8 @@ def sentencepiece_encoder(base: Config, out: Path) -> Path:
 
 def captions(base: Config):
     """The captions of the data, each with where it is."""
-    from data_pipelines import caption_lists, tasks
+    from data_pipelines.embeddings import caption_lists
+    from data_pipelines.reading import tasks
 
     dataset = tasks.seqio.get_mixture_or_task(base.data.task).source.name
     return caption_lists.read_dataset(base.data.dir, dataset)
@@ -145,12 +153,12 @@ def captions(base: Config):
 
 def store(base: Config, path: Path, name: str) -> Path:
     """The store of the embeddings of all captions, completed if it is not."""
-    from data_pipelines import embedding_shards, embeddings, encode_text
+    from data_pipelines import encode_text
 
     encoder = encode_text.load_encoder(name, base.text.max_tokens, fsdp=1)
-    made = embeddings.create_store(str(path), encoder.identity, "bfloat16", num_shards=1)
+    made = create_store(str(path), encoder.identity, "bfloat16", num_shards=1)
     encode_text.encode(made, encode_text.assign(made, captions(base), 0, 1), encoder)
-    embedding_shards.finish(made)
+    finish(made)
     return path
 
 
@@ -159,18 +167,20 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
 
     The category "all" is that of all pictures.
     """
-    from imagen_jax import data
+    from data_pipelines.reading.batches import Reader, stack_text
+    from data_pipelines.scenes.check import check_example
 
-    built, params = experiment.load(workdir)
-    rows = data.examples(config, config.data.sample_split, FLAGS.num)
-    cond = data.stack_text(rows)
+    reader = Reader(config)
+    stage, params = load(workdir)
+    rows = reader.examples(config.data.sample_split, FLAGS.num)
+    cond = stack_text(rows)
     seeds = np.arange(len(rows), dtype=np.uint32)
     with tqdm(total=len(rows), desc="drawing", unit="image") as bar:
-        images = built.draw(params, seeds, cond, progress=bar.update)
-    found = evaluate.alignment(images, rows)
+        images = stage.sample(params, seeds, cond, progress=bar.update)
+    found = alignment(images, rows, check_example)
     return {
-        "params": built.num_params,
-        "loss": built.held_out_loss(params, data.eval_batches(config)),
+        "params": stage.num_params,
+        "loss": stage.held_out_loss(params, reader.eval_batches()),
         "alignment": {
             category: {
                 "num": row["num"],

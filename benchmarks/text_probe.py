@@ -20,7 +20,7 @@ from flax import nnx
 
 from data_pipelines.scenes.grammar import sample_scene
 from data_pipelines.scenes.vocabulary import COLORS, SHAPES
-from imagen_jax import cli
+from imagen_jax.common import cli
 from imagen_jax.text import load_encoder
 from imagen_jax.text.loading import RANDOM
 

@@ -23,9 +23,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines.embeddings import FORMS, Form
-from imagen_jax import cli, diffusion, experiment
-from imagen_jax.errors import UserError
+from data_pipelines.embeddings.store import FORMS, Form
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
+from imagen_jax.diffusion.conditioning import drop_text
+from imagen_jax.stage import Stage, load
 from imagen_jax.text import TextEncoder, encoder, load_encoder
 
 FLAGS = flags.FLAGS
@@ -44,12 +46,12 @@ def main(argv: list[str]) -> None:
     del argv
     if not FLAGS.workdir:
         raise UserError("--workdir=DIR is needed (see --help)")
-    built, params = experiment.load(Path(FLAGS.workdir).absolute())
+    stage, params = load(Path(FLAGS.workdir).absolute())
     with cli.quiet_imports():
-        from imagen_jax import data
+        from data_pipelines.reading.batches import Reader
 
-    config = dataclasses.replace(built.config, batch_size=BATCH, eval_batches=FLAGS.batches)
-    rows = data.examples(config, config.data.sample_split, FLAGS.captions)
+    config = dataclasses.replace(stage.config, batch_size=BATCH, eval_batches=FLAGS.batches)
+    rows = Reader(config).examples(config.data.sample_split, FLAGS.captions)
     captions = list(dict.fromkeys(row["caption"] for row in rows))
     print("| encoder | batches | tokens a second | padding |\n|---|---|---|---|")
     for part in config.text.parts:
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
         for name, (rate, padding) in speeds(loaded, captions, FLAGS.rounds).items():
             print(f"| {part.encoder} | {name} | {rate:,.0f} | {padding:.0%} |", flush=True)
     print("\n| embeddings | held-out loss | change | its standard error |\n|---|---|---|---|")
-    for name, row in losses(built, params, data.eval_batches(config)).items():
+    for name, row in losses(stage, params, Reader(config).eval_batches()).items():
         print(f"| {name} | {row.loss:.6f} | {row.change:+.2e} | {row.error:.1e} |")
 
 
@@ -91,16 +93,14 @@ class Row(NamedTuple):
     error: float
 
 
-def losses(
-    built: experiment.Experiment, params: Any, batches: Sequence[dict[str, np.ndarray]]
-) -> dict[str, Row]:
+def losses(stage: Stage, params: Any, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, Row]:
     """Of embeddings from each form of store, and of none."""
     ways = {"as encoded": batches}
     ways |= {f"from {n}": [stored(batch, form) for batch in batches] for n, form in FORMS.items()}
     ways["none"] = [jax.device_get(no_text(batch)) for batch in batches]
     rows, expected = {}, None
     for name, changed in ways.items():
-        found = np.array([built.held_out_loss(params, [batch]) for batch in changed])
+        found = np.array([stage.held_out_loss(params, [batch]) for batch in changed])
         expected = found if expected is None else expected
         change = found - expected
         rows[name] = Row(found.mean(), change.mean(), change.std(ddof=1) / len(change) ** 0.5)
@@ -116,7 +116,7 @@ def stored(batch: dict[str, np.ndarray], form: Form) -> dict[str, np.ndarray]:
 
 def no_text(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """A batch with the null prompt."""
-    return diffusion.drop_text(batch, np.ones(len(batch["text"]), bool))
+    return drop_text(batch, np.ones(len(batch["text"]), bool))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_loop --config=configs/demo.py
 
-The whole loop is `train.run_loop`, with data, transfer, metrics and log lines; the bare step is
+The whole loop is `loop.run_loop`, with data, transfer, metrics and log lines; the bare step is
 called on one batch that lies on the device, and waited for at the end. They take turns of --steps
 steps in one run, so that a change of the machine's load meets both; printed are medians over the
 turns, and the ratio as the median over pairs of neighbours. The second table has what the host does
@@ -25,10 +25,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from imagen_jax import cli, experiment, train
-from imagen_jax import config as config_files
-from imagen_jax.profiling import Profile
-from imagen_jax.run_config import parse
+from imagen_jax.common import cli, typed_config
+from imagen_jax.config import parse
+from imagen_jax.training import experiment as experiments
+from imagen_jax.training.profiling import Profile
 
 FLAGS = flags.FLAGS
 Clock = Callable[[], float]
@@ -52,24 +52,27 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Measures, prints two tables in Markdown."""
     del argv
-    config = parse(config_files.load(FLAGS.config, FLAGS.set))
+    config = parse(typed_config.load(FLAGS.config, FLAGS.set))
     # Longer than this will run: the last step has all actions due.
-    built = experiment.build(dataclasses.replace(config, num_steps=10**9))
+    experiment = experiments.build(dataclasses.replace(config, num_steps=10**9))
     with cli.quiet_imports():
-        from imagen_jax import data, metrics
+        from data_pipelines.reading.batches import Reader, build
+        from imagen_jax.training import metrics
 
-    data.build(config)
-    batches = data.train_batches(built.config, 0)
+    build(config)
+    batches = Reader(experiment.config).train_batches(0)
     cli.log.setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as workdir:
-        sizes = (built.config.num_steps, config.batch_size, built.model_flops)
+        sizes = (experiment.config.num_steps, config.batch_size, experiment.stage.model_flops)
         logger = metrics.MetricLogger(Path(workdir), *sizes)
-        turns = Turns(built, batches, logger, CLOCKS[FLAGS.clock])
+        turns = Turns(experiment, batches, logger, CLOCKS[FLAGS.clock])
         seconds = turns.measure(FLAGS.steps, FLAGS.rounds)
         host = turns.measure_host(FLAGS.steps, FLAGS.rounds)
         logger.close()
         batches.close()
-    print(f"\n{FLAGS.config}, batch {config.batch_size}, {built.num_params:,} parameters\n")
+    print(
+        f"\n{FLAGS.config}, batch {config.batch_size}, {experiment.stage.num_params:,} parameters\n"
+    )
     print(table(seconds, host, FLAGS.clock))
     if FLAGS.json:
         settings = {key: FLAGS[key].value for key in ("config", "set", "steps", "rounds", "clock")}
@@ -98,10 +101,15 @@ class NoActions:
 class Turns:
     """The whole loop and the bare step, going on from each other's state."""
 
-    def __init__(self, built: experiment.Experiment, batches: Any, logger: Any, clock: Clock):
-        self._built, self._batches, self._logger, self._clock = built, batches, logger, clock
-        self._resident = built.put(next(batches))
-        self._state, self._step = built.init(), 0
+    def __init__(self, experiment: experiments.Experiment, batches: Any, logger: Any, clock: Clock):
+        self._experiment, self._batches, self._logger, self._clock = (
+            experiment,
+            batches,
+            logger,
+            clock,
+        )
+        self._resident = experiment.stage.put(next(batches))
+        self._state, self._step = experiment.init(), 0
 
     def measure(self, steps: int, rounds: int) -> dict[str, list[float]]:
         """Seconds a step, for each round, after one that is not counted."""
@@ -117,22 +125,24 @@ class Turns:
         return seconds
 
     def _whole(self, steps: int) -> None:
+        from imagen_jax.training import loop  # brings TensorFlow
+
         actions, last = NoActions(), self._step + steps
-        train.run_loop(
-            self._built, self._state, self._step, self._batches, self._logger, actions,
+        loop.run_loop(
+            self._experiment, self._state, self._step, self._batches, self._logger, actions,
             lambda step: step == last,
         )  # fmt: skip
         self._state, self._step = actions.state, last
 
     def _bare(self, steps: int) -> None:
         for _ in range(steps):
-            self._state, _ = self._built.step(self._state, self._resident)
+            self._state, _ = self._experiment.step(self._state, self._resident)
 
     def measure_host(self, steps: int, rounds: int) -> dict[str, list[float]]:
         """Seconds a step of each thing that the host does for it, with nothing else to do."""
-        built, logger = self._built, self._logger
+        experiment, logger = self._experiment, self._logger
         batch = next(self._batches)
-        _, metrics = jax.block_until_ready(built.step(self._state, self._resident))
+        _, metrics = jax.block_until_ready(experiment.step(self._state, self._resident))
         numbers = itertools.count(self._step)
 
         def log_line():
@@ -140,13 +150,13 @@ class Turns:
             logger.flush(next(numbers))
 
         def put():
-            jax.block_until_ready(built.put(batch))
+            jax.block_until_ready(experiment.stage.put(batch))
 
         parts = {
             "reading a batch": (lambda: next(self._batches), 1),
             "putting it on the device": (put, 1),
             "fetching metrics": (lambda: logger.add(0, metrics), 1),
-            "writing a line, by log_every": (log_line, built.config.log_every),
+            "writing a line, by log_every": (log_line, experiment.config.log_every),
         }
         return {
             name: [self._seconds(do, steps) / every for _ in range(rounds)]

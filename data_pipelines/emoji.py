@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipelines import records, writing
-from imagen_jax import cli
-from imagen_jax.errors import UserError
+from data_pipelines.records import dataset, writing
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"
@@ -72,16 +72,16 @@ def draw(text: str, font: ImageFont.FreeTypeFont, resolution: int) -> Image.Imag
     return image.resize((resolution, resolution), Image.Resampling.BICUBIC)
 
 
-def load_record(emoji: Emoji, *, font_path: str, resolution: int) -> dict[str, Any] | records.Skip:
+def load_record(emoji: Emoji, *, font_path: str, resolution: int) -> dict[str, Any] | dataset.Skip:
     """One emoji as a record."""
     codes = "-".join(f"{ord(character):x}" for character in emoji.text)
     # Opened anew, because a font is not for several threads; it costs less than drawing.
     image = draw(emoji.text, open_font(font_path), resolution)
     if image is None:
-        return records.Skip(codes, "no glyph in the font", emoji.name)
+        return dataset.Skip(codes, "no glyph in the font", emoji.name)
     return {
         "id": codes,
-        "image": records.png_bytes(image),
+        "image": dataset.png_bytes(image),
         "caption": emoji.name,
         "category": emoji.group,
         "scene": "",
@@ -105,7 +105,7 @@ def open_font(path: str) -> ImageFont.FreeTypeFont:
         raise UserError(f"--font={path} is no font with bitmaps of {POINTS} pixels: {e}") from e
 
 
-class EmojiBuilder(records.RecordsBuilder):
+class EmojiBuilder(dataset.RecordsBuilder):
     """The emoji of a font; those held out for validation depend on their names and the seed."""
 
     name = "emoji"
@@ -130,8 +130,8 @@ class EmojiBuilder(records.RecordsBuilder):
         super().__init__(
             data_dir=data_dir,
             splits={
-                "train": records.Split(train, load),
-                "validation": records.Split(validation, load),
+                "train": dataset.Split(train, load),
+                "validation": dataset.Split(validation, load),
             },
             encoder=encoder,
             settings={

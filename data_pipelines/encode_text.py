@@ -18,9 +18,19 @@ from functools import partial
 from absl import flags
 from tqdm import tqdm
 
-from data_pipelines import caption_lists, embedding_shards, embeddings
-from imagen_jax import cli
-from imagen_jax.errors import UserError
+from data_pipelines.common import caption_key
+from data_pipelines.embeddings import caption_lists
+from data_pipelines.embeddings.shards import (
+    Shard,
+    describe,
+    finish,
+    is_finished,
+    make_shard,
+    write_shard,
+)
+from data_pipelines.embeddings.store import FORMS, Store, create_store
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
 # For the other hosts to come, and after which a silent one is taken for dead.
@@ -47,9 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "fsdp", 1, "Split the weights over this many devices, if they do not fit on one.", 1
     )
-    flags.DEFINE_enum(
-        "dtype", "bfloat16", list(embeddings.FORMS), "int8 has a scale for each token."
-    )
+    flags.DEFINE_enum("dtype", "bfloat16", list(FORMS), "int8 has a scale for each token.")
     flags.DEFINE_integer(
         "num_shards", 16, "Files that the store has: as many as hold 10,000 to 100,000 captions.", 1
     )
@@ -84,7 +92,8 @@ def load_encoder(name: str, max_tokens: int, fsdp: int):
     """
     import jax
 
-    from imagen_jax import sharding, text
+    from imagen_jax import text
+    from imagen_jax.devices import sharding
 
     devices = jax.local_devices()
     if len(devices) % fsdp:
@@ -116,22 +125,22 @@ def parse_split(value: str) -> tuple[int, int]:
 
 
 def assign(
-    store: embeddings.Store, found: Iterable[caption_lists.Found], part: int, parts: int
-) -> list[embedding_shards.Shard]:
+    store: Store, found: Iterable[caption_lists.Found], part: int, parts: int
+) -> list[Shard]:
     """The shards part, part + parts, ... of a store, with their captions."""
     mine: dict[int, list[caption_lists.Found]] = {
         number: [] for number in range(part, store.num_shards, parts)
     }
     for item in found:
-        number = store.shard_of(embeddings.caption_key(item.caption))
+        number = store.shard_of(caption_key(item.caption))
         if number in mine:
             mine[number].append(item)
-    return [embedding_shards.make_shard(number, items) for number, items in mine.items()]
+    return [make_shard(number, items) for number, items in mine.items()]
 
 
-def encode(store: embeddings.Store, shards: list[embedding_shards.Shard], encoder) -> None:
+def encode(store: Store, shards: list[Shard], encoder) -> None:
     """Writes the shards that are not in the store yet, and says how fast that went."""
-    pending = [shard for shard in shards if not embedding_shards.is_finished(store, shard)]
+    pending = [shard for shard in shards if not is_finished(store, shard)]
     if len(pending) < len(shards):
         print(f"{len(shards) - len(pending)} of {len(shards)} shards were there", file=sys.stderr)
     captions = tokens = positions = 0
@@ -148,7 +157,7 @@ def encode(store: embeddings.Store, shards: list[embedding_shards.Shard], encode
 
         for shard in pending:
             bar.set_postfix_str(f"shard {shard.number} of {store.num_shards}", refresh=False)
-            embedding_shards.write_shard(store, shard, encoder, progress)
+            write_shard(store, shard, encoder, progress)
             looked_at += len(shard.found)
             bar.update(looked_at - bar.n)  # those skipped
     if tokens:
@@ -164,29 +173,29 @@ def encode(store: embeddings.Store, shards: list[embedding_shards.Shard], encode
 def main(argv: list[str]) -> None:
     del argv
     if FLAGS.distributed:
-        from imagen_jax import distributed
+        from imagen_jax.devices import processes
 
         names = ("captions", "dataset", "encoder", "max_tokens", "dtype", "num_shards")
         settings = {name: FLAGS[name].value for name in names}
-        job = distributed.discover(JOIN_SECONDS)
-        distributed.join(job, settings, JOIN_SECONDS, HEARTBEAT_SECONDS)
+        job = processes.discover(JOIN_SECONDS)
+        processes.join(job, settings, JOIN_SECONDS, HEARTBEAT_SECONDS)
     reads = sources()
     part, parts = parse_split(FLAGS.shard)
     encoder = load_encoder(FLAGS.encoder, FLAGS.max_tokens, FLAGS.fsdp)
-    store = embeddings.create_store(FLAGS.out, encoder.identity, FLAGS.dtype, FLAGS.num_shards)
+    store = create_store(FLAGS.out, encoder.identity, FLAGS.dtype, FLAGS.num_shards)
     found = tqdm((item for read in reads for item in read()), "reading", unit=" captions")
     encode(store, assign(store, found, part, parts), encoder)
     report(store)
 
 
-def report(store: embeddings.Store) -> None:
+def report(store: Store) -> None:
     """Says what is in a store, or how much of it is still missing."""
-    finished = embedding_shards.finish(store)
+    finished = finish(store)
     if finished is None:
         done = len(store.finished())
         print(f"{store.path}: {done} of {store.num_shards} shards are there", file=sys.stderr)
     else:
-        print(embedding_shards.describe(store, finished), file=sys.stderr)
+        print(describe(store, finished), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,13 @@ import apache_beam as beam
 from absl import flags
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from data_pipelines import embedding_shards, embeddings, encode_text
-from data_pipelines.caption_lists import Found
-from imagen_jax import cli
-from imagen_jax.errors import UserError
+from data_pipelines import encode_text
+from data_pipelines.common import caption_key
+from data_pipelines.embeddings.caption_lists import Found
+from data_pipelines.embeddings.shards import is_finished, make_shard, write_shard
+from data_pipelines.embeddings.store import Store, create_store
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -32,14 +35,14 @@ class WriteShard(beam.DoFn):
       encoder_args: of encode_text.load_encoder.
     """
 
-    def __init__(self, store: embeddings.Store, encoder_args: tuple[str, int, int]):
+    def __init__(self, store: Store, encoder_args: tuple[str, int, int]):
         self._store, self._encoder_args = store, encoder_args
         self._encoder = None
 
     def process(self, element: tuple[int, Iterable[Found | None]]) -> None:
         number, found = element
-        shard = embedding_shards.make_shard(number, filter(None, found))
-        if embedding_shards.is_finished(self._store, shard):
+        shard = make_shard(number, filter(None, found))
+        if is_finished(self._store, shard):
             return
         if self._encoder is None:
             self._encoder = encode_text.load_encoder(*self._encoder_args)
@@ -48,12 +51,12 @@ class WriteShard(beam.DoFn):
                     f"the encoder of this worker is {self._encoder.identity}; the store is of "
                     f"{self._store.text_identity}"
                 )
-        embedding_shards.write_shard(self._store, shard, self._encoder)
+        write_shard(self._store, shard, self._encoder)
 
 
 def build(
     pipeline: beam.Pipeline,
-    store: embeddings.Store,
+    store: Store,
     reads: Sequence[Callable[[], Iterator[Found]]],
     encoder_args: tuple[str, int, int],
 ) -> None:
@@ -65,7 +68,7 @@ def build(
     """
 
     def keyed(found: Found) -> tuple[int, Found]:
-        return store.shard_of(embeddings.caption_key(found.caption)), found
+        return store.shard_of(caption_key(found.caption)), found
 
     # A shard without a caption is written too.
     shards = pipeline | "Shards" >> beam.Create([(n, None) for n in range(store.num_shards)])
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> None:
     identity = encoder_identity(FLAGS.encoder, FLAGS.max_tokens)
     if identity is None:
         raise UserError(f"--encoder is {FLAGS.encoder!r}; there is no such encoder here")
-    store = embeddings.create_store(FLAGS.out, identity, FLAGS.dtype, FLAGS.num_shards)
+    store = create_store(FLAGS.out, identity, FLAGS.dtype, FLAGS.num_shards)
     options = PipelineOptions([f"--{option}" for option in FLAGS.beam_options])
     with beam.Pipeline(options=options) as pipeline:
         build(pipeline, store, reads, (FLAGS.encoder, FLAGS.max_tokens, FLAGS.fsdp))

@@ -3,7 +3,7 @@ r"""Makes records of your own images and captions.
     python -m data_pipelines.folder --images=photos --data_dir=data
 
 Takes every jpg, png, webp and bmp below --images that has a caption: in a metadata.jsonl, else in
-a captions.csv, else in a text file of the same name (data_pipelines/captions.py has the formats).
+a captions.csv, else in a text file of the same name (see records/captions.py for the formats).
 What was skipped, and why, is summed up at the end and listed in full next to the records.
 """
 
@@ -20,28 +20,28 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageOps
 
-from data_pipelines import captions, records, writing
-from imagen_jax import cli
-from imagen_jax.errors import UserError
+from data_pipelines.records import captions, dataset, writing
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
 
 
 def load_record(
     item: captions.Captioned, *, folder: str, resolution: int, min_size: int
-) -> dict[str, Any] | records.Skip:
+) -> dict[str, Any] | dataset.Skip:
     """One captioned image as a record: upright, on white, RGB, its center square resized."""
     name = item.file.encode("utf-8", errors="replace").decode()
     try:
         with Image.open(Path(folder) / item.file) as image:
             if min(image.size) < min_size:
                 detail = f"{image.width}x{image.height}"
-                return records.Skip(name, f"smaller than --min_size={min_size}", detail)
+                return dataset.Skip(name, f"smaller than --min_size={min_size}", detail)
             lossy, upright = image.format == "JPEG", ImageOps.exif_transpose(image)
             image = square(to_rgb(upright), resolution)
     except Exception as e:  # a broken file makes decoders raise anything
-        return records.Skip(name, "unreadable image", f"{type(e).__name__}: {e}")
+        return dataset.Skip(name, "unreadable image", f"{type(e).__name__}: {e}")
     return {
         "id": name,
-        "image": _jpeg_bytes(image) if lossy else records.png_bytes(image),
+        "image": _jpeg_bytes(image) if lossy else dataset.png_bytes(image),
         "caption": item.caption,
         "category": "",
         "scene": "",
@@ -72,7 +72,7 @@ def _jpeg_bytes(image: Image.Image) -> bytes:
 
 def fit_captions(
     found: Sequence[captions.Captioned], encoder, truncate: bool
-) -> tuple[list[captions.Captioned], list[records.Skip], list[str]]:
+) -> tuple[list[captions.Captioned], list[dataset.Skip], list[str]]:
     """The images whose captions the encoder takes, the others, and the names of those cut short."""
     fitting, skipped, truncated = [], [], []
     for item in found:
@@ -84,7 +84,7 @@ def fit_captions(
             fitting.append(item._replace(caption=_truncate(item.caption, encoder)))
         else:
             reason = f"caption longer than {encoder.max_tokens} tokens"
-            skipped.append(records.Skip(item.file, reason, f"{tokens} tokens"))
+            skipped.append(dataset.Skip(item.file, reason, f"{tokens} tokens"))
     return fitting, skipped, truncated
 
 
@@ -101,7 +101,7 @@ def _truncate(caption: str, encoder) -> str:
     return words or caption[:length]
 
 
-class Folder(records.RecordsBuilder):
+class Folder(dataset.RecordsBuilder):
     """The captioned images of a folder; validation images are drawn by their names and the seed."""
 
     def __init__(
@@ -120,15 +120,15 @@ class Folder(records.RecordsBuilder):
         fitting, too_long, truncated = fit_captions(found, encoder, truncate_captions)
         report = {"skipped": skipped + too_long, "truncated_captions": truncated}
         if not fitting:
-            reasons = records.summary(report["skipped"])
+            reasons = dataset.summary(report["skipped"])
             raise UserError(f"--images={images} holds no image with a usable caption: {reasons}")
         load = partial(load_record, folder=images, resolution=resolution, min_size=min_size)
         train, validation = writing.hold_out(fitting, validation_fraction, seed)
         super().__init__(
             data_dir=data_dir,
             splits={
-                "train": records.Split(train, load),
-                "validation": records.Split(validation, load),
+                "train": dataset.Split(train, load),
+                "validation": dataset.Split(validation, load),
             },
             encoder=encoder,
             settings={

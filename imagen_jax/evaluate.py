@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +19,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from imagen_jax import cli, experiment, pictures, report
-from imagen_jax.errors import UserError
-from imagen_jax.files import write_text
+from imagen_jax.common import cli, pictures
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import write_text
+from imagen_jax.devices import compilation
+from imagen_jax.evaluation import report
+from imagen_jax.evaluation.alignment import alignment
+from imagen_jax.stage import load
 
 SHOWN = 32
 
@@ -44,6 +47,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Parses flags, then evaluates."""
     del argv
+    compilation.use_cache(FLAGS.compilation_cache)
     if not FLAGS.workdir:
         raise UserError("--workdir=DIR is needed (see --help)")
     workdir = Path(FLAGS.workdir).absolute()
@@ -65,24 +69,25 @@ def evaluate(
     step: int | None = None,
 ) -> None:
     """Draws `num` captions of a split at each guidance weight, checks the pictures, and reports."""
-    built, params = experiment.load(workdir, step)
+    stage, params = load(workdir, step)
     with cli.quiet_imports():  # TensorFlow takes long; a wrong workdir should fail before it
-        from imagen_jax import data
+        from data_pipelines.reading.batches import Reader, stack_text
+        from data_pipelines.scenes.check import check_example
 
-    if not built.config.data.task.startswith("scenes"):
+    if not stage.config.data.task.startswith("scenes"):
         raise UserError(
-            f"config.data.task is {built.config.data.task!r}; alignment can be checked for scenes"
+            f"config.data.task is {stage.config.data.task!r}; alignment can be checked for scenes"
         )
-    prompts = data.examples(built.config, split, num)
-    cond = data.stack_text(prompts)
+    prompts = Reader(stage.config).examples(split, num)
+    cond = stack_text(prompts)
     seeds = np.arange(len(prompts), dtype=np.uint32) + np.uint32(seed)
-    drawn, rows = {}, {}
+    samples, rows = {}, {}
     with tqdm(total=len(prompts) * len(weights), desc="drawing", unit="image") as bar:
         for weight in weights:
-            sampler = dataclasses.replace(built.config.sampling, guidance_weight=weight)
-            drawn[weight] = built.draw(params, seeds, cond, sampler, progress=bar.update)
-            rows[weight] = alignment(drawn[weight], prompts)
-    rows["true renders"] = alignment([p["image"] for p in prompts], prompts)
+            sampler = dataclasses.replace(stage.config.sampling, guidance_weight=weight)
+            samples[weight] = stage.sample(params, seeds, cond, sampler, progress=bar.update)
+            rows[weight] = alignment(samples[weight], prompts, check_example)
+    rows["true renders"] = alignment([p["image"] for p in prompts], prompts, check_example)
 
     folder = workdir / "evaluation"
     folder.mkdir(exist_ok=True)
@@ -92,7 +97,7 @@ def evaluate(
     )
     captions = [p["caption"] for p in prompts[:SHOWN]]
     sheets = {}
-    for weight, images in drawn.items():
+    for weight, images in samples.items():
         sheets[f"guidance {weight:g}"] = folder / f"samples_guidance_{weight:g}.png"
         sheet = pictures.grid(images[:SHOWN], captions, columns=8)
         pictures.save(sheet, sheets[f"guidance {weight:g}"])
@@ -100,39 +105,6 @@ def evaluate(
     print(report.text_table(table))
     for path in (*sheets.values(), page):
         print(path)
-
-
-def alignment(images: Sequence[np.ndarray], prompts: list[dict]) -> dict[str, dict[str, float]]:
-    """How far the pictures do what their captions say: by category, and for two more rows.
-
-    Those are "one object", captions of whatever category whose picture has one object and no word,
-    and "all".
-
-    Returns:
-      {row: {"claims": share of satisfied claims, "fully": share of pictures that satisfy all
-      of them, "half_width": 95% half-width of the latter, "num": pictures}}.
-    """
-    from data_pipelines.scenes.check import check
-    from data_pipelines.scenes.scene import Scene
-
-    verdicts = defaultdict(list)
-    for image, prompt in zip(images, prompts, strict=True):
-        scene = Scene.from_json(prompt["scene"])
-        oks = [verdict.ok for verdict in check(image, scene)]
-        alone = len(scene.objects) == 1 and scene.word is None
-        for row in (prompt["category"], *(["one object"] if alone else []), "all"):
-            verdicts[row].append(oks)
-    out = {}
-    for row in sorted(verdicts, key=lambda r: (r == "all", r == "one object", r)):
-        oks = verdicts[row]
-        fully = float(np.mean([all(o) for o in oks]))
-        out[row] = {
-            "claims": float(np.mean([ok for o in oks for ok in o])),
-            "fully": fully,
-            "half_width": 1.96 * math.sqrt(fully * (1 - fully) / len(oks)),
-            "num": len(oks),
-        }
-    return out
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from imagen_jax.config import require
+from imagen_jax.common.typed_config import require
 
 OPTIMIZERS = ("adafactor", "adam", "adamw", "lion")
 LR_SCHEDULES = ("cosine", "constant")

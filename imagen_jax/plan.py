@@ -28,15 +28,17 @@ from typing import Any
 import jax
 from absl import flags
 
-from imagen_jax import cli, experiment, sharding, topologies
-from imagen_jax import config as config_files
-from imagen_jax.cli import log
-from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder, write_text
+from imagen_jax.common import cli, typed_config
+from imagen_jax.common.cli import log
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import make_folder, write_text
+from imagen_jax.config import Config, parse
+from imagen_jax.devices import sharding, topologies
+from imagen_jax.devices.memory import physical_memory
+from imagen_jax.devices.topologies import Topology
 from imagen_jax.planning import compiling, report, search
 from imagen_jax.planning.figures import Run, figures
-from imagen_jax.run_config import Config, parse
-from imagen_jax.topologies import Topology
+from imagen_jax.training import experiment
 
 FLAGS = flags.FLAGS
 
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS.config or not FLAGS.out:
         raise UserError("--config=FILE and --out=DIR are both needed (see --help)")
     overrides = [f"mesh.topology={FLAGS.topology}"] if FLAGS.topology else []
-    config = parse(config_files.load(FLAGS.config, [*FLAGS.set, *overrides]))
+    config = parse(typed_config.load(FLAGS.config, [*FLAGS.set, *overrides]))
     if not config.mesh.topology:
         raise UserError("--topology is missing; for example --topology=v4-512")
     topology = topologies.lookup(config.mesh.topology, config.mesh.slice)
@@ -142,7 +144,7 @@ class Planner:
             log.info(
                 "%s, %.0f s", "from the cache" if compiled.cached else "done", compiled.seconds
             )
-        memory = self.topology.chip.hbm_bytes or topologies.physical_memory()
+        memory = self.topology.chip.hbm_bytes or physical_memory()
         plan = figures(run, self.topology, compiled, self.fast, memory)
         plan |= {
             "topology": self._describe(),
@@ -196,19 +198,20 @@ class Planner:
     def _run(self, built: experiment.Experiment) -> Run:
         config, state = built.config, built.abstract_state
         # Neither remat nor the mesh change it, and counting takes a while.
-        self._model_flops = self._model_flops or built.model_flops
+        self._model_flops = self._model_flops or built.stage.model_flops
         per_device = {
             "weights": sharding.bytes_per_device(state.params),
             "ema": sharding.bytes_per_device(state.ema),
             "optimizer": sharding.bytes_per_device(state.opt_state),
             "gradients": sharding.bytes_per_device(state.params),
-            "batch": sharding.bytes_per_device(built.abstract_batch),
+            "batch": sharding.bytes_per_device(built.stage.abstract_batch),
         }
         example = {
-            k: math.prod(x.shape[1:]) * x.dtype.itemsize for k, x in built.abstract_batch.items()
+            k: math.prod(x.shape[1:]) * x.dtype.itemsize
+            for k, x in built.stage.abstract_batch.items()
         }
         return Run(
-            num_params=built.num_params,
+            num_params=built.stage.num_params,
             state=per_device,
             checkpoint_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
             model_flops=self._model_flops,
@@ -268,7 +271,7 @@ def setting_of(built: experiment.Experiment) -> search.Setting:
 
 def lower(built: experiment.Experiment) -> jax.stages.Lowered:
     """The program of a training step, for the devices that it was built on."""
-    return built.step.lower(built.abstract_state, built.abstract_batch)
+    return built.step.lower(built.abstract_state, built.stage.abstract_batch)
 
 
 def _words(setting: search.Setting) -> str:
@@ -280,10 +283,10 @@ def measured_input(config: Config) -> str:
     if not Path(config.data.dir).is_dir():
         return f"not measured: there is no config.data.dir={config.data.dir} here"
     with cli.quiet_imports():
-        from imagen_jax import data
+        from data_pipelines.reading.batches import Reader
     size = min(config.batch_size, 64)
     try:
-        batches = data.train_batches(dataclasses.replace(config, batch_size=size), 0)
+        batches = Reader(dataclasses.replace(config, batch_size=size)).train_batches(0)
         batch = next(batches)
         start, count = time.perf_counter(), 0
         while time.perf_counter() - start < INPUT_SECONDS:

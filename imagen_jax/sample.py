@@ -16,25 +16,22 @@ stages draw another prompt than the base (with --aug_level of about 0.3).
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
-from imagen_jax import cascade, cli, experiment, pictures, prompts
-from imagen_jax.errors import UserError
-from imagen_jax.files import write_text
-from imagen_jax.prompts import Request
-from imagen_jax.text import TextEncoder, load_encoder
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
+from imagen_jax.devices import compilation
+from imagen_jax.pipeline import cascade, prompts
+from imagen_jax.pipeline.cascade import TrainedStage
+from imagen_jax.pipeline.prompts import Request
+from imagen_jax.pipeline.writer import write_samples
+from imagen_jax.runs.workdir import newest_step
+from imagen_jax.stage import batch_size, load
 
 FLAGS = flags.FLAGS
 
@@ -79,6 +76,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Parses flags, draws, writes."""
     del argv
+    compilation.use_cache(FLAGS.compilation_cache)
     if not FLAGS.workdir:
         raise UserError("--workdir=DIR is needed (see --help)")
     requests = read_requests()
@@ -86,7 +84,14 @@ def main(argv: Sequence[str]) -> None:
     check_flags(stages)
     given = read_given(stages)
     cascade.check_order(stages, stages[0].low_res if "low_res" in given else None)
-    draw(stages, requests, given, Path(FLAGS.out))
+    write_samples(
+        stages,
+        requests,
+        given,
+        Path(FLAGS.out),
+        columns=FLAGS.frames or FLAGS.num,
+        all_stages=FLAGS.all_stages,
+    )
 
 
 def read_requests() -> list[Request]:
@@ -100,7 +105,7 @@ def read_requests() -> list[Request]:
     return prompts.make_requests(found, others, seeds, *more)
 
 
-def load_stage(index: int, workdir: Path) -> cascade.Stage:
+def load_stage(index: int, workdir: Path) -> TrainedStage:
     """The stage of one workdir, with the settings that the flags give it."""
     changes: dict[str, Any] = {"guidance_batched": not FLAGS.two_passes}
     for flag, key, kind, _ in STAGE_FLAGS:
@@ -118,11 +123,11 @@ def load_stage(index: int, workdir: Path) -> cascade.Stage:
         changes["resample"] = FLAGS.resample
     elif index == 0 and FLAGS.image:
         changes["strength"] = FLAGS.strength
-    step = experiment.newest_step(workdir) if FLAGS.step is None else FLAGS.step
-    built, params = experiment.load(workdir, step)
-    sampler = dataclasses.replace(built.config.sampling, **changes)
-    size = cascade.batch_size(built.config.full_size, FLAGS.batch_size)
-    return cascade.Stage(str(workdir), step, built, params, sampler, size)
+    step = newest_step(workdir) if FLAGS.step is None else FLAGS.step
+    stage, params = load(workdir, step)
+    sampler = dataclasses.replace(stage.config.sampling, **changes)
+    size = batch_size(stage.config.full_size, FLAGS.batch_size)
+    return TrainedStage(str(workdir), step, stage, params, sampler, size)
 
 
 def _number(flag: str, text: str, kind: type) -> Any:
@@ -132,7 +137,7 @@ def _number(flag: str, text: str, kind: type) -> Any:
         raise UserError(f"--{flag} is {text!r}; it must be of type {kind.__name__}") from e
 
 
-def check_flags(stages: list[cascade.Stage]) -> None:
+def check_flags(stages: list[TrainedStage]) -> None:
     """Raises UserError for a flag that was given but would change nothing."""
     kinds = {bool(stage.low_res) for stage in stages}
     edits = bool(FLAGS.image) and not stages[0].low_res
@@ -155,7 +160,7 @@ def check_flags(stages: list[cascade.Stage]) -> None:
             raise UserError(f"{FLAGS[flag].serialize()} needs {needs}")
 
 
-def read_given(stages: list[cascade.Stage]) -> dict[str, np.ndarray]:
+def read_given(stages: list[TrainedStage]) -> dict[str, np.ndarray]:
     """What --image and --mask give: low_res to enlarge, or image (and mask) at the last size."""
     if not FLAGS.image:
         return {}
@@ -168,128 +173,6 @@ def read_given(stages: list[cascade.Stage]) -> dict[str, np.ndarray]:
     elif FLAGS.strength == 1.0:
         raise UserError(f"--image={FLAGS.image} needs --strength below 1 (try 0.6), or --mask")
     return given
-
-
-def condition(
-    stage: cascade.Stage, requests: list[Request], encoders: list[TextEncoder]
-) -> dict[str, np.ndarray]:
-    """What a stage is told of each request, on the host: text [N, T, D], text_mask [N, T], ...
-
-    encoders: those of config.text.parts.
-    """
-
-    def encode(captions):
-        return stage.built.config.text.pad(*(encoder.encode(captions) for encoder in encoders))
-
-    sr = bool(stage.low_res)
-    cond = encode([r.sr_prompt if sr else r.prompt for r in requests])
-    if requests[0].to_prompt:
-        end = encode([r.to_sr_prompt if sr else r.to_prompt for r in requests])
-        f = np.array([r.fraction for r in requests])[:, None, None]
-        mixed = (1 - f) * cond["text"] + f * end["text"]
-        cond["text"] = mixed.astype(cond["text"].dtype)
-        cond["text_mask"] |= end["text_mask"]
-    if requests[0].negative_prompt:
-        negative = encode([r.negative_prompt for r in requests])
-        cond |= {f"negative_{k}": v for k, v in negative.items()}
-    if requests[0].to_seed is not None:
-        cond["to_seed"] = np.array([r.to_seed for r in requests], np.uint32)
-        cond["fraction"] = np.array([r.fraction for r in requests], np.float32)
-    return cond
-
-
-def draw(
-    stages: list[cascade.Stage],
-    requests: list[Request],
-    given: dict[str, np.ndarray],
-    out: Path,
-) -> None:
-    """Draws what is not there yet, and writes it with samples.json, its settings, and grid.png."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out} cannot be written: {e.strerror}") from e
-    settings = {s.name: {"step": s.step, **dataclasses.asdict(s.sampler)} for s in stages}
-    edit = {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in given.items()}
-    about = {"stages": settings, **({"given_sha256": edit} if edit else {})}
-    records = [json.dumps({**dataclasses.asdict(r), **about}) for r in requests]
-    names = [f"{i:05d}.png" for i in range(len(requests))]
-    folders = [out / f"{s.size}" for s in stages[:-1]] if FLAGS.all_stages else []
-    folders.append(out)
-    todo = [
-        i
-        for i, name in enumerate(names)
-        if any(_record_of(folder / name) != records[i] for folder in folders)
-    ]
-    if len(todo) < len(names):
-        cli.log.info("%d of %d are there already", len(names) - len(todo), len(names))
-    for rows, drawn in draw_batches(stages, requests, given, todo):
-        for folder, images in zip(folders, drawn[-len(folders) :], strict=True):
-            for i, image in zip(rows, images, strict=True):
-                _write(image, folder / names[i], requests[i], records[i])
-    listed = [{"file": n, **json.loads(r)} for n, r in zip(names, records, strict=True)]
-    write_text(out / "samples.json", json.dumps(listed, indent=1) + "\n")
-    shown = names[: pictures.MOST_ON_A_SHEET]
-    sheet = np.stack([_side_by_side([folder / name for folder in folders]) for name in shown])
-    captions = [r.prompt for r in requests[: len(shown)]]
-    columns = FLAGS.frames or FLAGS.num
-    pictures.save(pictures.grid(sheet, captions, columns=columns), out / "grid.png")
-    print(out / "grid.png")
-
-
-def draw_batches(
-    stages: list[cascade.Stage],
-    requests: list[Request],
-    given: dict[str, np.ndarray],
-    todo: list[int],
-) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """Some rows of `todo` at a time, and what each stage drew for them.
-
-    Raises:
-      UserError: a prompt longer than config.text.max_tokens, before anything is drawn.
-    """
-    if not todo:
-        return
-    load = functools.cache(load_encoder)  # stages usually share theirs, which may be large
-    texts = [stage.built.config.text for stage in stages]
-    encoders = [[load(p.encoder, p.max_tokens) for p in text.parts] for text in texts]
-    said = {v: None for r in requests for v in dataclasses.astuple(r) if isinstance(v, str)}
-    for encoder in itertools.chain(*encoders):
-        encoder.check(said)
-    bars = {s.name: tqdm(total=len(todo), desc=s.name, unit="image") for s in stages}
-    for start in range(0, len(todo), stages[0].batch_size):
-        rows = todo[start : start + stages[0].batch_size]
-        part = [requests[i] for i in rows]
-        seeds = np.array([r.seed for r in part], np.uint32)
-        # Encoded batch by batch: embeddings are much larger than the pictures drawn of them.
-        conds = [condition(s, part, e) for s, e in zip(stages, encoders, strict=True)]
-        yield rows, cascade.draw(stages, seeds, conds, given, lambda s, n: bars[s.name].update(n))
-    for bar in bars.values():
-        bar.close()
-
-
-def _side_by_side(paths: list[Path]) -> np.ndarray:
-    """Pictures in a row, enlarged to the size of the last without smoothing."""
-    opened = [Image.open(path) for path in paths]
-    size = opened[-1].size
-    return np.hstack([np.asarray(i.resize(size, Image.Resampling.NEAREST)) for i in opened])
-
-
-def _record_of(path: Path) -> str | None:
-    """What a picture that is there already was drawn from."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("request")
-    except OSError:
-        return None
-
-
-def _write(image: np.ndarray, path: Path, request: Request, record: str) -> None:
-    info = PngInfo()
-    info.add_itxt("prompt", request.prompt)
-    info.add_text("seed", str(request.seed))
-    info.add_itxt("request", record)
-    pictures.save(Image.fromarray(image), path, info)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from imagen_jax import cli
-from imagen_jax.errors import UserError
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
 

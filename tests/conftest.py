@@ -117,7 +117,7 @@ class FakeEncoder:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A data dir with a few scenes at 32, embedded to fit `shrink`."""
-    from data_pipelines import writing
+    from data_pipelines.records import writing
     from data_pipelines.scenes.builder import Scenes
 
     path = str(tmp_path_factory.mktemp("data"))
@@ -126,3 +126,12 @@ def tiny_data(tmp_path_factory):
         Scenes(data_dir=path, resolution=32, counts=counts, seed=0, encoder=FakeEncoder())
     )
     return path
+
+
+def train_run(config, workdir, stop=lambda step: False, **kwargs):
+    """Trains as `python -m imagen_jax.train` does, without its flags."""
+    from data_pipelines.reading.batches import Reader, build
+    from imagen_jax.training import experiment, loop
+
+    build(config)
+    return loop.train(experiment.build(config), Reader(config), workdir, stop, **kwargs)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax import diffusion, sampling
-from imagen_jax.diffusion import PREDICTIONS, Schedule
+from imagen_jax.diffusion import process, sampler
+from imagen_jax.diffusion.process import PREDICTIONS, Schedule, draw_noise, seed_keys
 
 SHAPE = (8, 8, 3)
 COSINE = Schedule("cosine")
@@ -19,7 +19,7 @@ def draw(seed, shape):
 
 def first_noise(seeds, shape):
     """The noise at which the sampler starts for these seeds."""
-    return sampling.draw_noise(sampling.seed_keys(jnp.asarray(seeds, jnp.uint32)), shape, 0)
+    return draw_noise(seed_keys(jnp.asarray(seeds, jnp.uint32)), shape, 0)
 
 
 def null_cond(batch):
@@ -64,7 +64,7 @@ class Gaussian:
         axes = jnp.float32(self.axes)
 
         def denoise(z, log_snr_b, cond):
-            alpha, sigma = (a[:, None] for a in diffusion.alpha_sigma(log_snr_b))
+            alpha, sigma = (a[:, None] for a in process.alpha_sigma(log_snr_b))
             gain = alpha * var / (alpha**2 * var + sigma**2)
             along = (z.reshape(len(z), -1) - alpha * mean) @ axes
             x_hat = (mean + (gain * along) @ axes.T).reshape(z.shape)
@@ -105,8 +105,8 @@ def jitted(function, static_argnames, *static):
 
 
 def run(denoise, config, seeds, cond, schedule=COSINE, prediction="eps", shape=SHAPE):
-    """`sampling.sample`, compiled."""
-    sample = jitted(sampling.sample, ("shape",), denoise, schedule, prediction, config)
+    """`sampler.sample`, compiled."""
+    sample = jitted(sampler.sample, ("shape",), denoise, schedule, prediction, config)
     x = sample(jnp.asarray(seeds, jnp.uint32), shape=shape, cond=cond)
     jax.effects_barrier()
     return x

@@ -1,110 +1,144 @@
-"""The import rule: CLIs -> experiment -> middle -> leaves, and one owner for each heavy library."""
+"""The import rule: who may import whom, and which room owns each heavy library.
+
+A room is a folder or a loose module of imagen_jax, or a folder of data_pipelines.
+"""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-CLIS = {"train", "evaluate", "sample", "plan", "export"}
-MIDDLE = {"train_step", "cascade", "run_config", "actions"}
-# Used by everyone: the error type, typed config sections, whole files, the wrapper of CLIs.
-COMMON = {"errors", "config", "cli", "files"}
-ALLOWED_SIBLINGS = {
-    "diffusion": {"weightings"},
-    "sampling": {"diffusion", "guidance", "solvers"},
-    "guidance": {"diffusion"},
-    "solvers": {"diffusion"},
-    "editing": {"diffusion", "sampling"},
-    "train_step": {"optim"},
-    "metrics": {"topologies", "train_step"},
-    "data": {"run_config", "topologies"},
-    "cli": {"compilation"},
-    "distributed": {"rendezvous"},
-    "fits": {"sharding"},
-    "planning.figures": {"topologies"},
-    "planning.roofline": {"topologies"},
-    "report": {"pictures"},
-    "models.layers": {"models.attention"},
-    "models.efficient_unet": {"models.layers", "models.network"},
-    "models.network": {"models.layers"},
-    "models.unet": {"models.layers", "models.network"},
+ROOT = next(p for p in Path(__file__).parents if (p / "setup.py").exists())
+
+# Nobody imports a command: flags and wiring only.
+COMMANDS = {
+    "imagen_jax": {"train", "sample", "evaluate", "plan", "pretrain_text"},
+    "data_pipelines": {"folder", "emoji", "encode_text", "encode_text_beam"},
+    "launch": {"local", "status", "check"},
 }
+# A room imports itself and the layers below its own.
+LAYERS = {
+    "imagen_jax": (
+        COMMANDS["imagen_jax"],
+        {"training", "pipeline", "evaluation", "planning"},
+        {"stage"},
+        {"runs"},
+        {"config"},
+        {"diffusion", "models", "text", "formats", "devices", "optim"},
+        {"common"},
+    ),
+    "data_pipelines": (
+        COMMANDS["data_pipelines"],
+        {"reading"},
+        {"scenes", "embeddings"},
+        {"records"},
+        {"common"},
+    ),
+}
+# Arrows inside a layer.
+EXCEPTIONS = {
+    ("planning", "training"): "the plan compiles the program that training runs",
+    ("evaluation", "pipeline"): "evaluation samples as users do",
+    ("text", "formats"): "an encoder's weights are tensors in files",
+}
+# Rooms of imagen_jax that data_pipelines may import. Only commands import data_pipelines.
+FOR_DATA = {"config", "common", "text", "devices", "diffusion", "models", "formats", "optim"}
 OWNERS = {
-    "tensorflow": {"data", "data_pipelines"},
-    "seqio": {"data", "data_pipelines"},
-    "tensorflow_datasets": {"data", "data_pipelines"},
-    "orbax": {"checkpoint", "export"},
-    "flax": {"models", "text", "data_pipelines.pretrain_text"},
-    "jax.sharding": {"sharding"},
+    "tensorflow": {"data_pipelines"},
+    "seqio": {"data_pipelines"},
+    "tensorflow_datasets": {"data_pipelines"},
     "apache_beam": {"data_pipelines.encode_text_beam"},
-    "pyarrow": {"data_pipelines.caption_lists"},
-    "tensorstore": {"text.t5x_format"},
-    "tokenizers": {"text.tokenizer"},
-    "sentencepiece": {"text.tokenizer"},
+    "pyarrow": {"data_pipelines.embeddings"},
+    "flax": {"imagen_jax.models", "imagen_jax.text", "imagen_jax.pretrain_text"},
+    "orbax": {"imagen_jax.runs"},
+    "jax.sharding": {"imagen_jax.devices"},
+    "clu": {"imagen_jax.training"},
+    "tensorstore": {"imagen_jax.text"},
+    "tokenizers": {"imagen_jax.text"},
+    "sentencepiece": {"imagen_jax.text"},
+    "ml_collections": {"configs"},
     "torch": set(),
     "transformers": set(),
-    "clu": {"metrics"},
-    "ml_collections": {"configs", *CLIS},
 }
 
 
+@functools.cache
 def modules():
-    for folder in ("imagen_jax", "data_pipelines", "configs", "launch"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            yield name.removeprefix("imagen_jax.").removesuffix(".__init__"), path
+    """Dotted name -> path, of everything that is ours except the tests."""
+    folders = ("imagen_jax", "data_pipelines", "configs", "launch", "benchmarks")
+    paths = [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths]
+    return dict(zip((n.removesuffix(".__init__") for n in names), paths, strict=True))
 
 
-def imports(path):
-    """Every module that a file imports, wherever in the file it does."""
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def imports(name):
+    """Every module that a module imports, wherever in the file it does."""
+    found = set()
+    for node in ast.walk(ast.parse(modules()[name].read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-def ours(path, name):
-    """The modules of imagen_jax that a file imports, without the package's name."""
-    known = {n for n, _ in modules()}
-    found = (i.removeprefix("imagen_jax.") for i in imports(path) if i.startswith("imagen_jax."))
-    return {i for i in found if i in known} - {name}
+def ours(name):
+    """The modules of this project that a module imports, other than itself."""
+    return (imports(name) & modules().keys()) - {name, "imagen_jax", "data_pipelines"}
 
 
-@pytest.mark.parametrize(("name", "path"), list(modules()), ids=[n for n, _ in modules()])
-def test_imports_point_downwards(name, path):
-    used = ours(path, name) - COMMON
-    assert not used & CLIS, "nobody imports a CLI"
-    if name in CLIS:
-        return
-    if name.startswith("data_pipelines"):
-        assert not used & {"experiment", "run_config", "train_step"}
-        return
-    if name == "experiment":
-        return
-    assert "experiment" not in used
-    if name in MIDDLE:
-        return
-    package = name.split(".")[0]
-    siblings = {u for u in used if u.split(".")[0] != package or package == "models"}
-    assert siblings <= ALLOWED_SIBLINGS.get(name, set()), f"{name} imports {siblings}"
+def split(name):
+    """A dotted name -> its package and its room."""
+    package, _, rest = name.partition(".")
+    return package, rest.partition(".")[0]
+
+
+def floor(package, room):
+    return next(i for i, layer in enumerate(LAYERS[package]) if room in layer)
+
+
+def is_command(package, room):
+    return room in COMMANDS.get(package, ())
+
+
+@pytest.mark.parametrize("name", modules())
+def test_nobody_imports_a_command(name):
+    commands = {i for i in ours(name) if is_command(*split(i))}
+    assert not commands, f"{name} imports {commands}"
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if split(n)[0] in LAYERS and split(n)[1]])
+def test_imports_point_down(name):
+    package, room = split(name)
+    for other in ours(name):
+        there, used = split(other)
+        if there == package and used != room and (room, used) not in EXCEPTIONS:
+            assert floor(package, used) > floor(package, room), f"{name} imports {other}"
+        if there != package and package == "data_pipelines":
+            assert used in FOR_DATA, f"{name} imports {other}"
+        if there != package and package == "imagen_jax":
+            assert is_command(package, room), f"{name} imports {other}; only commands may"
 
 
 @pytest.mark.parametrize("library", OWNERS)
 def test_each_heavy_library_has_one_owner(library):
-    for name, path in modules():
+    for name in (n for n in modules() if split(n)[0] != "benchmarks"):
         owned = any(name == o or name.startswith(o + ".") for o in OWNERS[library])
-        used = {i for i in imports(path) if i == library or i.startswith(library + ".")}
+        used = {i for i in imports(name) if i == library or i.startswith(library + ".")}
         assert owned or not used, f"{name} imports {sorted(used)}"
 
 
-def test_experiment_needs_no_tensorflow():
+@pytest.mark.parametrize(
+    "module", ["imagen_jax", "imagen_jax.stage", "imagen_jax.training.experiment"]
+)
+def test_a_stage_needs_no_tensorflow(module):
     code = (
-        "import sys, imagen_jax.experiment, imagen_jax.text; "
+        f"import sys, {module}, imagen_jax.text; "
         "print(sorted(m for m in ('tensorflow', 'seqio', 'clu') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -5,14 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax.errors import UserError
-from imagen_jax.optim import (
-    OPTIMIZERS,
-    OptimizerConfig,
-    learning_rate,
-    make_optimizer,
-    update_ema,
-)
+from imagen_jax.common.errors import UserError
+from imagen_jax.optim import OPTIMIZERS, OptimizerConfig, learning_rate, make_optimizer, update_ema
 
 
 def test_paper_schedule_warms_up_then_decays_to_zero():

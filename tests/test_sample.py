@@ -10,16 +10,19 @@ from absl.testing import flagsaver
 from conftest import FakeEncoder, load_config, shrink, shrink_sr
 from PIL import Image
 
-from imagen_jax import experiment, run_config, sample
-from imagen_jax.checkpoint import Checkpoints
-from imagen_jax.errors import UserError
+from imagen_jax import sample
+from imagen_jax.common.errors import UserError
+from imagen_jax.config import parse
+from imagen_jax.pipeline import writer
+from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.training.experiment import build
 
 
 def save_run(config, workdir):
     """What sampling needs of a run: its config, and a checkpoint of untrained weights."""
-    built = experiment.build(run_config.parse(config))
+    experiment = build(parse(config))
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(1, built.init(), {"examples": 0}, built.config.identity)
+    checkpoints.save(1, experiment.init(), {"examples": 0}, experiment.config.identity)
     checkpoints.close()
     values = {**config.to_dict(), "model": dict(config.model)}
     (workdir / "config.json").write_text(json.dumps(values))
@@ -48,7 +51,7 @@ def defined_flags():
 @pytest.fixture
 def draw(defined_flags, monkeypatch, tmp_path):
     """Calls the command with flags; returns the folder it wrote to."""
-    monkeypatch.setattr(sample, "load_encoder", lambda name, max_tokens: FakeEncoder())
+    monkeypatch.setattr(writer, "load_encoder", lambda name, max_tokens: FakeEncoder())
 
     def call(*args):
         with flagsaver.flagsaver():
@@ -62,9 +65,11 @@ def draw(defined_flags, monkeypatch, tmp_path):
 @pytest.fixture
 def count_drawn(monkeypatch):
     """How many pictures each call of cascade.draw was asked for."""
-    drawn, real = [], sample.cascade.draw
+    drawn, real = [], writer.cascade.sample
     monkeypatch.setattr(
-        sample.cascade, "draw", lambda s, seeds, *a: drawn.append(len(seeds)) or real(s, seeds, *a)
+        writer.cascade,
+        "sample",
+        lambda s, seeds, *a: drawn.append(len(seeds)) or real(s, seeds, *a),
     )
     return drawn
 
@@ -156,7 +161,7 @@ def test_prompts_are_encoded_some_at_a_time(runs, draw, monkeypatch):
             told.append(("encode", len(captions)))
             return super().encode(captions)
 
-    monkeypatch.setattr(sample, "load_encoder", lambda name, max_tokens: Recording())
+    monkeypatch.setattr(writer, "load_encoder", lambda name, max_tokens: Recording())
     args = (f"--workdir={runs[0]}", "--prompts=a;b;c", "--num=1", "--batch_size=2")
     draw(*args)
     assert told == [("check", 4), ("encode", 2), ("encode", 1)]  # "" is the negative prompt

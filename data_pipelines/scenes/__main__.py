@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from absl import flags
 
-from data_pipelines import writing
+from data_pipelines.records import writing
 from data_pipelines.scenes.builder import RESOLUTIONS, SPLITS, Scenes
-from imagen_jax import cli
+from imagen_jax.common import cli
 
 
 def define_flags() -> None:

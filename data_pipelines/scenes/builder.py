@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_pipelines import records, writing
+from data_pipelines.records import dataset, writing
 from data_pipelines.scenes.draw import render
 from data_pipelines.scenes.grammar import CATEGORIES, sample_scene
-from imagen_jax.errors import UserError
+from imagen_jax.common.errors import UserError
 
 RESOLUTIONS = (32, 64, 256, 1024)
 SPLITS = ("train", "validation", "heldout")
@@ -26,7 +26,7 @@ def scene_record(
     resolution: int,
     encoder,
     categories: Sequence[str] = (),
-) -> dict[str, Any] | records.Skip:
+) -> dict[str, Any] | dataset.Skip:
     """Scene `index` of a split as a record; at every resolution it is the same scene.
 
     One whose caption is longer than the encoder takes is skipped.
@@ -35,17 +35,17 @@ def scene_record(
     scene = sample_scene(rng, split, categories)
     name = f"{split}-{index:06d}"
     if encoder.num_tokens(scene.caption) > encoder.max_tokens:
-        return records.Skip(name, f"caption longer than --max_tokens={encoder.max_tokens}")
+        return dataset.Skip(name, f"caption longer than --max_tokens={encoder.max_tokens}")
     return {
         "id": name,
-        "image": records.png_bytes(render(scene, resolution)),
+        "image": dataset.png_bytes(render(scene, resolution)),
         "caption": scene.caption,
         "category": scene.category,
         "scene": scene.to_json(),
     }
 
 
-class Scenes(records.RecordsBuilder):
+class Scenes(dataset.RecordsBuilder):
     """Scenes at one of RESOLUTIONS; `counts` gives the number of each of SPLITS.
 
     Raises:
@@ -74,7 +74,7 @@ class Scenes(records.RecordsBuilder):
             data_dir=data_dir,
             config=str(resolution),
             splits={
-                split: records.Split(
+                split: dataset.Split(
                     range(count),
                     functools.partial(
                         scene_record,

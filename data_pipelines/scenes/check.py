@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -47,3 +48,20 @@ def check(image: np.ndarray, scene: Scene) -> list[Verdict]:
 def all_right(verdicts: Sequence[Verdict]) -> bool:
     """Whether the picture satisfies every claim."""
     return all(verdict.ok for verdict in verdicts)
+
+
+def check_example(image: np.ndarray, example: dict[str, Any]) -> tuple[list[str], list[bool]]:
+    """Checks a picture sampled for an example, as evaluation.alignment wants it.
+
+    Args:
+        image: uint8 [S, S, 3] with S >= 32.
+        example: a record with its category and scene (JSON).
+
+    Returns:
+        The groups that the example counts in (its category, and "one object" if the scene has one
+        object and no word), and whether the picture satisfies each claim.
+    """
+    scene = Scene.from_json(example["scene"])
+    alone = len(scene.objects) == 1 and scene.word is None
+    groups = [example["category"], *(["one object"] if alone else [])]
+    return groups, [verdict.ok for verdict in check(image, scene)]

@@ -1,6 +1,6 @@
 """What captions say, as labels: of a whole caption, and of the words that point at a thing.
 
-Text encoders are trained to tell them (see data_pipelines.pretrain_text).
+Text encoders are trained to tell them (see imagen_jax.pretrain_text).
 """
 
 from __future__ import annotations

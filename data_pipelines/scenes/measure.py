@@ -38,8 +38,8 @@ from data_pipelines.scenes.vocabulary import (
     TEXTURES,
     WORDS,
 )
-from imagen_jax import cli
-from imagen_jax.errors import UserError
+from imagen_jax.common import cli
+from imagen_jax.common.errors import UserError
 
 
 @dataclasses.dataclass

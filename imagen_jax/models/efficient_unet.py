@@ -19,6 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from imagen_jax.models.denoiser import (
+    Conditioner,
+    NetworkConfig,
+    call_block,
+    is_positive,
+    with_low_res,
+)
 from imagen_jax.models.layers import (
     Attention,
     Conditioning,
@@ -26,13 +33,6 @@ from imagen_jax.models.layers import (
     dropout,
     upsample,
     zeros_init,
-)
-from imagen_jax.models.network import (
-    Conditioner,
-    NetworkConfig,
-    call_block,
-    is_positive,
-    with_low_res,
 )
 
 SKIP = ("concat", "add")

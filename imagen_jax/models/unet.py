@@ -16,6 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from imagen_jax.models.denoiser import (
+    Conditioner,
+    NetworkConfig,
+    call_block,
+    is_positive,
+    with_low_res,
+)
 from imagen_jax.models.layers import (
     Attention,
     Conditioning,
@@ -24,13 +31,6 @@ from imagen_jax.models.layers import (
     depth_to_space,
     space_to_depth,
     zeros_init,
-)
-from imagen_jax.models.network import (
-    Conditioner,
-    NetworkConfig,
-    call_block,
-    is_positive,
-    with_low_res,
 )
 
 

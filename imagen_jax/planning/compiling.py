@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from imagen_jax.files import replacing
+from imagen_jax.common.files import replacing
 
 COST_KEYS = ("flops", "bytes accessed", "optimal_seconds")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

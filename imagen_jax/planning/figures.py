@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from imagen_jax.devices.topologies import Topology
 from imagen_jax.planning import costs, hlo, roofline
 from imagen_jax.planning.compiling import Compiled
-from imagen_jax.topologies import Topology
 
 # A caption of the web has about as many tokens; what is stored and read is not padded.
 TOKENS_READ = 20

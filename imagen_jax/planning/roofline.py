@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from imagen_jax.devices.topologies import Topology
 from imagen_jax.planning.costs import BETWEEN_SLICES, Costs, Operation
-from imagen_jax.topologies import Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from imagen_jax.errors import UserError
+from imagen_jax.common.errors import UserError
 from imagen_jax.text.hf_format import open_hf
 from imagen_jax.text.loading import VARIANTS, Checkpoint, Place
 from imagen_jax.text.t5x_format import is_t5x, open_t5x

@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import nnx
 
-from imagen_jax.errors import UserError
+from imagen_jax.common.errors import UserError
 from imagen_jax.text.bert import BertConfig, BertEncoder
 from imagen_jax.text.clip import ClipConfig, ClipTextEncoder
 from imagen_jax.text.layers import ACTIVATIONS

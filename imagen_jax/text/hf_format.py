@@ -12,15 +12,14 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx, traverse_util
 
-from imagen_jax.errors import UserError
-from imagen_jax.files import replacing, write_text
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import read_json, replacing, write_text
+from imagen_jax.formats.tensors import FileTensor, read_safetensors
+from imagen_jax.formats.torch import read_torch
 from imagen_jax.text.families import FAMILIES, T5_NAMES, namer
-from imagen_jax.text.files import read_json
 from imagen_jax.text.loading import Checkpoint
-from imagen_jax.text.stored import FileTensor, read_safetensors
 from imagen_jax.text.t5 import T5Encoder
 from imagen_jax.text.tokenizer import TOKENIZER_CONFIG_FILE
-from imagen_jax.text.torch_format import read_torch
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

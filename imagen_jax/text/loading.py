@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from imagen_jax.errors import UserError
-from imagen_jax.text.files import sha256
-from imagen_jax.text.stored import StoredTensor
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import sha256
+from imagen_jax.formats.tensors import StoredTensor
 
 # At the end of an encoder's name: its architecture with random weights; its weights rounded to
 # bfloat16 in memory, where they take half of the room.

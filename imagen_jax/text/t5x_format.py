@@ -21,11 +21,11 @@ import numpy as np
 import tensorstore
 from flax import serialization, traverse_util
 
-from imagen_jax.errors import UserError
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import first_line
+from imagen_jax.formats.tensors import StoredTensor
 from imagen_jax.text.families import namer
-from imagen_jax.text.files import first_line
 from imagen_jax.text.loading import Checkpoint
-from imagen_jax.text.stored import StoredTensor
 from imagen_jax.text.t5 import T5Config, T5Encoder
 
 INDEX_FILE = "checkpoint"

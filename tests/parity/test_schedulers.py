@@ -8,8 +8,8 @@ diffusers = pytest.importorskip("diffusers")
 
 import jax.numpy as jnp  # noqa: E402
 
-from imagen_jax import diffusion, sampling, solvers  # noqa: E402
-from imagen_jax.diffusion import PREDICTIONS, Schedule  # noqa: E402
+from imagen_jax.diffusion import process, sampler, solvers  # noqa: E402
+from imagen_jax.diffusion.process import PREDICTIONS, Schedule  # noqa: E402
 
 SHAPE = (2, 3, 8, 8)
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
@@ -173,7 +173,7 @@ def test_heun_trajectory(betas, prediction):
 
 def test_linear_schedule_is_diffusers_linear():
     alpha_bar = make(diffusers.DDPMScheduler, "linear", "eps").alphas_cumprod.numpy()
-    alpha, _ = diffusion.alpha_sigma(Schedule("linear").log_snr(jnp.arange(1, 1001) / 1000))
+    alpha, _ = process.alpha_sigma(Schedule("linear").log_snr(jnp.arange(1, 1001) / 1000))
     np.testing.assert_allclose(np.square(alpha), alpha_bar, rtol=1e-4)
 
 
@@ -188,7 +188,7 @@ def test_cosine_schedule_is_diffusers_cosine_but_for_its_offset():
 
     def alpha_at(t):
         log_snr = Schedule("cosine").log_snr(jnp.asarray(t, jnp.float32))
-        return np.asarray(diffusion.alpha_sigma(log_snr)[0])
+        return np.asarray(process.alpha_sigma(log_snr)[0])
 
     shifted = alpha_at((t + s) / (1 + s)) / alpha_at(s / (1 + s))
     np.testing.assert_allclose(shifted, np.sqrt(alpha_bar[:-1]), atol=1e-4)
@@ -202,7 +202,7 @@ def test_forward_process():
     theirs = scheduler.add_noise(x, eps, timesteps)
     log_snr_b = jnp.stack([log_snr_of(scheduler, k) for k in timesteps.tolist()])
     x, eps = jnp.asarray(x.numpy()), jnp.asarray(eps.numpy())
-    assert_close(diffusion.q_sample(x, eps, log_snr_b), theirs)
+    assert_close(process.q_sample(x, eps, log_snr_b), theirs)
     velocity = scheduler.get_velocity(*inputs(0), timesteps)
     assert_close(PREDICTIONS["v"].target(x, eps, log_snr_b), velocity)
 
@@ -215,7 +215,7 @@ def test_dynamic_threshold():
     scale = torch.tensor([0.3, 5.0]).reshape(2, 1, 1, 1)
     x_hat = inputs(0)[0] * scale
     theirs = scheduler._threshold_sample(x_hat)
-    assert_close(sampling.dynamic_threshold(jnp.asarray(x_hat.numpy()), 99.5), theirs)
+    assert_close(sampler.dynamic_threshold(jnp.asarray(x_hat.numpy()), 99.5), theirs)
 
 
 def test_ddim_step_after_dynamic_threshold():
@@ -226,6 +226,6 @@ def test_ddim_step_after_dynamic_threshold():
     z, output = inputs(1)
     theirs = scheduler.step(output, 499, z, use_clipped_model_output=True).prev_sample
     log_snr_t, log_snr_s = log_snr_of(scheduler, 499), log_snr_of(scheduler, 499 - STEP)
-    x_hat = sampling.dynamic_threshold(x_hat_of("eps", output, z, log_snr_t), 99.5)
+    x_hat = sampler.dynamic_threshold(x_hat_of("eps", output, z, log_snr_t), 99.5)
     ours = solvers.ddim(jnp.asarray(z.numpy()), x_hat, log_snr_t, log_snr_s)
     assert_close(ours, theirs)

@@ -1,0 +1,27 @@
+"""What records and embeddings share: the key of a caption, and what was skipped and why."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Skip(NamedTuple):
+    """A candidate that becomes no record: its name, a reason to count by, and what was wrong."""
+
+    name: str
+    reason: str
+    detail: str = ""
+
+
+def summary(skipped: Sequence[Skip]) -> str:
+    """The reasons for what was skipped, with their counts, the most frequent first."""
+    counts = Counter(skip.reason for skip in skipped)
+    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common()) or "nothing"
+
+
+def caption_key(caption: str) -> bytes:
+    """16 bytes that stand for a caption: of 2^40, two share a key with a chance of 2^-49."""
+    return hashlib.sha256(caption.encode("utf-8", errors="surrogateescape")).digest()[:16]

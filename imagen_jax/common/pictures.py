@@ -1,0 +1,76 @@
+"""Pictures people look at: captioned sample grids and curves."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from imagen_jax.common.files import replacing
+
+MOST_ON_A_SHEET = 64
+
+
+def grid(images: np.ndarray, captions: list[str], columns: int = 4, side: int = 128) -> Image.Image:
+    """A sheet of images with their captions beneath.
+
+    Args:
+      images: uint8 [N, H, W, 3].
+      captions: N strings, wrapped to the width of a cell.
+      side: height of an image on the sheet; enlarged without smoothing, to show real pixels.
+    """
+    font = ImageFont.load_default(11)
+    pad, line = 8, 14
+    width = side * images.shape[2] // images.shape[1]
+    wrapped = [textwrap.wrap(c, max(10, width // 6))[:6] for c in captions]
+    height = side + pad + line * max((len(w) for w in wrapped), default=0)
+    rows = -(-len(images) // columns)
+    size = columns * (width + pad) + pad, rows * (height + pad) + pad
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, lines) in enumerate(zip(images, wrapped, strict=True)):
+        x, y = pad + (i % columns) * (width + pad), pad + (i // columns) * (height + pad)
+        method = Image.Resampling.NEAREST if image.shape[0] <= side else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(image).resize((width, side), method), (x, y))
+        for j, text in enumerate(lines):
+            draw.text((x, y + side + 2 + j * line), text, fill="black", font=font)
+    return sheet
+
+
+def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Writes a PNG, with text chunks if given, under a temporary name, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def loss_curve(steps: list[int], losses: list[float], path: Path, eval_points=()) -> None:
+    """A loss curve as PNG; `eval_points` is a list of (step, loss) drawn over it."""
+    with chart(path, xlabel="step", ylabel="loss (eps-MSE)") as axes:
+        axes.plot(steps, losses, lw=1, label="training")
+        if eval_points:
+            axes.plot(*zip(*eval_points, strict=True), "o-", ms=4, label="held out, EMA weights")
+
+
+@contextlib.contextmanager
+def chart(path: Path, **settings: Any) -> Iterator[Any]:
+    """Axes to draw labelled lines on, y logarithmic; a PNG at the end. settings: of the axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    yield axes
+    axes.set(yscale="log", **settings)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)

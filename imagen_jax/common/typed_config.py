@@ -1,0 +1,127 @@
+"""Config files and overrides, and how their loose keys become typed dataclasses, once, at start."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from imagen_jax.common.errors import UserError
+
+T = TypeVar("T")
+# Slices of TPUs as Cloud names them, "v4-512"; topologies.py knows which there are.
+TOPOLOGY = re.compile(r"v\d\w*-\d+|cpu|gpu")
+
+
+def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What `get_config` of a config file returns, as nested dicts, with overrides applied.
+
+    Args:
+      file: a path, and after a colon an argument for get_config, or the TPU slice that becomes
+        mesh.topology, or both: "configs/base64.py:tiny", ":v4-512", ":1b,v4-128".
+      overrides: "model.embed_dim=64" each; the value is a Python literal, or else a string.
+
+    Raises:
+      UserError: no such file, an argument it does not take, or an override that is not key=value.
+    """
+    path, _, words = file.partition(":")
+    topology = [w for w in words.split(",") if TOPOLOGY.fullmatch(w)]
+    argument = ",".join(w for w in words.split(",") if w not in topology)
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"--config is {file!r}; no such config file (for example configs/demo.py)")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        values = (module.get_config(argument) if argument else module.get_config()).to_dict()
+    except (TypeError, ValueError) as e:
+        raise UserError(f"--config is {file!r}: {e}") from e
+    for override in (*(f"mesh.topology={t}" for t in topology), *overrides):
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+        *sections, last = key.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"config.{section} has no key {last!r}")
+        node[last] = _literal(text)
+    return values
+
+
+def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def typed(cls: type[T], values: Mapping[str, Any], prefix: str = "", **extra: Any) -> T:
+    """Builds the dataclass `cls` from `values`, checking every key and every type.
+
+    Args:
+      cls: a dataclass; a field whose type is itself a dataclass takes a nested mapping.
+      values: the config section, e.g. `config["optimizer"]`.
+      prefix: the section's name in messages, e.g. "optimizer.".
+      **extra: fields that come from elsewhere and are not allowed in `values`.
+
+    Raises:
+      UserError: naming the key that is unknown, missing or of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in extra}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            allowed = ", ".join(sorted(fields))
+            raise UserError(f"config.{prefix}{key} is not a known key{hint} (allowed: {allowed})")
+    kwargs = dict(extra)
+    for name, field in fields.items():
+        if name in values:
+            kwargs[name] = _coerce(hints[name], values[name], prefix + name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"config.{prefix}{name} is missing")
+    return cls(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.{key} is {value!r}; it must be a section of keys")
+        return typed(hint, value, key + ".")
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        choices = [a for a in typing.get_args(hint) if a is not type(None)]
+        if value is None and len(choices) < len(typing.get_args(hint)):
+            return None
+        several = isinstance(value, (list, tuple))
+        fitting = [a for a in choices if (typing.get_origin(a) is tuple) == several]
+        hint = [*fitting, *choices][0]
+        origin = typing.get_origin(hint)
+    if origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_coerce(typing.get_args(hint)[0], v, key) for v in value)
+        raise UserError(f"config.{key} is {value!r}; it must be a tuple")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # A bool is an int to Python, but not to a config.
+    if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
+        raise UserError(f"config.{key} is {value!r}; it must be of type {hint.__name__}")
+    return value
+
+
+def require(ok: bool, key: str, value: Any, allowed: Any) -> None:
+    """Raises a UserError naming `key`, the `value` found and what is allowed, unless `ok`."""
+    if not ok:
+        raise UserError(f"config.{key} is {value!r}; allowed: {allowed}")

@@ -1,0 +1,110 @@
+"""Weights of the loss as functions of log-SNR, all of them of the squared error of eps_hat.
+
+The papers state theirs for errors of different things. As error(x) = e^-lambda error(eps), a weight
+w of the error of x is w e^-lambda here; SNR is e^lambda, so the "SNR weighting" of x is "eps".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from imagen_jax.diffusion.process import (
+    PREDICTIONS,
+    SIGMA_DATA,
+    Cond,
+    Denoiser,
+    Schedule,
+    lookup,
+    q_sample,
+    scaled_input,
+)
+
+
+def min_snr(log_snr: jax.Array, gamma: float = 5.0) -> jax.Array:
+    """min(SNR, gamma) of the error of x (min-SNR-gamma, arXiv:2303.09556)."""
+    return jnp.minimum(1, gamma * jnp.exp(-log_snr))
+
+
+def truncated_snr(log_snr: jax.Array) -> jax.Array:
+    """max(SNR, 1) of the error of x (Salimans & Ho, arXiv:2202.00512, section 4)."""
+    return jnp.maximum(1, jnp.exp(-log_snr))
+
+
+def p2(log_snr: jax.Array, k: float = 1.0, gamma: float = 1.0) -> jax.Array:
+    """1 / (k + SNR)^gamma of the error of eps (P2, arXiv:2204.00227)."""
+    return (k + jnp.exp(log_snr)) ** -gamma
+
+
+def edm(log_snr: jax.Array) -> jax.Array:
+    """(s^2 + s_data^2) / (s s_data)^2 of the error of x, s = sigma / alpha = e^{-lambda / 2}.
+
+    The log-normal distribution of s in training is not part of it: the schedule draws log-SNR.
+    Source: EDM, arXiv:2206.00364, table 1.
+    """
+    return 1 + jnp.exp(-log_snr) / SIGMA_DATA**2
+
+
+def flow(log_snr: jax.Array) -> jax.Array:
+    """(1 / (1 - t))^2: the error of u = eps - x at z = (1 - t) x + t eps (arXiv:2209.03003)."""
+    return jnp.square(1 + jnp.exp(-0.5 * log_snr))
+
+
+# "eps", "x", "v", "edm" and "flow" make the loss the squared error in the space of that prediction.
+WEIGHTINGS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "eps": jnp.ones_like,
+    "x": lambda log_snr: jnp.exp(-log_snr),
+    "v": lambda log_snr: 1 + jnp.exp(-log_snr),
+    "edm": edm,
+    "flow": flow,
+    "truncated_snr": truncated_snr,
+    "min_snr": min_snr,
+    "p2": p2,
+}
+
+
+def sample_t(key: jax.Array, batch: int, low_discrepancy: bool) -> jax.Array:
+    """Times t ~ U(0, 1), float32 [batch].
+
+    With low_discrepancy the batch shares one offset, t_i = (u + i / batch) mod 1: each t_i is
+    still uniform, but a batch always covers [0, 1] evenly, so its loss varies less (VDM,
+    arXiv:2107.00630, appendix I.1).
+    """
+    if low_discrepancy:
+        return (jax.random.uniform(key) + jnp.arange(batch) / batch) % 1.0
+    return jax.random.uniform(key, (batch,))
+
+
+def diffusion_loss(
+    denoise: Denoiser,
+    x_bhwc: jax.Array,
+    cond: Cond,
+    key: jax.Array,
+    *,
+    schedule: Schedule,
+    prediction: str = "eps",
+    weighting: str = "eps",
+    low_discrepancy: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each example, w(lambda_t) mean((eps_hat - eps)^2), at one random t each.
+
+    x_bhwc is the whole batch in [-1, 1]; what is drawn for an example depends on the key and on
+    its place in the batch, never on how the batch is sharded. Returns (loss_b, log_snr_b), both
+    float32 [B]. Raises UserError for an unknown prediction or weighting. Source: Eq. 1, in eps
+    space (appendix A).
+    """
+    parameterisation = lookup(PREDICTIONS, "diffusion.prediction", prediction)
+    weight = lookup(WEIGHTINGS, "diffusion.weighting", weighting)
+    t_key, eps_key = jax.random.split(key)
+    log_snr_b = schedule.log_snr(sample_t(t_key, x_bhwc.shape[0], low_discrepancy))
+    eps_bhwc = jax.random.normal(eps_key, x_bhwc.shape)
+    z_bhwc = q_sample(x_bhwc, eps_bhwc, log_snr_b)
+    network = scaled_input(denoise, parameterisation)
+    output_bhwc = network(z_bhwc, log_snr_b, cond).astype(jnp.float32)
+    # The error is taken in the output's own space and rescaled: converting the output to eps_hat
+    # first would subtract nearly equal numbers at the ends of the schedule.
+    error_bhwc = output_bhwc - parameterisation.target(x_bhwc, eps_bhwc, log_snr_b)
+    scale_b = weight(log_snr_b) * parameterisation.eps_error(log_snr_b)
+    return scale_b * jnp.mean(jnp.square(error_bhwc), axis=(1, 2, 3)), log_snr_b

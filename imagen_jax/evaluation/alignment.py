@@ -1,0 +1,44 @@
+"""Alignment: do the pictures show what their captions claim?"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Example = dict[str, Any]
+# (image uint8 [H, W, 3], example) -> (groups that the example counts in, verdict of each claim).
+Check = Callable[[np.ndarray, Example], tuple[list[str], list[bool]]]
+
+
+def alignment(
+    images: Sequence[np.ndarray], examples: Sequence[Example], check: Check
+) -> dict[str, dict[str, float]]:
+    """How far pictures satisfy the claims of their captions, by group and for "all".
+
+    Args:
+      check: the program that reads a picture, such as data_pipelines.scenes.check.check_example.
+
+    Returns:
+      {group: {"claims": share of satisfied claims, "fully": share of pictures that satisfy all
+      of theirs, "half_width": 95% half-width of the latter, "num": number of pictures}}.
+    """
+    verdicts = defaultdict(list)
+    for image, example in zip(images, examples, strict=True):
+        groups, oks = check(image, example)
+        for row in (*groups, "all"):
+            verdicts[row].append(oks)
+    out = {}
+    for row in sorted(verdicts, key=lambda r: (r == "all", r == "one object", r)):
+        oks = verdicts[row]
+        fully = float(np.mean([all(o) for o in oks]))
+        out[row] = {
+            "claims": float(np.mean([ok for o in oks for ok in o])),
+            "fully": fully,
+            "half_width": 1.96 * math.sqrt(fully * (1 - fully) / len(oks)),
+            "num": len(oks),
+        }
+    return out

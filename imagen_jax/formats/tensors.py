@@ -1,0 +1,126 @@
+"""Tensors in files, read in parts: no more of a file is in memory than was asked for.
+
+Files are read, not mapped: pages of a mapped file count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from io import FileIO
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import first_line
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+class StoredTensor(Protocol):
+    """A tensor on disk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def T(self) -> StoredTensor:
+        """The same tensor with its axes reversed; nothing is read."""
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The part at `index`, one slice of step 1 for each axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """A StoredTensor of plain numbers in a file: the first at `offset`, `strides` in bytes."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def T(self) -> FileTensor:
+        return dataclasses.replace(self, shape=self.shape[::-1], strides=self.strides[::-1])
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        ranges = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
+        # In the order of the file, so that each read is as long as it can be.
+        order = sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
+        out = np.empty([ranges[axis][1] - ranges[axis][0] for axis in order], self.dtype)
+        start = sum(r[0] * stride for r, stride in zip(ranges, self.strides, strict=True))
+        with open(self.path, "rb", buffering=0) as file:
+            _fill(file, out, self.offset + start, tuple(self.strides[axis] for axis in order))
+        return out.transpose(np.argsort(order))
+
+
+def _fill(file: FileIO, out: np.ndarray, offset: int, strides: tuple[int, ...]) -> None:
+    """Fills the contiguous array `out` from numbers that lie `strides` apart in the file."""
+    if all(n == 1 or a == b for n, a, b in zip(out.shape, out.strides, strides, strict=True)):
+        left = memoryview(out.reshape(-1).view(np.uint8))
+        file.seek(offset)
+        while left:
+            num_read = file.readinto(left)
+            if not num_read:
+                raise UserError(f"{file.name}: ends before its last tensor does")
+            left = left[num_read:]
+        return
+    for row, part in enumerate(out):
+        _fill(file, part, offset + row * strides[0], strides[1:])
+
+
+def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The strides, in bytes, of an array whose last axis is the densest."""
+    return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, FileTensor]:
+    """The tensors of a .safetensors file by name; only its header is read.
+
+    Raises:
+        UserError: it cannot be opened, is cut short, or its header is damaged.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if 8 + length > size:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: _safetensor(path, 8 + length, size, name, **fields)
+            for name, fields in header.items()
+        }
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: not safetensors, or damaged: {first_line(e)}") from e
+
+
+def _safetensor(
+    path: Path, start: int, size: int, name: str, dtype: str, shape: list, data_offsets: list
+) -> FileTensor:
+    if dtype not in _SAFETENSORS_DTYPES:
+        known = ", ".join(_SAFETENSORS_DTYPES)
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r}; supported: {known}")
+    numpy_dtype = np.dtype(_SAFETENSORS_DTYPES[dtype])
+    begin, end = data_offsets
+    if not 0 <= begin <= end <= size - start:
+        raise ValueError(f"tensor {name!r} lies outside the file's {size} bytes")
+    if math.prod(shape) * numpy_dtype.itemsize != end - begin:
+        raise ValueError(f"tensor {name!r} of shape {shape} has {end - begin} bytes")
+    strides = contiguous_strides(tuple(shape), numpy_dtype.itemsize)
+    return FileTensor(path, start + begin, numpy_dtype, tuple(shape), strides)

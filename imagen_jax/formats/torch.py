@@ -1,0 +1,156 @@
+"""Torch's .bin files, read without torch and without running what a pickle asks to run.
+
+Since torch 1.6 such a file is a zip: data.pkl describes the tensors, data/KEY hold their numbers,
+uncompressed. Before, it was five pickles in a row, and then the numbers. A pickle may name any
+function to be called; here it may name the few that rebuild a tensor, and no others.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import first_line
+from imagen_jax.formats.tensors import FileTensor
+
+_STORAGES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
+    "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+}  # fmt: skip
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+class _Storage(NamedTuple):
+    key: str
+    dtype: str
+
+
+class _Tensor(NamedTuple):
+    """What a pickle says of a tensor; offset and strides in elements of its storage."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Callable:
+    """A function for the unpickler to call. A plain one has attributes that a pickle could set."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable):
+        object.__setattr__(self, "_function", function)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError("an attribute of a function is set")
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
+_ALLOWED: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _Callable(
+        lambda storage, offset, shape, strides, *_: _Tensor(storage, offset, shape, strides)
+    ),
+    "torch._utils._rebuild_parameter": _Callable(lambda tensor, *_: tensor),
+    **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in _ALLOWED:
+            raise UserError(f"it asks to load {module}.{name}; only plain tensors are read")
+        return _ALLOWED[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or dtype not in _STORAGES.values() or not isinstance(key, str):
+            raise pickle.UnpicklingError(f"not a storage: {pid!r}")
+        return _Storage(key, dtype)
+
+
+def read_torch(path: str | os.PathLike) -> dict[str, FileTensor]:
+    """The tensors of a state dict that torch.save wrote, by name; their numbers are left unread.
+
+    Raises:
+        UserError: it cannot be opened, is damaged, or asks for anything but tensors.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            state, starts = _read_zip(file) if zipfile.is_zipfile(file) else _read_legacy(file)
+        size = path.stat().st_size
+        return {
+            name: _file_tensor(path, size, starts, tensor)
+            for name, tensor in state.items()
+            if isinstance(tensor, _Tensor)
+        }
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    except UserError as e:
+        raise UserError(f"{path}: refused: {e}") from e
+    except Exception as e:  # a damaged pickle raises nearly anything
+        raise UserError(
+            f"{path}: not a state dict saved by torch, or damaged: {first_line(e)}"
+        ) from e
+
+
+def _read_zip(file: BinaryIO) -> tuple[dict, dict[str, int]]:
+    """The pickled state dict, and where in the file each storage starts."""
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        state = _Unpickler(archive.open(members["data.pkl"])).load()
+    starts = {}
+    for name, info in members.items():
+        if name.startswith("data/"):
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            file.seek(info.header_offset + 26)
+            len_name, len_extra = struct.unpack("<HH", file.read(4))
+            starts[name.removeprefix("data/")] = info.header_offset + 30 + len_name + len_extra
+    return state, starts
+
+
+def _read_legacy(file: BinaryIO) -> tuple[dict, dict[str, int]]:
+    """The same for a file from before torch 1.6."""
+    file.seek(0)
+    if _Unpickler(file).load() != _LEGACY_MAGIC:
+        raise ValueError("no magic number")
+    _version, _system = _Unpickler(file).load(), _Unpickler(file).load()
+    state, starts = _Unpickler(file).load(), {}
+    itemsizes = {
+        tensor.storage.key: np.dtype(tensor.storage.dtype).itemsize
+        for tensor in state.values()
+        if isinstance(tensor, _Tensor)
+    }
+    for key in _Unpickler(file).load():
+        (num_elements,) = struct.unpack("<q", file.read(8))
+        starts[key] = file.tell()
+        file.seek(num_elements * itemsizes[key], os.SEEK_CUR)
+    return state, starts
+
+
+def _file_tensor(path: Path, size: int, starts: dict[str, int], tensor: _Tensor) -> FileTensor:
+    dtype = np.dtype(tensor.storage.dtype)  # stored.py's ml_dtypes adds "bfloat16" to these
+    strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
+    offset = starts[tensor.storage.key] + tensor.offset * dtype.itemsize
+    last = [(n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True)]
+    if math.prod(tensor.shape) and (
+        min(offset, *strides, 0) < 0 or offset + sum(last) + dtype.itemsize > size
+    ):
+        raise ValueError(f"a tensor of shape {tensor.shape} lies outside the file")
+    return FileTensor(path, offset, dtype, tuple(tensor.shape), strides)

@@ -1,0 +1,257 @@
+"""One stage of the cascade: its network, loss and sampling, and how to load a trained one.
+
+    stage, params = load("runs/demo")
+    images = stage.sample(params, seeds, cond)
+
+A stage knows neither optimizer nor training state; `training.experiment` adds those. Nothing here
+imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imagen_jax.config import Config
+from imagen_jax.devices import sharding
+from imagen_jax.diffusion import conditioning, editing, process
+from imagen_jax.diffusion.loss import diffusion_loss
+from imagen_jax.diffusion.sampler import SamplerConfig
+from imagen_jax.models import networks
+from imagen_jax.runs import workdir as runs
+from imagen_jax.runs.checkpoint import Checkpoints
+
+Params = networks.Params
+Batch = dict[str, jax.Array]
+
+
+def batch_size(image_size: int, base: int = 64) -> int:
+    """Images to sample at once: `base` up to 64x64 pixels, fewer of larger ones."""
+    return max(1, base * 64**2 // max(64, image_size) ** 2)
+
+
+class Stage:
+    """The network of one config with its loss and its sampler, on a mesh of devices.
+
+    Attributes:
+      config: the typed config.
+      mesh: the device mesh.
+      schedule: the noise schedule.
+      abstract_params: shapes, dtypes and shardings of the weights.
+      batch_sharding: sharding of every array of a batch.
+      batch_ways: number of parts that the mesh splits a batch into.
+      eval_loss: jitted (params, batch, key) -> mean loss.
+    """
+
+    def __init__(self, config: Config, mesh: sharding.Mesh | None = None):
+        """Builds the stage on `mesh`, by default all devices side by side along the batch."""
+        self.config = config
+        self.mesh = sharding.make_mesh(sharding.MeshConfig()) if mesh is None else mesh
+        self.schedule = process.Schedule(config.diffusion.schedule)
+        self._network = networks.build(config.unet)
+        shapes = jax.eval_shape(self.init_params)
+        shardings = sharding.weight_shardings(self.mesh, shapes)
+        self.abstract_params: Params = sharding.with_shardings(shapes, shardings)
+        self.batch_sharding = sharding.batch_sharding(self.mesh)
+        self.batch_ways = sharding.batch_ways(self.mesh)
+        self._run_block = self.block_runner("none")
+        whole = sharding.replicated(self.mesh)
+        self.eval_loss = jax.jit(self._eval_loss, out_shardings=whole)
+        self._sample = jax.jit(self._sample_batch, static_argnums=(3,), out_shardings=whole)
+
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of one global training batch."""
+        c = self.config
+        shapes = {
+            "image": ((c.unet.image_size, c.unet.image_size, 3), jnp.uint8),
+            "text": ((c.text.tokens, c.text.width), jnp.bfloat16),
+            "text_mask": ((c.text.tokens,), jnp.bool_),
+        }
+        return {
+            k: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=self.batch_sharding)
+            for k, (shape, dtype) in shapes.items()
+        }
+
+    @functools.cached_property
+    def num_params(self) -> int:
+        """Number of parameters of the network."""
+        return sum(x.size for x in jax.tree.leaves(self.abstract_params))
+
+    @functools.cached_property
+    def model_flops(self) -> float:
+        """FLOPs of one training step by the model's own count: three forward passes of the batch.
+
+        The backward pass costs twice the forward pass. Recomputation does not count.
+        """
+        network = networks.build(networks.without_scan(self.config.unet))
+
+        def forward(params, batch):
+            z, cond = self._inputs(batch, jax.random.key(0))
+            return network.apply(params, z, jnp.zeros(z.shape[0]), cond)
+
+        params, batch = (
+            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+            for tree in (self.abstract_params, self.abstract_batch)
+        )
+        one = {k: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for k, x in batch.items()}
+        lowered = jax.jit(forward).lower(params, one)
+        return 3.0 * self.config.batch_size * (lowered.cost_analysis() or {}).get("flops", 0.0)
+
+    def init_params(self) -> Params:
+        """Freshly initialized weights, from the config's seed."""
+        return self._network.init(jax.random.key(self.config.seed))
+
+    def block_runner(self, remat: str) -> networks.BlockRunner:
+        """How the network runs its blocks on this mesh; `remat` is a key of sharding.REMAT."""
+        return sharding.block_runner(self.mesh, remat, jnp.dtype(self.config.unet.dtype))
+
+    def put(self, local: dict[str, np.ndarray]) -> Batch:
+        """Turns this host's rows of a batch into the global batch on the mesh."""
+        return sharding.put_batch(self.mesh, local)
+
+    def put_replicated(self, tree: Any) -> Any:
+        """Copies host arrays to every device."""
+        return jax.device_put(tree, sharding.replicated(self.mesh))
+
+    def loss(
+        self,
+        params: Params,
+        batch: Batch,
+        key: jax.Array,
+        run_block: networks.BlockRunner | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The training loss: drops captions, adds noise, denoises (paper, section 2.1, Eq. 1).
+
+        Args:
+          batch: image uint8 [B, H, W, 3], text [B, T, D], text_mask bool [B, T].
+          key: the source of all randomness.
+          run_block: runs each block of the network (`block_runner`); by default without remat.
+
+        Returns:
+          The weighted loss and the log-SNR of each example, float32 [B] each.
+        """
+        d = self.config.diffusion
+        noise_key, drop_key, dropout_key, aug_key = jax.random.split(key, 4)
+        x, cond = self._inputs(batch, aug_key)
+        drop_b = jax.random.bernoulli(drop_key, d.caption_dropout, (x.shape[0],))
+        dropout_key = dropout_key if self.config.unet.dropout else None
+        return diffusion_loss(
+            self._denoiser(params, run_block, dropout_key),
+            x,
+            conditioning.drop_text(cond, drop_b),
+            noise_key,
+            schedule=self.schedule,
+            prediction=d.prediction,
+            weighting=d.weighting,
+            low_discrepancy=d.low_discrepancy,
+        )
+
+    def held_out_loss(self, params: Params, batches: Iterable[dict[str, np.ndarray]]) -> float:
+        """The mean loss over batches of this host's rows, with the same noise at every call."""
+        losses = []
+        for i, batch in enumerate(batches):
+            with jax.transfer_guard("allow"):
+                losses.append(self.eval_loss(params, self.put(batch), jax.random.key(i)))
+        return float(np.mean(jax.device_get(losses)))
+
+    def sample(
+        self,
+        params: Params,
+        seeds: np.ndarray,
+        cond: dict[str, np.ndarray],
+        sampler: SamplerConfig | None = None,
+        batch_size: int = 64,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Samples one image per seed and prompt, in batches of one compiled size.
+
+        Args:
+          params: the weights, usually the EMA.
+          seeds: uint32 [N]. A sample depends on its own seed and cond only.
+          cond: text [N, T, D] and text_mask [N, T] on the host; low_res uint8 [N, h, w, 3] for a
+            super-resolution stage; and the keys that `editing.sample_or_edit` reads.
+          sampler: by default the config's section `sampling`.
+          batch_size: images per batch; rounded up to a multiple of batch_ways.
+          progress: called with the number of images after each batch.
+
+        Returns:
+          uint8 [N, H, W, 3].
+        """
+        sampler = sampler or self.config.sampling
+        ways = self.batch_ways
+        size = -(-min(batch_size, len(seeds)) // ways) * ways
+        images = []
+        for start in range(0, len(seeds), size):
+            rows = np.minimum(np.arange(start, start + size), len(seeds) - 1)
+            part = (seeds[rows], {k: v[rows] for k, v in cond.items()})
+            part = jax.device_put(part, self.batch_sharding)
+            samples = np.asarray(jax.device_get(self._sample(params, *part, sampler)))
+            images.append(samples[: len(seeds) - start])
+            if progress:
+                progress(len(images[-1]))
+        return process.to_uint8(np.concatenate(images))
+
+    def _denoiser(
+        self,
+        params: Params,
+        run_block: networks.BlockRunner | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> process.Denoiser:
+        run = run_block or self._run_block
+        return functools.partial(self._network.apply, params, run=run, dropout_key=dropout_key)
+
+    def _inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, process.Cond]:
+        """A batch's images in [-1, 1] and their conditioning; `key` seeds the augmentation."""
+        x = process.to_float(batch["image"])
+        cond = {"text": batch["text"], "text_mask": batch["text_mask"]}
+        if self.config.unet.low_res:
+            cond |= conditioning.training_condition(x, self.config.unet.low_res, key)
+        return x, cond
+
+    def _eval_loss(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+        return self.loss(params, batch, key)[0].mean()
+
+    def _sample_batch(
+        self, params: Params, seeds_b: jax.Array, cond: process.Cond, sampler: SamplerConfig
+    ) -> jax.Array:
+        size, prediction = self.config.unet.image_size, self.config.diffusion.prediction
+        height = width = size
+        if self.config.unet.low_res:
+            height, width = (self.config.upscale * n for n in cond["low_res"].shape[1:3])
+            low_res = cond["low_res"]
+            cond = cond | conditioning.sampling_condition(low_res, sampler.aug_level, seeds_b)
+        return editing.sample_or_edit(
+            self._denoiser(params),
+            self.schedule,
+            prediction,
+            sampler,
+            seeds_b,
+            (height, width, 3),
+            cond,
+        )
+
+
+def load(workdir: str | Path, step: int | None = None) -> tuple[Stage, Params]:
+    """Loads the stage of a finished or running workdir and its EMA weights, onto these devices.
+
+    The mesh of training need not be the mesh of sampling.
+
+    Args:
+      step: the checkpoint's step; by default the newest.
+
+    Raises:
+      UserError: the workdir holds no run, or no such checkpoint.
+    """
+    config = runs.read_config(workdir)
+    stage = Stage(dataclasses.replace(config, mesh=sharding.MeshConfig()))
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        return stage, checkpoints.restore_ema(stage.abstract_params, config.identity, step)

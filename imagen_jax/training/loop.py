@@ -1,0 +1,165 @@
+"""The training loop: starts or resumes, then runs until the last step or a request to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from imagen_jax.common.cli import log
+from imagen_jax.common.files import make_folder
+from imagen_jax.devices.compilation import compile_ahead
+from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.runs.workdir import write_config
+from imagen_jax.training import metrics
+from imagen_jax.training.experiment import Experiment
+from imagen_jax.training.periodic import Actions
+from imagen_jax.training.profiling import Profile
+from imagen_jax.training.reader import Batch, Reader
+from imagen_jax.training.startup import Startup
+from imagen_jax.training.step import TrainState
+
+# How far the host runs ahead of the device, in seconds and in steps. Each step ahead holds a batch
+# in the device's memory and delays a stop.
+AHEAD_S, MOST_AHEAD = 2.0, 16
+
+
+def train(
+    experiment: Experiment,
+    reader: Reader,
+    workdir: Path,
+    stop: Callable[[int], bool],
+    startup: Startup | None = None,
+    profiled: Sequence[int] = (),
+) -> bool:
+    """Trains until `num_steps`, or until `stop(step)`, and leaves a checkpoint of the last step.
+
+    Args:
+      stop: called with each step; True ends the run after that step, on every host.
+      startup: measures the time to the first step; by default from now on.
+      profiled: the steps to trace.
+
+    Returns:
+      Whether the run has now reached `num_steps`.
+    """
+    startup = startup or Startup()
+    config = experiment.config
+    make_folder(workdir, "workdir")
+    # Closed even if training fails, so that a pending save is finished or cleanly dropped.
+    with contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
+        state, position = jax.block_until_ready(start_or_resume(experiment, checkpoints))
+        if jax.process_index() == 0:
+            write_config(workdir, config)
+        start = int(state.step)
+        startup.done("restore" if start else "init")
+        if start >= config.num_steps:
+            log.info("already trained for %d steps: %s", start, workdir)
+            return True
+        batches = reader.train_batches(position["examples"], *experiment.batch_share)
+        # Take the first batch before compiling, so that the reader prefetches in the meantime.
+        batches = itertools.chain([next(batches)], batches)
+        startup.done("first batch")
+        sizes = (config.num_steps, config.batch_size, experiment.stage.model_flops)
+        startup.done("network")
+        profile = Profile(profiled, workdir / "profile")
+        logger = metrics.MetricLogger(workdir, *sizes)
+        with contextlib.closing(logger), contextlib.closing(profile):
+            logger.resume_at(start)
+            offset = position["examples"] - start * config.batch_size
+            actions = Actions(
+                experiment, reader, workdir, checkpoints, logger, profile, startup, offset
+            )
+            startup.done("data opening")
+            _log_setup(experiment, start)
+            lowered = experiment.step.lower(
+                experiment.abstract_state, experiment.stage.abstract_batch
+            )
+            log.info(compile_ahead(lowered))
+            startup.done("compile")
+            return run_loop(experiment, state, start, batches, logger, actions, stop)
+
+
+def _log_setup(experiment: Experiment, start: int) -> None:
+    stage = experiment.stage
+    if start == 0:
+        log.info("\n%s", metrics.overview(stage.abstract_params))
+    devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
+    log.info("training %s parameters on %s", f"{stage.num_params:,}", devices)
+    shape = " x ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items())
+    log.info("%s, %d microbatch(es), remat=%s", shape, experiment.microbatches, experiment.remat)
+
+
+def start_or_resume(
+    experiment: Experiment, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, int]]:
+    """The state and the position in the data to start from, in this order:
+
+    1. the newest checkpoint of this workdir, with its position in the data;
+    2. freshly initialized weights and the first example.
+    """
+    if checkpoints.latest_step() is None:
+        return experiment.init(), {"examples": 0}
+    state, position = checkpoints.restore(experiment.abstract_state, experiment.config.identity)
+    log.info("resuming from step %d in %s", int(state.step), checkpoints.directory)
+    return state, position
+
+
+def run_loop(
+    experiment: Experiment,
+    state: TrainState,
+    start: int,
+    batches: Iterator[Batch],
+    logger: metrics.MetricLogger,
+    actions: Actions,
+    stop: Callable[[int], bool],
+) -> bool:
+    """Runs the steps after `start`; returns True if it reached the last one.
+
+    The host runs ahead of the device by up to AHEAD_S, then fetches the metrics of all steps but
+    the newest. So the device never waits for the host, even if the host is held up for a while.
+    """
+    config, step_fn, put = experiment.config, experiment.step, experiment.stage.put
+    logger.restart_clock()
+    pending: list[tuple[int, Any]] = []
+    with jax.transfer_guard("disallow"):
+        for step in range(start + 1, config.num_steps + 1):
+            if actions.profile.starts(step):
+                fetch(logger, pending, config.log_every)
+                with logger.pause():
+                    actions.profile.start(state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, step_metrics = step_fn(state, put(next(batches)))
+            if step == start + 1:
+                actions.started(step, step_metrics)
+            pending.append((step, step_metrics))
+            ahead = min(AHEAD_S / logger.step_time, MOST_AHEAD)
+            if len(pending) > ahead or (step - 1) % config.log_every == 0:
+                fetch(logger, pending, config.log_every, keep=1)
+            stopping = stop(step)
+            due = [actions.save] if stopping else actions.due(step)
+            if due:
+                fetch(logger, pending, config.log_every)
+                if (stopping or step == config.num_steps) and step % config.log_every:
+                    logger.flush(step)
+                with logger.pause():
+                    for action in due:
+                        action(step, state)
+            if stopping:
+                log.info("stopped at step %d; the same command resumes from there", step)
+                return step == config.num_steps
+    return True
+
+
+def fetch(
+    logger: metrics.MetricLogger, pending: list[tuple[int, Any]], log_every: int, keep: int = 0
+) -> None:
+    """Waits for all pending steps but the last `keep` and hands their metrics to the logger."""
+    while len(pending) > keep:
+        step, step_metrics = pending.pop(0)
+        logger.add(step, step_metrics)
+        if step % log_every == 0:
+            logger.flush(step)

@@ -1,0 +1,126 @@
+"""Metrics out: metrics.jsonl, TensorBoard and the log through CLU; the non-finite guard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import metric_writers, parameter_overview
+
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import write_text
+from imagen_jax.devices import topologies
+from imagen_jax.training.step import bucket_names
+
+log = logging.getLogger("imagen_jax")
+
+
+def overview(params: Any) -> str:
+    """CLU's table of parameters, cut to a readable length."""
+    return parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=40)
+
+
+class MetricLogger:
+    """Averages step metrics between log lines and writes them everywhere; only host 0 writes.
+
+    Attributes:
+      step_time: seconds a step, by the last line; infinite before the first.
+    """
+
+    def __init__(self, workdir: Path, num_steps: int, batch_size: int, flops_per_step: float):
+        self._path = Path(workdir) / "metrics.jsonl"
+        self._num_steps, self._batch_size = num_steps, batch_size
+        self._flops = flops_per_step
+        self._peak = topologies.device_peak_flops() * jax.device_count()
+        self._main = jax.process_index() == 0
+        self.writer = metric_writers.create_default_writer(
+            workdir, just_logging=not self._main, asynchronous=False
+        )
+        self.step_time = math.inf
+        self._window: list[dict[str, np.ndarray]] = []
+        self._paused = 0.0
+        self._start = time.perf_counter()
+
+    def resume_at(self, step: int) -> None:
+        """Drops lines of a run that went past the checkpoint, so that no step stands twice."""
+        if not self._main or not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_text(self._path, "".join(line + "\n" for line in kept))
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of one step.
+
+        Raises:
+          UserError: if the loss is not finite; nothing after that step is worth its time.
+        """
+        metrics = jax.device_get(metrics)
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(
+                f"the loss is {metrics['loss']} at step {step}; lower "
+                "config.optimizer.learning_rate or set config.optimizer.grad_clip, and start again "
+                "from the last checkpoint"
+            )
+        self._window.append(metrics)
+
+    def flush(self, step: int) -> None:
+        """Writes the averages since the last call, under `step`."""
+        seconds = (time.perf_counter() - self._start - self._paused) / len(self._window)
+        self.step_time = seconds
+        scalars = {k: float(np.mean([m[k] for m in self._window])) for k in ("loss", "grad_norm")}
+        loss_sums, counts = (
+            np.sum([m[k] for m in self._window], 0) for k in ("bucket_loss", "bucket_count")
+        )
+        for name, loss, count in zip(bucket_names(), loss_sums, counts, strict=True):
+            if count:
+                scalars[f"loss_log_snr/{name}"] = float(loss / count)
+        scalars |= {"step_time": seconds, "images_per_s": self._batch_size / seconds}
+        if self._peak:
+            scalars["mfu"] = self._flops / seconds / self._peak
+        self.write(step, scalars)
+        eta = seconds * (self._num_steps - step)
+        log.info(
+            "step %d/%d  loss %.4f  %.1f images/s  ETA %s",
+            step, self._num_steps, scalars["loss"], scalars["images_per_s"], duration(eta),
+        )  # fmt: skip
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Starts a new window."""
+        self._window, self._paused, self._start = [], 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Takes the block out of the step time: samples, evaluation, checkpoints."""
+        before = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - before
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes scalars under `step` to metrics.jsonl and TensorBoard."""
+        self.writer.write_scalars(step, scalars)
+        if self._main:
+            with self._path.open("a") as f:
+                f.write(json.dumps({"step": step, **scalars}) + "\n")
+
+    def close(self) -> None:
+        """Flushes the writers."""
+        self.writer.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1h02m, 3m05s or 12s."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{m:02d}m"
+    return f"{m}m{s:02d}s" if m else f"{s}s"

@@ -1,0 +1,112 @@
+"""What a training run does at intervals: evaluate, sample, save a checkpoint, end a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from imagen_jax.common import pictures
+from imagen_jax.common.cli import log
+from imagen_jax.diffusion.conditioning import shrink_pixels
+from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.stage import batch_size
+from imagen_jax.training.experiment import Experiment
+from imagen_jax.training.metrics import MetricLogger
+from imagen_jax.training.profiling import Profile
+from imagen_jax.training.reader import Reader
+from imagen_jax.training.startup import Startup
+from imagen_jax.training.step import TrainState
+
+Action = Callable[[int, TrainState], None]
+
+
+class Actions:
+    """The periodic actions of one run, each a function of (step, state)."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        reader: Reader,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        logger: MetricLogger,
+        profile: Profile,
+        startup: Startup,
+        offset: int,
+    ):
+        """Reads the held-out batches and the captions to sample.
+
+        Args:
+          offset: position in the data minus step x batch size.
+        """
+        config = experiment.config
+        self._config, self._stage, self._workdir = config, experiment.stage, workdir
+        self._checkpoints, self._logger, self._offset = checkpoints, logger, offset
+        self.profile, self._startup = profile, startup
+        self._eval_batches = (
+            reader.eval_batches(*experiment.batch_share)
+            if config.eval_every and config.eval_batches
+            else []
+        )
+        self._sample_batch = batch_size(config.unet.image_size)
+        self._prompts = (
+            reader.examples(config.data.sample_split, config.num_samples)
+            if config.sample_every
+            else []
+        )
+
+    def started(self, step: int, metrics: Any) -> None:
+        """Waits for the first step and logs how long each part of the start took."""
+        jax.block_until_ready(metrics)
+        self._startup.done("first step")
+        log.info(self._startup.summary())
+        self._logger.write(step, self._startup.metrics())
+
+    def due(self, step: int) -> list[Action]:
+        """The actions of this step; all of them at the last step."""
+        config = self._config
+        last = step == config.num_steps
+        table = (
+            (config.checkpoint_every or last, config.checkpoint_every, self.save),
+            (self._eval_batches, config.eval_every, self.evaluate),
+            (self._prompts, config.sample_every, self.sample),
+        )
+        acts = [act for on, every, act in table if on and (last or step % every == 0)]
+        return [self.profile.stop, *acts] if self.profile.ends(step) else acts
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves a checkpoint of the state and of the position in the data."""
+        examples = step * self._config.batch_size + self._offset
+        self._checkpoints.save(step, state, {"examples": examples}, self._config.identity)
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Logs the loss of the EMA weights on held-out data, with the same noise every time."""
+        loss = self._stage.held_out_loss(state.ema, self._eval_batches)
+        self._logger.write(step, {"eval_loss": loss})
+        log.info("step %d  eval loss %.4f", step, loss)
+
+    def sample(self, step: int, state: TrainState) -> None:
+        """Saves a grid sampled with the EMA weights, always from the same prompts and seeds.
+
+        The grid of a super-resolution stage shows its input, its sample and the true image.
+        """
+        seeds = np.arange(len(self._prompts), dtype=np.uint32)
+        cond = {k: np.stack([p[k] for p in self._prompts]) for k in ("text", "text_mask")}
+        if size := self._config.unet.low_res:
+            true = np.stack([p["image"] for p in self._prompts])
+            cond["low_res"] = shrink_pixels(true, size)
+        images = self._stage.sample(state.ema, seeds, cond, batch_size=self._sample_batch)
+        if size:
+            inputs = cond["low_res"].repeat(self._config.upscale, 1)
+            inputs = inputs.repeat(self._config.upscale, 2)
+            images = np.concatenate([inputs, images, true], axis=2)
+        if jax.process_index() == 0:
+            sheet = pictures.grid(images, [p["caption"] for p in self._prompts])
+            path = self._workdir / "samples" / f"step_{step:08d}.png"
+            pictures.save(sheet, path)
+            self._logger.writer.write_images(step, {"samples": np.asarray(sheet)[None]})
+            log.info("step %d  samples: %s", step, path)

@@ -1,0 +1,72 @@
+"""Config sections become typed fields; what does not fit is one line naming the key."""
+
+import dataclasses
+
+import pytest
+from conftest import ROOT
+
+from imagen_jax.common.errors import UserError
+from imagen_jax.common.typed_config import load, require, typed
+from imagen_jax.config import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    rate: float
+    mults: tuple[int, ...] = (1, 2)
+    name: str | None = None
+    flag: bool = False
+    inner: Inner = Inner()
+
+
+def test_values_and_defaults():
+    got = typed(Outer, {"rate": 1, "mults": [4, 5], "inner": {"size": 7}})
+    assert got == Outer(1.0, (4, 5), None, False, Inner(7))
+    assert isinstance(got.rate, float)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rate": 1.0, "nmae": "x"}, ["config.o.nmae", "did you mean o.name"]),
+        ({}, ["config.o.rate is missing"]),
+        ({"rate": "fast"}, ["config.o.rate is 'fast'", "float"]),
+        ({"rate": 1.0, "flag": 1}, ["config.o.flag is 1", "bool"]),
+        ({"rate": 1.0, "inner": {"size": True}}, ["config.o.inner.size is True", "int"]),
+        ({"rate": 1.0, "inner": 3}, ["config.o.inner is 3", "section"]),
+        ({"rate": 1.0, "mults": 3}, ["config.o.mults is 3", "tuple"]),
+        ({"rate": 1.0, "mults": ["a"]}, ["config.o.mults is 'a'", "int"]),
+    ],
+)
+def test_misfits_are_one_line(values, words):
+    with pytest.raises(UserError) as e:
+        typed(Outer, values, "o.")
+    assert "\n" not in str(e.value)
+    assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_require_names_key_value_and_allowed():
+    require(True, "k", 1, "anything")
+    with pytest.raises(UserError, match=r"config\.k is 1; allowed: 2"):
+        require(False, "k", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "width", "topology"),
+    [(":v4-512", 512, "v4-512"), (":1b,v5litepod-16", 384, "v5litepod-16"), (":300m", 192, None)],
+)
+def test_the_argument_names_a_size_a_topology_or_both(argument, width, topology):
+    values = load(str(ROOT / "configs/base64.py") + argument)
+    assert values["model"]["embed_dim"] == width
+    assert values["mesh"].get("topology") == topology
+    parse(values)
+
+
+def test_an_override_of_the_topology_wins():
+    values = load(str(ROOT / "configs/base64.py:v4-8"), ["mesh.topology=v4-64"])
+    assert values["mesh"]["topology"] == "v4-64"

@@ -1,0 +1,181 @@
+"""A store: found by the caption, and the same embeddings in training as those in the records."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import FakeEncoder, load_config, shrink
+
+from data_pipelines import encode_text
+from data_pipelines.common import caption_key
+from data_pipelines.embeddings import caption_lists
+from data_pipelines.embeddings.shards import finish
+from data_pipelines.embeddings.store import (
+    FORMS,
+    check_identity,
+    create_store,
+    open_store,
+)
+from data_pipelines.reading import batches, tasks
+from imagen_jax.common.errors import UserError
+from imagen_jax.config import parse
+from imagen_jax.text import encoder_identity
+from imagen_jax.text.encoder import Batch
+
+
+class Encoder(FakeEncoder):
+    """The fake encoder of the tiny data, a caption at a time."""
+
+    def batches(self, captions):
+        for caption in captions:
+            yield Batch(dict(zip([caption], self.encode([caption]), strict=True)), 8)
+
+
+def make(path, data_dir, dtype="bfloat16", captions=None):
+    rows = list(caption_lists.read_dataset(data_dir, "scenes/32"))
+    rows = rows if captions is None else rows[:captions]
+    store = create_store(str(path), Encoder().identity, dtype, 3)
+    encode_text.encode(store, encode_text.assign(store, rows, 0, 1), Encoder())
+    finish(store)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory, tiny_data):
+    path = tmp_path_factory.mktemp("stores")
+    return {dtype: make(path / dtype, tiny_data, dtype) for dtype in FORMS}
+
+
+def config(tiny_data, store="", **text):
+    values = shrink(load_config("demo")).to_dict()
+    values["data"].update(dir=tiny_data, build=False, embeddings=store)
+    values["text"].update(text)
+    return parse(values)
+
+
+def random_embedding(tokens, dim=16):
+    rng = np.random.default_rng(tokens)
+    return rng.normal(size=(tokens, dim)).astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", FORMS)
+def test_forms_keep_shapes_zeros_and_signs(dtype):
+    form = FORMS[dtype]
+    embedding = random_embedding(5)
+    embedding[2] = 0
+    embedding[3] *= 1e-4
+    packed = form.pack(embedding)
+    assert len(packed) == 5 * form.token_bytes(16)
+    unpacked = form.unpack(packed, 16)
+    assert unpacked.dtype == ml_dtypes.bfloat16 and unpacked.shape == (5, 16)
+    assert not unpacked[2].any()
+    error = np.abs(unpacked.astype(np.float32) - embedding.astype(np.float32)).max(axis=1)
+    largest = np.abs(embedding.astype(np.float32)).max(axis=1)
+    # Half a step of 127, and bfloat16's own rounding.
+    assert (error <= largest * (0 if dtype == "bfloat16" else 0.5 / 127 + 2**-8)).all()
+
+
+@pytest.mark.parametrize("dtype", FORMS)
+def test_tensorflow_unpacks_the_same_bits(dtype):
+    form, embedding = FORMS[dtype], random_embedding(7)
+    packed = form.pack(embedding)
+    np.testing.assert_array_equal(tasks._UNPACK[dtype](packed, 16).numpy(), form.unpack(packed, 16))
+
+
+def test_keys_are_found_and_others_are_not(stores, tiny_data):
+    store = open_store(stores["bfloat16"])
+    captions = [row.caption for row in caption_lists.read_dataset(tiny_data, "scenes/32")]
+    captions += ["not there", "nor this", ""]
+    where = store.locate(np.array([caption_key(c) for c in captions], "S16"))
+    assert [shard >= 0 for shard in where[:, 0]] == [True] * (len(captions) - 3) + [False] * 3
+    assert len(set(where[:, 0])) == 4
+
+
+def test_training_on_a_store_is_training_on_the_records(stores, tiny_data):
+    of_records = next(batches.train_batches(config(tiny_data), 24))
+    of_store = next(batches.train_batches(config(tiny_data, stores["bfloat16"]), 24))
+    for key, expected in of_records.items():
+        np.testing.assert_array_equal(of_store[key], expected)
+    rounded = next(batches.train_batches(config(tiny_data, stores["int8"]), 24))
+    np.testing.assert_array_equal(rounded["text_mask"], of_records["text_mask"])
+    a, b = (batch["text"].astype(np.float32) for batch in (rounded, of_records))
+    assert 0 < np.abs(a - b).max() < 0.05
+    [example] = batches.examples(config(tiny_data, stores["bfloat16"]), "heldout", 1)
+    assert example["caption"] and example["text"].shape == (6, 8)
+
+
+def test_a_missing_caption_is_one_line(tmp_path, tiny_data):
+    lacking = config(tiny_data, make(tmp_path / "store", tiny_data, captions=8))
+    [first] = batches.examples(config(tiny_data), "train", 1)
+    with pytest.raises(UserError) as error:
+        next(batches.train_batches(lacking, 0))
+    message = str(error.value)
+    assert f"data.embeddings={tmp_path / 'store'} lacks " in message
+    assert f"of the 40 captions of scenes/32:train, for example {first['caption']!r}" in message
+
+
+def test_a_store_that_is_not_there_or_damaged_is_one_line(tmp_path, stores, tiny_data):
+    with pytest.raises(UserError, match="nowhere holds no store; make it with: python -m"):
+        batches.open_task(config(tiny_data, str(tmp_path / "nowhere")))
+    for damage, words in (
+        (lambda path: (path / "store.json").write_text("{"), "not valid JSON"),
+        (lambda path: (path / "store.json").write_text("{}"), "damaged"),
+        (lambda path: next(path.glob("shard*.json")).unlink(), "of its 3 shards"),
+        (lambda path: next(path.glob("*.npy")).write_bytes(b"x"), "missing or damaged"),
+        (lambda path: next(path.glob("*.npy")).unlink(), "missing or damaged"),
+        (lambda path: [f.write_bytes(b"") for f in path.glob("*.tfrecord")], "failed"),
+    ):
+        path = tmp_path / "damaged"
+        shutil.copytree(stores["bfloat16"], path)
+        damage(path)
+        with pytest.raises(UserError, match=words) as error:
+            next(batches.train_batches(config(tiny_data, str(path)), 0))
+        assert "\n" not in str(error.value)
+        shutil.rmtree(path)
+
+
+def identity(**changes):
+    return {**encoder_identity("byte-tiny", 64), **changes}
+
+
+def check(stored, encoder="byte-tiny", dim=128, max_tokens=64):
+    check_identity(stored, encoder, dim, max_tokens, "data.embeddings=there")
+
+
+def test_only_embeddings_of_the_encoder_of_the_config_are_taken():
+    check(identity())
+    check(identity(max_tokens=60))
+    # Not on this machine: name and width are all there is to compare.
+    check(identity(encoder="t5-v1_1-xxl", dim=4096), "/models/t5-v1_1-xxl", 4096)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weights_sha256", "0" * 64),
+        ("tokenizer_sha256", "1" * 64),
+        ("tokenizer", "sentencepiece"),
+        ("encoder", "t5-v1_1-xxl"),
+        ("dim", 64),
+        ("max_tokens", 65),
+    ],
+)
+def test_a_store_of_another_encoder_is_refused_with_both(key, value):
+    with pytest.raises(UserError, match=r"data\.embeddings=there") as error:
+        check(identity(**{key: value}))
+    message = str(error.value)
+    assert str(value) in message and str(identity()[key]) in message and "\n" not in message
+
+
+def test_the_store_is_compared_and_not_the_records(tmp_path, stores, tiny_data):
+    shutil.copytree(stores["bfloat16"], tmp_path / "other")
+    settings = json.loads((tmp_path / "other" / "store.json").read_text())
+    settings["weights_sha256"] = "2" * 64
+    (tmp_path / "other" / "store.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"byte-tiny.*weights_sha256=[0-9a-f]{64}.*=2222"):
+        batches.open_task(config(tiny_data, str(tmp_path / "other")))
+    wide = config(tiny_data, stores["bfloat16"], dim=16)
+    with pytest.raises(UserError, match=r"config\.text\.dim is 16; .* data.embeddings=.* have 8"):
+        batches.open_task(wide)

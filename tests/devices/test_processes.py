@@ -1,0 +1,280 @@
+"""Processes of a run: they meet, agree, train as one process would, and stop together."""
+
+import concurrent.futures
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_config, shrink, train_run
+from PIL import Image
+
+from imagen_jax import train
+from imagen_jax.common.errors import UserError
+from imagen_jax.config import parse
+from imagen_jax.devices import processes, rendezvous, sharding
+from launch import local
+
+STEPS = 2000
+CONFIG_FILE = """
+import json, pathlib
+from ml_collections import ConfigDict
+from imagen_jax.devices import sharding
+
+assert sharding.MIN_SHARDED_SIZE
+sharding.MIN_SHARDED_SIZE = 64  # so that every process holds a part of these small weights
+
+def get_config():
+    return ConfigDict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
+"""
+# Children compile little and have one device each, whatever this process has.
+ENV = {
+    **os.environ,
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "XLA_FLAGS": "",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_before():
+    """The config file is loaded in this process, too, where other tests come after."""
+    size = sharding.MIN_SHARDED_SIZE
+    yield
+    sharding.MIN_SHARDED_SIZE = size
+
+
+@pytest.fixture(scope="module")
+def values(tiny_data):
+    """The config of one process; that of many differs in the mesh."""
+    values = shrink(load_config("demo")).to_dict()
+    values["data"].update(dir=tiny_data, build=False)
+    values["model"].update(image_size=16, channel_mult=(1,))
+    values.update(
+        num_steps=STEPS, log_every=1, eval_every=3, eval_batches=1, sample_every=3, num_samples=2,
+        checkpoint_every=STEPS,
+    )  # fmt: skip
+    return values
+
+
+@pytest.fixture(scope="module")
+def config_file(values, tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(CONFIG_FILE)
+    many = {**values, "mesh": {"data": 1, "fsdp": -1}}
+    path.with_suffix(".json").write_text(json.dumps(many))
+    return path
+
+
+class StopAt:
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, step):
+        return step == self.step
+
+
+def meet(num_processes, present, settings=lambda i: {}, timeout=1.0):
+    """What each process that is present hears: None, or the one line."""
+    address = f"localhost:{local.free_port()}"
+
+    def one(i):
+        try:
+            return rendezvous.meet(address, num_processes, i, settings(i), timeout)
+        except UserError as e:
+            return str(e)
+
+    with concurrent.futures.ThreadPoolExecutor(len(present)) as pool:
+        return list(pool.map(one, present))
+
+
+def test_processes_that_agree_meet():
+    same = {"config": {"model": {"channel_mult": (1, 2)}, "seed": 0}}
+    assert meet(5, range(5), lambda i: same) == [None] * 5
+
+
+def test_who_is_missing_is_told_to_all_that_came():
+    lines = meet(6, [0, 2, 5])
+    assert len(set(lines)) == 1
+    assert lines[0] == (
+        "3 of 6 processes did not join within --join_timeout=1 seconds; missing: process 1, 3, 4"
+    )
+
+
+def test_a_missing_process_0_is_named_with_its_address():
+    (line,) = meet(2, [1])
+    assert re.match(r"process 0 did not answer at localhost:\d+ within --join_timeout=1 sec", line)
+
+
+def test_the_first_key_that_differs_is_told_to_all():
+    def settings(i):
+        return {"workdir": "w", "config": {"seed": 0, "model": {"embed_dim": 8 + 8 * (i == 1)}}}
+
+    lines = meet(3, range(3), settings, timeout=5.0)
+    assert len(set(lines)) == 1
+    assert "config.model.embed_dim is 8 on process 0 and 16 on process 1" in lines[0]
+
+
+def test_strangers_at_the_port_do_no_harm():
+    import socket
+
+    port = local.free_port()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(rendezvous.meet, f"localhost:{port}", 2, 0, {}, 20.0)
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process_id": 1}\n'):
+            for _ in range(100):
+                try:
+                    with socket.create_connection(("localhost", port)) as stranger:
+                        stranger.sendall(words)
+                    break
+                except OSError:
+                    time.sleep(0.05)
+        pool.submit(rendezvous.meet, f"localhost:{port}", 2, 1, {}, 20.0).result()
+        first.result()
+
+
+def test_slurm_is_found_by_its_variables(monkeypatch):
+    names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
+    for name, value in zip(names, ("7", "node[003-005],x", "3", "1", "0"), strict=True):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    job = processes.discover(1)
+    assert (job.num_processes, job.process_id) == (3, 1)
+    assert job.coordinator.startswith("node003:")
+
+
+def test_gke_is_found_by_its_variables(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster
+
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "localhost")
+    for name, value in {"SLICE_ID": "1", "NUM_SLICES": "2"}.items():
+        monkeypatch.setenv(f"MEGASCALE_{name}", value)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    monkeypatch.setenv("TPU_WORKER_ID", "1")
+    assert processes.discover(1) == processes.Job("localhost:8482", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_processes": 2}, "--num_processes is 2; it needs --coordinator"),
+        ({"coordinator": "here"}, "--coordinator is 'here'; it must be host:port"),
+        ({"coordinator": "here:1", "process_id": 1}, "--process_id is 1; allowed: 0 to 0"),
+        ({"coordinator": "here:1", "join_timeout": 0}, "--join_timeout is 0; allowed: 1 second"),
+        ({"distributed": True}, "--distributed found no Cloud TPU VM, GKE, SLURM or MPI job here"),
+        ({"workdir": "gs://bucket/run"}, "--workdir is 'gs://bucket/run'; it must be a path"),
+    ],
+    ids=["alone", "address", "id", "timeout", "nowhere", "bucket"],
+)
+def test_bad_flags_are_named(changes, words, config_file, tmp_path, monkeypatch):
+    given = {
+        "config": str(config_file), "set": [], "workdir": str(tmp_path), "distributed": False,
+        "coordinator": "", "num_processes": 1, "process_id": 0, "join_timeout": 1,
+        "heartbeat_timeout": 100, "profile_steps": "",
+    }  # fmt: skip
+    monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(**{**given, **changes}))
+    with pytest.raises(UserError, match=re.escape(words)):
+        train.main([])
+
+
+def test_hosts_that_differ_all_exit_2_with_the_same_line(config_file, tmp_path):
+    command = [sys.executable, "-m", "imagen_jax.train", f"--config={config_file}"]
+    command += [f"--coordinator=localhost:{local.free_port()}", "--num_processes=2"]
+    running = [
+        subprocess.Popen(
+            [
+                *command,
+                f"--workdir={tmp_path}",
+                f"--process_id={i}",
+                f"--config.batch_size={8 + i}",
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=ENV,
+        )
+        for i in range(2)
+    ]
+    for process in running:
+        err = process.communicate(timeout=300)[1]
+        line = "error: the hosts differ: config.batch_size is 8 on process 0 and 9 on process 1"
+        assert process.returncode == 2 and err.startswith(line) and err.count("\n") == 1, err
+
+
+def metrics(workdir, key="loss"):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {m["step"]: m[key] for m in lines if key in m}
+
+
+def children(pid):
+    """Processes that `pid` started, by their --process_id."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        ids = [w.removeprefix("--process_id=") for w in words if w.startswith("--process_id=")]
+        found.update({int(i): int(child) for i in ids})
+    return found
+
+
+def train_and_preempt(num_processes, config_file, workdir, *flags):
+    """Trains with launch.local to step 4 or later, then sends SIGTERM to the last process.
+
+    Returns the step at which all stopped.
+    """
+    command = [sys.executable, "-m", "launch.local", f"--num_processes={num_processes}", "--"]
+    command += [f"--config={config_file}", f"--workdir={workdir}", *flags]
+    output, last = "", None
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=ENV
+    ) as process:
+        for line in process.stdout:
+            output += line
+            step = re.match(r"\[0\] step (\d+)/", line)
+            if step and int(step[1]) >= 4 and not last:
+                last = children(process.pid)[num_processes - 1]
+                os.kill(last, signal.SIGTERM)
+    assert process.returncode == train.STOPPED, output
+    stops = re.findall(r"\[(\d)\] .*Reached preemption sync point, step=(\d+)", output)
+    assert {int(i) for i, _ in stops} == set(range(num_processes)), output
+    assert len({step for _, step in stops}) == 1, output
+    step = int(stops[0][1])
+    saved = workdir / "checkpoints" / f"step_{step}" / "state"
+    assert len(list(saved.glob("ocdbt.process_*"))) == num_processes
+    return step
+
+
+def check_against_one_process(values, workdir, reference, step):
+    """The run that many processes stopped at `step`, and one goes on with, is that of one alone."""
+    config = parse(values)
+    for run in (workdir, reference):
+        assert not train_run(config, run, StopAt(step + 1))
+    assert metrics(workdir) == pytest.approx(metrics(reference), rel=0, abs=1e-5)
+    # A stop saves and does nothing else, so the evaluation of that step may be left out.
+    ours, theirs = metrics(workdir, "eval_loss"), metrics(reference, "eval_loss")
+    assert 3 in ours
+    assert ours == pytest.approx({k: theirs[k] for k in ours}, rel=0, abs=1e-5)
+    grids = [np.asarray(Image.open(w / "samples/step_00000003.png")) for w in (workdir, reference)]
+    np.testing.assert_allclose(*grids, atol=1)
+
+
+def test_two_processes_train_as_one_and_stop_together(config_file, values, tmp_path):
+    step = train_and_preempt(2, config_file, tmp_path / "two")
+    check_against_one_process(values, tmp_path / "two", tmp_path / "one", step)
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_four_processes_to_two_to_one(config_file, values, tmp_path):
+    # Two of them read the same rows each.
+    first = train_and_preempt(4, config_file, tmp_path / "many", "--config.mesh.tensor=2")
+    second = train_and_preempt(2, config_file, tmp_path / "many")
+    assert second > first
+    check_against_one_process(values, tmp_path / "many", tmp_path / "one", second)

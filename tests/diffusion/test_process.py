@@ -1,0 +1,276 @@
+"""Schedules, the loss, the augmentation of low-resolution images and the null prompt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.common.errors import UserError
+from imagen_jax.diffusion import process
+from imagen_jax.diffusion.conditioning import augment, drop_text
+from imagen_jax.diffusion.loss import WEIGHTINGS, diffusion_loss, sample_t
+from imagen_jax.diffusion.process import PREDICTIONS, SCHEDULES, SIGMA_DATA, Schedule
+
+LINEAR_BETAS = np.linspace(1e-4, 0.02, 1000)
+
+
+def draw(seed, shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def blank(z, log_snr_b, cond):
+    return jnp.zeros_like(z)
+
+
+def affine(z, log_snr_b, cond):
+    return 0.3 * z + 0.1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_log_snr_decreases_and_stays_in_its_bounds(name):
+    t = jnp.linspace(0, 1, 2001)
+    log_snr = np.asarray(Schedule(name).log_snr(t))
+    assert np.all(np.diff(log_snr) < 0)
+    assert log_snr.max() <= 20.0001 and log_snr.min() >= -20.0001
+    clipped = np.asarray(Schedule(name, log_snr_min=-5.0, log_snr_max=6.0).log_snr(t))
+    np.testing.assert_allclose(clipped[[0, -1]], [6, -5], rtol=1e-5)
+    assert np.all(np.diff(clipped) <= 0)
+
+
+def test_cosine_is_the_cosine_and_exact_at_its_bounds():
+    t = np.linspace(0, 1, 501)
+    log_snr = Schedule("cosine").log_snr(jnp.asarray(t, jnp.float32))
+    alpha, sigma = process.alpha_sigma(log_snr)
+    np.testing.assert_allclose(alpha, np.cos(np.pi * t / 2), atol=1e-4)
+    np.testing.assert_allclose(sigma, np.sin(np.pi * t / 2), atol=1e-4)
+    np.testing.assert_allclose(log_snr[jnp.array([0, 250, 500])], [20, 0, -20], atol=1e-5)
+
+
+def test_linear_is_ddpm_at_every_grid_point():
+    alpha_bar = np.cumprod(1 - LINEAR_BETAS)
+    log_snr = Schedule("linear").log_snr(jnp.arange(1, 1001) / 1000)
+    alpha, sigma = process.alpha_sigma(log_snr)
+    np.testing.assert_allclose(np.square(alpha), alpha_bar, rtol=1e-4)
+    np.testing.assert_allclose(np.square(sigma), 1 - alpha_bar, rtol=1e-4)
+
+
+def test_linear_is_the_chain_of_small_discrete_steps():
+    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, followed in mean and in variance."""
+    log_snr = Schedule("linear").log_snr(jnp.arange(1, 1001) / 1000)
+    alpha, sigma = map(np.asarray, process.alpha_sigma(log_snr))
+    mean, variance = 1.0, 0.0
+    for n, beta in enumerate(LINEAR_BETAS):
+        mean, variance = np.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
+        assert alpha[n] == pytest.approx(mean, rel=1e-4)
+        assert sigma[n] ** 2 == pytest.approx(variance, rel=1e-4)
+
+
+def test_flow_is_the_straight_line_scaled_to_unit_variance():
+    t = jnp.linspace(0.01, 0.99, 99)
+    alpha, sigma = process.alpha_sigma(Schedule("flow").log_snr(t))
+    scale = jnp.sqrt((1 - t) ** 2 + t**2)
+    np.testing.assert_allclose(alpha, (1 - t) / scale, rtol=1e-5)
+    np.testing.assert_allclose(sigma, t / scale, rtol=1e-5)
+    np.testing.assert_array_equal(Schedule("flow").log_snr(jnp.array([0.0, 1.0])), [20, -20])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_any_two_times_imply_a_discrete_step(name):
+    """beta = 1 - alpha_t^2 / alpha_s^2 is (1 - e^{lambda_t - lambda_s}) sigma_t^2."""
+    log_snr = Schedule(name).log_snr(jnp.linspace(0.01, 1, 100))
+    alpha, sigma = (np.asarray(a, np.float64) for a in process.alpha_sigma(log_snr))
+    lam = np.asarray(log_snr, np.float64)
+    beta = -np.expm1(lam[1:] - lam[:-1]) * sigma[1:] ** 2
+    np.testing.assert_allclose(1 - beta, alpha[1:] ** 2 / alpha[:-1] ** 2, atol=2e-6)
+
+
+def test_alpha_sigma_keep_their_precision_at_both_ends():
+    alpha, sigma = process.alpha_sigma(jnp.array([-20.0, 0.0, 20.0]))
+    np.testing.assert_allclose(sigma[2], np.exp(-10), rtol=1e-5)
+    np.testing.assert_allclose(alpha[0], np.exp(-10), rtol=1e-5)
+    np.testing.assert_allclose(np.square(alpha) + np.square(sigma), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("schedule", "cosin", "cosine, linear, flow"),
+        ("prediction", "epsilon", "eps, x, v, edm, flow"),
+        ("weighting", "snr", "eps, x, v, edm, flow, truncated_snr, min_snr, p2"),
+    ],
+)
+def test_an_unknown_name_is_a_user_error(key, value, allowed):
+    names = {"schedule": "cosine", key: value}
+    with pytest.raises(UserError, match=f"diffusion.{key} is '{value}'; allowed: {allowed}"):
+        names["schedule"] = Schedule(names["schedule"])
+        diffusion_loss(blank, jnp.zeros((1, 2, 2, 3)), {}, jax.random.key(0), **names)
+
+
+def test_an_empty_range_is_a_user_error():
+    with pytest.raises(UserError, match=r"diffusion.log_snr_min is 3.0; allowed: below"):
+        Schedule(log_snr_min=3.0, log_snr_max=3.0)
+
+
+def drawn_for(x, key, schedule):
+    """What diffusion_loss draws for a key, as its denoiser sees it: (eps, z, log_snr_b)."""
+    seen = {}
+
+    def spy(z, log_snr_b, cond):
+        seen.update(z=z, log_snr_b=log_snr_b)
+        return z
+
+    diffusion_loss(spy, x, {}, key, schedule=schedule)
+    alpha, sigma = (a[:, None, None, None] for a in process.alpha_sigma(seen["log_snr_b"]))
+    return (seen["z"] - alpha * x) / sigma, seen["z"], seen["log_snr_b"]
+
+
+def eps_hat_in_numpy(prediction, output, z, alpha, sigma):
+    if prediction == "flow":  # z_t - t u and z_t + (1 - t) u on rectified flow's straight line
+        t = sigma / (alpha + sigma)
+        return z / (alpha + sigma) + (1 - t) * output
+    if prediction == "edm":  # table 1, at y = z / alpha and noise level s = sigma / alpha
+        y, s = z / alpha, sigma / alpha
+        x_hat = (SIGMA_DATA**2 * y + s * SIGMA_DATA * np.sqrt(s**2 + SIGMA_DATA**2) * output) / (
+            s**2 + SIGMA_DATA**2
+        )
+        return (z - alpha * x_hat) / sigma
+    return {
+        "eps": output,
+        "x": (z - alpha * output) / sigma,
+        "v": sigma * z + alpha * output,
+    }[prediction]
+
+
+def weight_in_numpy(weighting, snr):
+    """Each paper's weight of its own error, times that error over the error of eps."""
+    s2 = 1 / snr
+    return {
+        "eps": 1.0,
+        "x": s2,
+        "v": (1 + snr) / snr,
+        "edm": (s2 + SIGMA_DATA**2) / (s2 * SIGMA_DATA**2) * s2,
+        "flow": (1 + np.sqrt(s2)) ** 2,
+        "truncated_snr": np.maximum(snr, 1) * s2,
+        "min_snr": np.minimum(snr, 5) * s2,
+        "p2": 1 / (1 + snr),
+    }[weighting]
+
+
+@pytest.mark.parametrize(
+    "prediction, weighting",
+    [(p, "eps") for p in PREDICTIONS] + [("v", w) for w in WEIGHTINGS],
+)
+def test_loss_is_the_hand_computed_one(prediction, weighting):
+    """w(lambda) mean((eps_hat - eps)^2), from the definition, in NumPy and float64."""
+    x, key = jnp.tanh(draw(0, (4, 6, 6, 3))), jax.random.key(7)
+    schedule = Schedule(log_snr_min=-4.0, log_snr_max=4.0)
+    loss_b, log_snr_b = diffusion_loss(
+        affine, x, {}, key, schedule=schedule, prediction=prediction, weighting=weighting
+    )
+    eps, z, drawn = (np.asarray(a, np.float64) for a in drawn_for(x, key, schedule))
+    np.testing.assert_array_equal(log_snr_b, drawn)
+    alpha = np.sqrt(1 / (1 + np.exp(-drawn)))[:, None, None, None]
+    sigma = np.sqrt(1 - alpha**2)
+    c_in = 1 / np.sqrt(sigma**2 + (SIGMA_DATA * alpha) ** 2) if prediction == "edm" else 1
+    eps_hat = eps_hat_in_numpy(prediction, affine(c_in * z, drawn, {}), z, alpha, sigma)
+    w = weight_in_numpy(weighting, np.exp(drawn))
+    np.testing.assert_allclose(loss_b, w * ((eps_hat - eps) ** 2).mean((1, 2, 3)), rtol=2e-3)
+    assert loss_b.shape == (4,) and loss_b.dtype == jnp.float32
+
+
+def test_loss_is_zero_for_the_true_noise_and_one_for_none():
+    x, key, schedule = jnp.zeros((64, 8, 8, 3)), jax.random.key(0), Schedule()
+
+    def perfect(z, log_snr_b, cond):
+        return z / process.alpha_sigma(log_snr_b)[1][:, None, None, None]
+
+    perfect_b, _ = diffusion_loss(perfect, x, {}, key, schedule=schedule)
+    np.testing.assert_allclose(perfect_b, 0, atol=1e-9)
+    blank_b, _ = diffusion_loss(blank, x, {}, key, schedule=schedule)
+    assert blank_b.mean() == pytest.approx(1, abs=0.05)
+
+
+def test_loss_accepts_a_bfloat16_output():
+    loss_b, _ = diffusion_loss(
+        lambda z, *_: z.astype(jnp.bfloat16),
+        jnp.zeros((2, 4, 4, 3)),
+        {},
+        jax.random.key(0),
+        schedule=Schedule(),
+    )
+    assert loss_b.dtype == jnp.float32 and bool(jnp.isfinite(loss_b).all())
+
+
+def test_loss_draws_fresh_noise_for_every_example_and_key():
+    x = jnp.zeros((8, 4, 4, 3))
+    draws = [drawn_for(x, jax.random.key(seed), Schedule()) for seed in (0, 1)]
+    eps = np.concatenate([np.asarray(d[0]) for d in draws]).reshape(16, -1)
+    log_snr = np.concatenate([np.asarray(d[2]) for d in draws])
+    assert len(np.unique(eps[:, 0])) == 16 and len(np.unique(log_snr)) == 16
+    assert np.abs(np.corrcoef(eps) - np.eye(16)).max() < 0.7
+
+
+@pytest.mark.parametrize("low_discrepancy", [False, True])
+def test_each_time_is_uniform(low_discrepancy):
+    keys = jax.random.split(jax.random.key(0), 2000)
+    t = jax.vmap(lambda key: sample_t(key, 4, low_discrepancy))(keys)
+    assert float(t.min()) >= 0 and float(t.max()) < 1
+    for place in range(4):
+        histogram, _ = np.histogram(t[:, place], bins=5, range=(0, 1))
+        np.testing.assert_allclose(histogram, 400, atol=90)
+
+
+def test_low_discrepancy_times_cover_the_interval_evenly():
+    t = np.sort(sample_t(jax.random.key(3), 16, True))
+    np.testing.assert_allclose(np.diff(t), 1 / 16, atol=1e-6)
+
+
+def test_augment_spans_from_the_image_itself_to_pure_noise():
+    x = jnp.tanh(draw(0, (3, 16, 16, 3)))
+    noisy = augment(x, jnp.array([0.0, 0.5, 1.0]), jax.random.key(1))
+    np.testing.assert_allclose(noisy[0], x[0], atol=5e-4)
+    half, whole = np.asarray(noisy[1] - jnp.sqrt(0.5) * x[1]), np.asarray(noisy[2])
+    assert half.std() == pytest.approx(np.sqrt(0.5), rel=0.1)
+    assert whole.std() == pytest.approx(1, rel=0.1)
+    assert abs(np.corrcoef(whole.ravel(), x[2].ravel())[0, 1]) < 0.1
+    assert abs(np.corrcoef(half.ravel(), whole.ravel())[0, 1]) < 0.1
+
+
+def test_augment_with_a_key_for_each_example_does_not_see_the_batch():
+    x, levels = draw(0, (3, 4, 4, 3)), jnp.array([0.3, 0.6, 0.9])
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    batch = augment(x, levels, keys)
+    for i in range(3):
+        alone = augment(x[i : i + 1], levels[i : i + 1], keys[i : i + 1])
+        np.testing.assert_allclose(alone[0], batch[i], atol=1e-6)
+
+
+def test_drop_text_leaves_nothing_of_the_prompt():
+    text = draw(0, (3, 5, 2)).astype(jnp.bfloat16)
+    mask = jnp.arange(5)[None, :] < jnp.array([[2], [5], [1]])
+    extra = jnp.ones((3,))
+    cond = {"text": text, "text_mask": mask, "aug_level": extra}
+    dropped = drop_text(cond, jnp.array([True, False, True]))
+    null = [True, False, False, False, False]
+    np.testing.assert_array_equal(dropped["text"][0], np.zeros((5, 2)))
+    np.testing.assert_array_equal(dropped["text"][2], np.zeros((5, 2)))
+    np.testing.assert_array_equal(dropped["text_mask"], [null, [True] * 5, null])
+    np.testing.assert_array_equal(dropped["text"][1], text[1])
+    assert dropped["text"].dtype == jnp.bfloat16 and dropped["text_mask"].dtype == bool
+    assert dropped["aug_level"] is extra and cond["text"] is text
+
+
+def test_nothing_broadcasts_by_rank_promotion():
+    cond = {"text": jnp.ones((2, 3, 4)), "text_mask": jnp.ones((2, 3), bool)}
+    with jax.numpy_rank_promotion("raise"):
+        dropped = drop_text(cond, jnp.array([True, False]))
+        for prediction in PREDICTIONS:
+            diffusion_loss(
+                lambda z, *_: z,
+                jnp.zeros((2, 4, 4, 3)),
+                dropped,
+                jax.random.key(0),
+                schedule=Schedule("linear"),
+                prediction=prediction,
+                low_discrepancy=True,
+            )

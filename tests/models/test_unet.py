@@ -1,0 +1,349 @@
+"""The base U-Net: shapes, what each kind of conditioning reaches, config errors, sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import BATCH, abstract, count, inputs, jit, random_state, with_text
+
+from imagen_jax.common.errors import UserError
+from imagen_jax.models import layers
+from imagen_jax.models.denoiser import with_low_res
+from imagen_jax.models.layers import GroupNorm, dropout, num_groups
+from imagen_jax.models.unet import UNet, UNetConfig, plan_blocks
+
+TINY = UNetConfig(
+    image_size=8,
+    embed_dim=16,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    per_head_channels=8,
+    text_dim=12,
+    dtype="float32",
+)
+VARIANTS = [
+    {},
+    {"pooling": "mean"},
+    {"pooling": "none"},
+    {"sequence": "cross_attention", "pooling": "none"},
+    {"sequence": "none"},
+    {"use_scale_shift_norm": False},
+    {"decoder_extra_block": True},
+    {"low_res": 4, "patch_size": 2, "cond_width": 24},
+]
+
+
+def tiny(**changes) -> UNetConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+@lru_cache
+def compiled(config: UNetConfig):
+    """(state, z, log_snr, cond) -> output and the gradient of its mean square by the state."""
+    graphdef, _ = abstract(config)
+
+    def loss(state, *args):
+        out = nnx.merge(graphdef, state)(*args)
+        return jnp.square(out).mean(), out
+
+    @jit
+    def run(*args):
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(*args)
+        return out, grads
+
+    return run
+
+
+def forward(config: UNetConfig, state, z, log_snr, cond):
+    return compiled(config)(state, z, log_snr, cond)[0]
+
+
+def test_a_new_model_jitted_gives_zeros_in_float32_in_the_shape_of_z():
+    graphdef, _ = abstract(TINY)
+    state = jax.jit(lambda: nnx.state(UNet(TINY, rngs=nnx.Rngs(0))))()
+    z, log_snr, cond = inputs(TINY)
+    out = jit(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, z, log_snr, cond)
+    assert out.shape == z.shape and out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, 0.0)
+
+
+def test_state_is_float32_parameters_and_nothing_else():
+    model = nnx.eval_shape(lambda: UNet(tiny(dropout=0.1), rngs=nnx.Rngs(0)))
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    assert not jax.tree.leaves(rest)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_text_reaches_the_output_only_through_real_tokens(changes):
+    config = tiny(**changes)
+    state = random_state(config)
+    z, log_snr, cond = inputs(config)
+    out = forward(config, state, z, log_snr, cond)
+    padding = forward(config, state, z, log_snr, with_text(cond, token=4))
+    np.testing.assert_array_equal(out, padding)
+    real = forward(config, state, z, log_snr, with_text(cond, token=1))
+    assert jnp.abs(out[0] - real[0]).max() > 1e-3
+    np.testing.assert_array_equal(out[1], real[1])
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(changes):
+    config = tiny(**changes)
+    _, grads = compiled(config)(random_state(config), *inputs(config))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+        assert np.any(leaf), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "none"])
+def test_a_caption_without_tokens_gives_finite_output_and_gradients(pooling):
+    config = tiny(pooling=pooling)
+    state = random_state(config)
+    z, log_snr, cond = inputs(config)
+    empty = {**cond, "text_mask": jnp.zeros_like(cond["text_mask"])}
+    out, grads = compiled(config)(state, z, log_snr, empty)
+    other = forward(config, state, z, log_snr, with_text(empty, token=0))
+    np.testing.assert_array_equal(out, other)
+    assert all(np.isfinite(leaf).all() for leaf in [out, *jax.tree.leaves(grads)])
+
+
+def test_the_null_prompt_gives_finite_output_and_gradients():
+    """Zero embeddings, whose LayerNorm divides by its epsilon, at the start of training."""
+    _, log_snr, cond = inputs(TINY)
+    z = jnp.zeros((BATCH, 8, 8, 3))
+    null = {
+        "text": jnp.zeros_like(cond["text"]),
+        "text_mask": jnp.zeros_like(cond["text_mask"]).at[:, 0].set(True),
+    }
+    out, grads = compiled(TINY)(random_state(TINY), z, log_snr, null)
+    assert all(np.isfinite(leaf).all() for leaf in [out, *jax.tree.leaves(grads)])
+    assert jnp.abs(grads["conditioner"]["text"]["kernel"][...]).max() == 0
+
+
+def test_without_pooling_and_sequence_the_text_is_not_read():
+    config = tiny(pooling="none", sequence="none")
+    z, log_snr, _ = inputs(config)
+    out = forward(config, random_state(config), z, log_snr, {})
+    assert jnp.isfinite(out).all() and jnp.abs(out).max() > 0
+
+
+def test_layer_norm_makes_attention_blind_to_the_scale_of_the_text():
+    """Without the LayerNorm the same change of scale shows."""
+    changed = {}
+    for sequence in ("cross_attention_layernorm", "cross_attention"):
+        config = tiny(pooling="none", sequence=sequence)
+        state = random_state(config)
+        z, log_snr, cond = inputs(config)
+        louder = {**cond, "text": 2.0 * cond["text"]}
+        difference = forward(config, state, z, log_snr, cond)
+        difference -= forward(config, state, z, log_snr, louder)
+        changed[sequence] = float(jnp.abs(difference).max())
+    assert changed["cross_attention_layernorm"] < 1e-3 < 1e-2 < changed["cross_attention"]
+
+
+def test_log_snr_matters_over_its_whole_range():
+    state = random_state(TINY)
+    z, log_snr, cond = inputs(TINY)
+    at = [forward(TINY, state, z, jnp.full_like(log_snr, x), cond) for x in (-20, -5, 0, 5, 20)]
+    assert all(jnp.isfinite(out).all() for out in at)
+    assert all(jnp.abs(a - b).max() > 1e-3 for a, b in itertools.pairwise(at))
+
+
+def test_the_low_resolution_image_and_its_noise_level_matter_in_a_super_resolution_model():
+    config = tiny(low_res=4, patch_size=2, cond_width=24)
+    state = random_state(config)
+    z, log_snr, cond = inputs(config)
+    out = forward(config, state, z, log_snr, cond)
+    for key in ("low_res", "aug_level"):
+        other = {**cond, key: cond[key].at[0].add(0.2)}
+        changed = forward(config, state, z, log_snr, other)
+        assert jnp.abs(out[0] - changed[0]).max() > 1e-3
+        np.testing.assert_array_equal(out[1], changed[1])
+
+
+def test_a_constant_image_stays_constant_when_enlarged_beside_z():
+    config = tiny(low_res=4)
+    z, _, cond = inputs(config)
+    shades = jnp.array([0.25, -0.5])[:, None, None, None]
+    joined = with_low_res(z, cond | {"low_res": jnp.broadcast_to(shades, (2, 4, 4, 3))}, config)
+    np.testing.assert_array_equal(joined[..., :3], z)
+    np.testing.assert_allclose(joined[..., 3:], jnp.broadcast_to(shades, z.shape), rtol=1e-6)
+    assert with_low_res(z, {}, TINY) is z
+
+
+def test_examples_of_a_batch_do_not_see_each_other():
+    state = random_state(TINY)
+    z, log_snr, cond = inputs(TINY)
+    out = forward(TINY, state, z, log_snr, cond)
+    other = forward(TINY, state, z.at[0].add(1.0), log_snr.at[0].add(1.0), with_text(cond, 1))
+    np.testing.assert_array_equal(out[1], other[1])
+    assert jnp.abs(out[0] - other[0]).max() > 1e-3
+
+
+def test_bfloat16_is_close_to_float32():
+    state, args = jax.tree.map(lambda x: 0.5 * x, random_state(TINY)), inputs(TINY)
+    graphdef, _ = abstract(tiny(dtype="bfloat16"))
+    full, half = forward(TINY, state, *args), jit(nnx.merge(graphdef, state))(*args)
+    assert half.dtype == jnp.float32
+    error = jnp.sqrt(jnp.square(half - full).mean() / jnp.square(full).mean())
+    assert 0 < error < 0.05
+
+
+def test_every_parameter_is_used_through_run_block():
+    """A runner that rematerializes pure functions sees all parameters and changes no output."""
+    seen = []
+
+    def run_block(block, *args):
+        graphdef, state = nnx.split(block)
+        seen.extend(jax.tree.leaves(state))
+        return jax.checkpoint(lambda s, *a: nnx.merge(graphdef, s)(*a))(state, *args)
+
+    graphdef, _ = abstract(TINY)
+    state, args = random_state(TINY), inputs(TINY)
+    out = jit(lambda s, *a: nnx.merge(graphdef, s)(*a, run_block=run_block))(state, *args)
+    np.testing.assert_allclose(out, forward(TINY, state, *args), rtol=1e-4, atol=1e-5)
+    assert len(seen) == len(jax.tree.leaves(state))
+
+
+def test_dropout_needs_a_key_and_differs_by_key():
+    graphdef, _ = abstract(tiny(dropout=0.5))
+    state, args = random_state(TINY), inputs(TINY)
+    run = jit(lambda key, *args: nnx.merge(graphdef, state)(*args, dropout_key=key))
+    first, second = (run(key, *args) for key in jax.random.split(jax.random.key(0)))
+    without = forward(TINY, state, *args)
+    np.testing.assert_allclose(run(None, *args), without, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(first - without).max() > 1e-3 and jnp.abs(first - second).max() > 1e-3
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    x = jnp.ones((64, 64))
+    out = dropout(x, 0.25, jax.random.key(0))
+    assert set(np.unique(out)) == {np.float32(0), np.float32(1) / np.float32(0.75)}
+    assert abs(float((out == 0).mean()) - 0.25) < 0.03 and abs(float(out.mean()) - 1) < 0.05
+
+
+def test_group_norm_is_the_textbook_formula_and_film_comes_after():
+    rng = np.random.default_rng(0)
+    x = 2.0 + rng.standard_normal((2, 4, 4, 16)).astype(np.float32)
+    gain, offset = rng.standard_normal((2, 2, 16)).astype(np.float32)
+    norm = GroupNorm(16, dtype=jnp.float32)
+    grouped = x.reshape(2, 16, norm.groups, -1)
+    mean, var = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+    plain = ((grouped - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    film = plain * (1 + gain[:, None, None, :]) + offset[:, None, None, :]
+    np.testing.assert_allclose(norm(jnp.asarray(x)), plain, atol=1e-4)
+    modulated = norm(jnp.asarray(x), film=(jnp.asarray(gain), jnp.asarray(offset)))
+    np.testing.assert_allclose(modulated, film, atol=1e-4)
+
+
+def test_groups_divide_the_channels():
+    assert [num_groups(c) for c in (3, 16, 48, 64, 512, 2560)] == [1, 4, 12, 16, 32, 32]
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_the_plan_saves_as_many_skips_as_it_uses_and_widths_follow(extra):
+    config = UNetConfig(decoder_extra_block=extra)
+    encoder, middle, decoder = plan_blocks(config)
+    saved = [config.embed_dim] if extra else []
+    saved += [s.out_channels for s in encoder if s.saves_skip]
+    used = [s.skip_channels for s in decoder if s.skip_channels]
+    assert saved == used[::-1]
+    specs = [*encoder, *middle, *decoder]
+    assert all(a.out_channels == b.in_channels for a, b in itertools.pairwise(specs))
+    assert sum(s.resample == "down" for s in specs) == sum(s.resample == "up" for s in specs) == 3
+    assert sum(s.attends for s in encoder) == 9 and middle[0].attends
+    assert len(used) == 4 * (3 + extra)
+
+
+def test_the_paper_config_has_two_billion_parameters():
+    assert count(UNetConfig()) == 1_988_589_571
+    assert count(UNetConfig(decoder_extra_block=True)) == 2_263_418_883
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 9}, "model.image_size is 9; it must be a multiple of 2"),
+        ({"embed_dim": -4}, "model.embed_dim is -4; it must be a positive integer"),
+        ({"embed_dim": 15}, "model.embed_dim is 15; it must be an even number"),
+        ({"channel_mult": ()}, "model.channel_mult is (); it must be a tuple of positive integers"),
+        ({"num_res_blocks": 1.5}, "model.num_res_blocks is 1.5; it must be a positive integer"),
+        (
+            {"attention_resolutions": (4, 16)},
+            "model.attention_resolutions is (4, 16); "
+            "it must be a tuple of resolutions among (8, 4)",
+        ),
+        (
+            {"per_head_channels": 64},
+            "model.per_head_channels is 64; "
+            "it must be a divisor of the 32 channels at resolution 4",
+        ),
+        (
+            {"per_head_channels": 24, "attention_resolutions": ()},
+            "model.per_head_channels is 24; it must be a divisor of the 64 channels of the text",
+        ),
+        ({"text_dim": None}, "model.text_dim is None; it must be a positive integer"),
+        ({"pooling": "max"}, "model.pooling is 'max'; it must be attention | mean | none"),
+        (
+            {"sequence": "concat"},
+            "model.sequence is 'concat'; "
+            "it must be cross_attention_layernorm | cross_attention | none",
+        ),
+        (
+            {"use_scale_shift_norm": "no"},
+            "model.use_scale_shift_norm is 'no'; it must be True | False",
+        ),
+        ({"low_res": 3}, "model.low_res is 3; it must be 0 or a divisor of image_size, 8"),
+        ({"cond_width": -1}, "model.cond_width is -1; it must be 0 or a positive integer"),
+        ({"dropout": 1.0}, "model.dropout is 1.0; it must be a number in [0, 1)"),
+        (
+            {"cond_width": 20},
+            "model.per_head_channels is 8; it must be a divisor of the 20 channels of the text",
+        ),
+        ({"dtype": "float16"}, "model.dtype is 'float16'; it must be bfloat16 | float32"),
+    ],
+)
+def test_a_bad_config_is_one_line_with_key_value_and_what_is_allowed(changes, message):
+    with pytest.raises(UserError) as error:
+        tiny(**changes)
+    assert str(error.value) == message
+
+
+def test_patches_fold_and_unfold_without_loss():
+    x = jnp.arange(2 * 8 * 4 * 3.0).reshape(2, 8, 4, 3)
+    folded = layers.space_to_depth(x, 2)
+    assert folded.shape == (2, 4, 2, 12)
+    # One output pixel holds one square of input pixels.
+    np.testing.assert_array_equal(folded[0, 1, 0], x[0, 2:4, 0:2].reshape(-1))
+    np.testing.assert_array_equal(layers.depth_to_space(folded, 2), x)
+    np.testing.assert_array_equal(layers.space_to_depth(x, 1), x)
+
+
+def test_patches_move_the_first_level_to_a_coarser_grid():
+    patched = UNetConfig(image_size=64, patch_size=4, attention_resolutions=(8,))
+    assert patched.resolutions == (16, 8, 4, 2)
+    with pytest.raises(UserError, match="image_size is 20; it must be a multiple of 32"):
+        UNetConfig(image_size=20, patch_size=4, attention_resolutions=())
+
+
+def test_resampling_and_its_gradients_are_means_and_sums_of_2x2_pixels():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    blocks = np.asarray(x).reshape(2, 2, 2, 3, 2, 3)
+    np.testing.assert_allclose(layers.downsample(x), blocks.mean((2, 4)), rtol=1e-6, atol=1e-6)
+    enlarged, pull = jax.vjp(layers.upsample, layers.downsample(x))
+    np.testing.assert_array_equal(enlarged[:, ::2, 1::2], layers.downsample(x))
+    np.testing.assert_allclose(pull(x)[0], blocks.sum((2, 4)), rtol=1e-6, atol=1e-6)
+    (gradient,) = jax.vjp(layers.downsample, x)[1](layers.downsample(x))
+    np.testing.assert_allclose(4 * gradient, enlarged, rtol=1e-6)
+    half = x.astype(jnp.bfloat16)
+    (gradient,) = jax.vjp(layers.upsample, layers.downsample(half))[1](half)
+    assert layers.downsample(half).dtype == gradient.dtype == jnp.bfloat16

@@ -1,0 +1,203 @@
+"""Several text encoders: tokens one after another, each projected by itself; one is as ever."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from conftest import FakeEncoder, load_config, shrink, train_run
+from flax import nnx
+from ml_dtypes import bfloat16
+from networks import abstract, inputs, jit, random_state
+from PIL import Image
+
+from data_pipelines import encode_text
+from data_pipelines.embeddings import caption_lists
+from data_pipelines.embeddings.shards import finish
+from data_pipelines.embeddings.store import create_store
+from data_pipelines.reading import batches, tasks
+from imagen_jax import sample
+from imagen_jax.common.errors import UserError
+from imagen_jax.config import TextConfig, parse
+from imagen_jax.diffusion.conditioning import pad_text
+from imagen_jax.models.efficient_unet import EfficientUNetConfig
+from imagen_jax.models.unet import UNetConfig
+from imagen_jax.pipeline import writer
+from imagen_jax.stage import Stage
+from imagen_jax.text.encoder import Batch
+
+TWO = {"encoder": "byte-tiny+other", "dim": (8, 4), "max_tokens": (6, 7)}
+NETWORKS = [
+    UNetConfig(8, embed_dim=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,),
+               per_head_channels=8, text_dim=12, dtype="float32"),
+    EfficientUNetConfig(8, low_res=4, widths=(8, 16), num_res_blocks=(1, 1), cond_width=16,
+                        num_heads=2, text_dim=12, dtype="float32"),
+]  # fmt: skip
+
+
+def ones(*lengths, dim):
+    return [np.ones((n, dim), bfloat16) for n in lengths]
+
+
+def test_tokens_stand_in_the_order_of_the_encoders_with_their_masks():
+    text = TextConfig(**TWO)
+    assert (text.tokens, text.width) == (13, 8)
+    padded = pad_text(text.parts, ones(2, 6, dim=8), ones(7, 1, dim=4))
+    assert padded["text"].shape == (2, 13, 8) and padded["text"].dtype == bfloat16
+    first, second = padded["text"][:, :6], padded["text"][:, 6:]
+    np.testing.assert_array_equal(first[0].sum(1), [8, 8, 0, 0, 0, 0])
+    np.testing.assert_array_equal(second[1].sum(1), [4, 0, 0, 0, 0, 0, 0])
+    assert not second[:, :, 4:].any()
+    np.testing.assert_array_equal(padded["text_mask"], padded["text"].any(2))
+
+
+def test_an_embedding_too_long_never_runs_into_the_next_encoders_tokens():
+    with pytest.raises(ValueError, match="broadcast"):
+        pad_text(TextConfig(**TWO).parts, ones(7, dim=8), ones(1, dim=4))
+
+
+@pytest.mark.parametrize(("config", "hidden"), zip(NETWORKS, (0, 1), strict=True), ids=["0", "1"])
+def test_with_one_encoder_masked_the_other_is_all_there_is(config, hidden):
+    """The text is 5 tokens of 12; beside them another encoder has tokens that the mask hides."""
+    z, log_snr, cond = inputs(config)
+    parts = ((4, 9), (5, 12)) if hidden == 0 else ((5, 12), (4, 9))
+    both_config = dataclasses.replace(config, text_parts=parts)
+    # Random weights, so that no zero at the start hides the text.
+    single, both = random_state(config), random_state(both_config)
+    weights, others = nnx.to_pure_dict(single), nnx.to_pure_dict(both)["conditioner"]["text"]
+    others[1 - hidden] = weights["conditioner"]["text"]
+    weights["conditioner"]["text"] = others
+    nnx.replace_by_pure_dict(both, weights)
+
+    def run(config, state, cond):
+        return jit(nnx.merge(abstract(config)[0], state).__call__)(z, log_snr, cond)
+
+    def beside(name, other):
+        pair = [cond[name], other]
+        return jnp.concatenate(pair if hidden == 1 else pair[::-1], axis=1)
+
+    text = beside("text", jnp.full((2, 4, 12), 3.0))
+    masked, shown = (
+        run(
+            both_config,
+            both,
+            cond | {"text": text, "text_mask": beside("text_mask", jnp.full((2, 4), seen))},
+        )
+        for seen in (False, True)
+    )
+    expected = run(config, single, cond)
+    np.testing.assert_allclose(masked, expected, atol=1e-4)
+    assert np.abs(shown - expected).max() > 1e-3
+
+
+def test_one_encoder_is_as_ever():
+    config = parse(shrink(load_config("demo")))
+    assert config.unet.text_parts == ()
+    assert not any("parts" in key for key in config.identity)
+    params = Stage(config).abstract_params
+    assert set(params["conditioner"]["text"]) == {"kernel"}
+
+
+def read(**changes):
+    values = shrink(load_config("demo")).to_dict()
+    values["data"].update(build=False)
+    values["text"].update(TWO)
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    return parse(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text__dim": (8, 4, 2)}, "config.text.dim is (8, 4, 2); allowed: 2 number(s), one for"),
+        ({"text__dim": 8}, "config.text.dim is 8; allowed: 2 number(s)"),
+        ({"text__max_tokens": [6]}, "config.text.max_tokens is (6,); allowed: 2 number(s)"),
+        ({"text__encoder": "byte-tiny"}, "config.text.dim is (8, 4); allowed: 1 number(s)"),
+        ({"text__encoder": "byte-tiny+"}, "config.text.encoder is 'byte-tiny+'; allowed: a name"),
+        ({"text__dim": (8, 0)}, "config.text.dim is (8, 0); allowed: 1 or more"),
+        ({"text__dim": (8, "4")}, "config.text.dim is '4'; it must be of type int"),
+        ({"data__build": True}, "config.data.build is True; allowed: false with several text"),
+    ],
+)
+def test_misfits_are_one_line(changes, words):
+    with pytest.raises(UserError) as e:
+        read(**changes)
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+class Encoder(FakeEncoder):
+    """A fake encoder of some name and width, a caption at a time."""
+
+    def __init__(self, name, dim):
+        self.dim = dim
+        self.identity = {"encoder": name, "dim": dim, "max_tokens": self.max_tokens}
+
+    def encode(self, captions, progress=None):
+        return [e[:, : self.dim] for e in super().encode(captions)]
+
+    def batches(self, captions):
+        for caption in captions:
+            yield Batch(dict(zip([caption], self.encode([caption]), strict=True)), 8)
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    return {"byte-tiny": Encoder("byte-tiny", 8), "other": Encoder("other", 4)}
+
+
+@pytest.fixture(scope="module")
+def stores(encoders, tiny_data, tmp_path_factory):
+    paths = []
+    for name, encoder in encoders.items():
+        path = str(tmp_path_factory.mktemp("stores") / name)
+        store = create_store(path, encoder.identity, "bfloat16", 1)
+        found = caption_lists.read_dataset(tiny_data, "scenes/32")
+        encode_text.encode(store, encode_text.assign(store, found, 0, 1), encoder)
+        finish(store)
+        paths.append(path)
+    return paths
+
+
+def test_each_encoder_needs_a_store_of_its_own(stores, tiny_data):
+    with pytest.raises(UserError, match=r"data\.embeddings is ''; allowed: 2 stores joined"):
+        batches.open_task(read(data__dir=tiny_data))
+    with pytest.raises(UserError, match=r"text\.encoder is 'other'; .* have 'byte-tiny'"):
+        batches.open_task(read(data__dir=tiny_data, data__embeddings="+".join([stores[0]] * 2)))
+
+
+def test_records_have_the_embeddings_of_every_store(stores, encoders, tiny_data):
+    source = tasks.RecordsSource("scenes/32", tiny_data, stores=stores)
+    for row in source.get_dataset("heldout", shuffle=False).take(3).as_numpy_iterator():
+        caption = row["caption"].decode()
+        for key, encoder in zip(tasks.embedding_keys(2), encoders.values(), strict=True):
+            np.testing.assert_array_equal(row[key], encoder.encode([caption])[0])
+
+
+def test_two_encoders_train_and_draw(stores, encoders, tiny_data, tmp_path, monkeypatch):
+    changes = {"data__dir": tiny_data, "data__embeddings": "+".join(stores)}
+    values = json.loads(json.dumps(dataclasses.asdict(read(**changes))))
+    values.update(num_steps=2, log_every=1, eval_every=0, sample_every=0)
+    config = parse(values)
+    batch = next(batches.train_batches(config, 0))
+    shapes = Stage(config).abstract_batch
+    assert {k: v.shape for k, v in batch.items()} == {k: v.shape for k, v in shapes.items()}
+    assert batch["text_mask"][:, 6:].any() and batch["text_mask"][:, :6].any()
+    train_run(config, tmp_path / "run")
+    monkeypatch.setattr(writer, "load_encoder", lambda name, max_tokens: encoders[name])
+    before = set(flags.FLAGS)
+    sample.define_flags()
+    try:
+        with flagsaver.flagsaver():
+            out = tmp_path / "out"
+            args = [f"--workdir={tmp_path / 'run'}", f"--out={out}", "--prompts=a", "--num=1"]
+            flags.FLAGS(["sample", *args])
+            sample.main([])
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+    assert Image.open(out / "00000.png").size == (32, 32)

@@ -1,0 +1,81 @@
+"""Token ids: bytes as in seqio.ByteVocabulary, SentencePiece as in seqio's vocabulary of it."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import sentencepiece
+
+from imagen_jax.common.errors import UserError
+from imagen_jax.text.tokenizer import EOS_ID, ByteTokenizer, load_tokenizer
+
+AWKWARD = [
+    "",
+    " ",
+    "a red circle",
+    "naïve café, Straße, Ω ≈ ½",
+    "赤い円と青い正方形",
+    "🦊🏳️‍🌈👩🏽‍🚀",
+    "tabs\tnew\nlines\r\x00null\x7f\x1b[0m",
+    "e\u0301 against \u00e9, \u202eright to left\u202c, \ufeffmark, \U0010ffff",
+    "<extra_id_0> </s> <pad>",
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_ids_equal_seqio(text):
+    seqio = pytest.importorskip("seqio")
+    vocabulary = seqio.ByteVocabulary()
+    assert ByteTokenizer().encode(text) == [*vocabulary.encode(text), vocabulary.eos_id]
+
+
+def test_each_byte_is_a_token_and_the_end_is_marked():
+    assert ByteTokenizer().encode("aé") == [ord("a") + 3, 0xC3 + 3, 0xA9 + 3, EOS_ID]
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(UserError, match=r"'\\ud83d' *: not valid Unicode"):
+        ByteTokenizer().encode("\ud83d")
+
+
+def train_sentencepiece(folder, **special):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*AWKWARD[2:-1], "many more words of English text"]),
+        model_writer=model, vocab_size=100, hard_vocab_limit=False, minloglevel=2, **special,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(model.getvalue())
+
+
+def test_sentencepiece_ids_equal_seqio(tmp_path):
+    seqio = pytest.importorskip("seqio")
+    train_sentencepiece(tmp_path, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    vocabulary = seqio.SentencePieceVocabulary(str(tmp_path / "spiece.model"), extra_ids=0)
+    tokenizer = load_tokenizer(tmp_path, "T5Tokenizer")
+    assert tokenizer.vocab_size == vocabulary.vocab_size
+    for text in [*AWKWARD, "a red circle " * 700]:
+        assert tokenizer.encode(text) == [*vocabulary.encode(text), vocabulary.eos_id]
+    with pytest.raises(UserError, match="not valid Unicode"):
+        tokenizer.encode("\ud83d")
+
+
+def test_a_vocabulary_that_is_not_t5s_is_refused(tmp_path):
+    train_sentencepiece(tmp_path)  # SentencePiece's own order: unknown, begin, end
+    with pytest.raises(UserError, match="its end-of-sequence id is 2; T5's is 1"):
+        load_tokenizer(tmp_path, "T5Tokenizer")
+
+
+def test_a_special_token_in_a_caption_is_text(tmp_path):
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[", "]", "sep", "a"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    assert load_tokenizer(tmp_path, "BertTokenizer").encode("A [SEP]") == [2, 7, 4, 6, 5, 3]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert load_tokenizer(tmp_path, "BertTokenizer").encode("A a") == [2, 1, 7, 3]
+
+
+def test_a_vocabulary_without_the_marks_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\na\n")
+    with pytest.raises(UserError, match=r"token '\[SEP\]' is missing"):
+        load_tokenizer(tmp_path, "BertTokenizer")

@@ -1,0 +1,253 @@
+"""The whole path: training writes what users rely on, goes on exactly after a stop, and reports."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+from conftest import ROOT, load_config, shrink, train_run
+from PIL import Image
+
+from imagen_jax import evaluate
+from imagen_jax.common.errors import UserError
+from imagen_jax.config import parse
+from imagen_jax.devices import processes
+from imagen_jax.training.experiment import build
+from imagen_jax.training.loop import run_loop
+
+
+class StopAt:
+    """A preemption at a given step."""
+
+    def __init__(self, step=None):
+        self.step = step
+
+    def __call__(self, step):
+        return step == self.step
+
+
+@pytest.fixture(scope="module")
+def config(tiny_data):
+    values = shrink(load_config("demo")).to_dict()
+    values["data"].update(dir=tiny_data, build=False)
+    values.update(
+        num_steps=6, log_every=1, eval_every=3, eval_batches=1, sample_every=3, checkpoint_every=4
+    )
+    return parse(values)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    programs = []
+
+    def listen(event, duration, **about):
+        if event.endswith("backend_compile_duration"):
+            programs.append(about["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    train_run(config, workdir, StopAt(), profiled=range(2, 4))
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert programs.count("jit(train_step)") == 1, "compiled ahead, and again in the loop"
+    return workdir
+
+
+def metrics(workdir, key="loss"):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {m["step"]: m[key] for m in lines if key in m}
+
+
+def test_the_workdir_holds_what_users_rely_on(config, finished):
+    assert parse(json.loads((finished / "config.json").read_text())).seed == config.seed
+    assert sorted(metrics(finished)) == [1, 2, 3, 4, 5, 6]
+    for key in ("grad_norm", "images_per_s", "step_time"):
+        assert all(v > 0 for v in metrics(finished, key).values())
+    assert sorted(metrics(finished, "eval_loss")) == [3, 6]
+    assert any(finished.glob("events.out.tfevents.*"))
+    assert list(finished.glob("profile/plugins/profile/steps_2_to_3/*.xplane.pb"))
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_4", "step_6"]
+    grids = sorted((finished / "samples").iterdir())
+    assert [g.name for g in grids] == ["step_00000003.png", "step_00000006.png"]
+    assert min(Image.open(grids[0]).size) > 100
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(config, finished, tmp_path):
+    # Stopped between checkpoints: the stop itself must save.
+    train_run(config, tmp_path, StopAt(5))
+    assert sorted(metrics(tmp_path)) == [1, 2, 3, 4, 5]
+    assert (tmp_path / "checkpoints" / "step_5").is_dir()
+    train_run(config, tmp_path, StopAt())
+    assert metrics(tmp_path) == metrics(finished)
+    assert metrics(tmp_path, "eval_loss") == metrics(finished, "eval_loss")
+
+
+def test_the_time_to_the_first_step_is_told_by_part(finished):
+    (line,) = (finished / "metrics.jsonl").read_text().splitlines()[:1]
+    parts = {k.removeprefix("startup/"): v for k, v in json.loads(line).items()}
+    assert parts.pop("step") == 1
+    total = parts.pop("total")
+    assert total == pytest.approx(sum(parts.values()))
+    assert list(parts) == [
+        "network", "imports", "data_building", "data_opening", "init", "first_batch", "compile",
+        "first_step",
+    ]  # fmt: skip
+    assert min(parts["init"], parts["compile"], parts["first_step"]) > 0
+
+
+def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(config, finished, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class KillAt5(StopAt):
+        def __call__(self, step):
+            if step == 5:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train_run(config, tmp_path, KillAt5())
+    train_run(config, tmp_path, StopAt())
+    assert metrics(tmp_path) == metrics(finished)
+
+
+def test_a_finished_run_is_left_alone(config, finished):
+    before = (finished / "metrics.jsonl").read_text()
+    train_run(config, finished, StopAt())
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("step_time", "most"), [(math.inf, 1), (0.5, 4), (1e-3, 16)])
+def test_the_host_runs_ahead_by_two_seconds_and_misses_no_step(step_time, most):
+    done, ahead, calls = 0, [], []
+
+    def step(state, batch):
+        nonlocal done
+        done += 1
+        return state, done
+
+    def add(number, metrics):
+        ahead.append(done - number)
+        calls.append(number)
+
+    logger = types.SimpleNamespace(
+        step_time=step_time,
+        restart_clock=lambda: None,
+        pause=contextlib.nullcontext,
+        add=add,
+        flush=lambda number: calls.append(f"line {number}"),
+    )
+    config = types.SimpleNamespace(num_steps=47, log_every=20)
+    stage = types.SimpleNamespace(put=lambda batch: batch)
+    experiment = types.SimpleNamespace(config=config, step=step, stage=stage)
+    saved = []
+    actions = types.SimpleNamespace(
+        profile=types.SimpleNamespace(starts=lambda number: number == 36, start=lambda state: None),
+        started=lambda *args: None,
+        due=lambda number: [lambda *args: saved.append(number)] if number in (33, 47) else [],
+    )
+    args = (experiment, None, 0, itertools.repeat(None), logger, actions, StopAt())
+    assert run_loop(*args)
+    lines = {20: ["line 20"], 40: ["line 40"], 47: ["line 47"]}
+    assert calls == [call for n in range(1, 48) for call in [n, *lines.get(n, [])]]
+    assert max(ahead) == most and ahead[32] == ahead[46] == 0 and saved == [33, 47]
+    assert ahead[19] == 1, "a line is written as soon as its last step is done"
+    assert ahead[34] == 0, "a profile is not of steps before it"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e30, grad_clip=0.0)
+    with pytest.raises(UserError, match=r"loss is \S+ at step \d; lower config\.optimizer"):
+        train_run(dataclasses.replace(config, optimizer=optimizer), tmp_path, StopAt())
+
+
+def test_a_checkpoint_of_another_model_is_refused(config, finished):
+    before = (finished / "config.json").read_text()
+    other = dataclasses.replace(config, model={**config.model, "num_res_blocks": 2})
+    with pytest.raises(UserError, match=r"another model: config\.model\.num_res_blocks is 2"):
+        train_run(other, finished, StopAt())
+    assert (finished / "config.json").read_text() == before
+
+
+def test_sigterm_asks_to_stop():
+    import os
+    import signal
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = processes.StopRequest()
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_too_large_a_model_is_one_line_with_figures_and_a_way_out():
+    experiment = build(parse(load_config("base64")), jax.devices()[:1])
+    with pytest.raises(UserError) as e:
+        experiment.check_fits(available=16 * 2**30)
+    message = str(e.value)
+    assert "1.99B" in message and "16.0 GiB" in message and "configs/base64.py:tiny" in message
+
+
+def test_evaluation_reports_by_category(finished, tmp_path):
+    evaluate.evaluate(finished, [1.0, 2.0], split="heldout", num=4)
+    report = json.loads((finished / "evaluation" / "alignment.json").read_text())
+    assert set(report["guidance"]) == {"1.0", "2.0", "true renders"}
+    assert report["guidance"]["1.0"]["all"]["num"] == 4
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert all(c in page for c in report["guidance"]["1.0"])
+
+
+def run(module, *args):
+    command = [sys.executable, "-m", module, *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "--config=FILE and --workdir=DIR are both needed"),
+        (["--config=configs/nope.py", "--workdir=w"], "no such config file"),
+        (["--config=configs/demo.py", "--workdri=w"], "Unknown command line flag 'workdri'"),
+        (["--config=configs/demo.py", "--workdir=w", "extra"], "unexpected argument 'extra'"),
+        (
+            ["--config=configs/demo.py", "--workdir=w", "--config.model.embed_dimm=64"],
+            "config.model.embed_dimm is not a known key; did you mean model.embed_dim?",
+        ),
+        (
+            ["--config=configs/demo.py", "--workdir=w", "--config.batch_size=many"],
+            "config.batch_size is 'many'; it must be of type int",
+        ),
+        (["--config=configs/base64.py:huge", "--workdir=w"], "'huge'; allowed: 2b"),
+        (
+            ["--config=configs/demo.py", "--workdir=w", "--profile_steps=9:8"],
+            "--profile_steps is '9:8'; allowed: FIRST:LAST, steps from 1 to 2600",
+        ),
+        (["--config=configs/demo.py", "--workdir=/proc/no"], "--workdir=/proc/no cannot"),
+    ],
+    ids=["none", "file", "flag", "positional", "key", "value", "argument", "profile", "workdir"],
+)
+def test_bad_command_lines_are_one_line_and_exit_2(args, words, tiny_data):
+    if "--workdir=/proc/no" in args:
+        small = ["data.build=false", "text.dim=8", "text.max_tokens=6", "batch_size=8"]
+        args = [*args, f"--config.data.dir={tiny_data}", *(f"--config.{s}" for s in small)]
+    done = run("imagen_jax.train", *args)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (ROOT / "w").exists()
+
+
+def test_help_explains():
+    done = run("imagen_jax.train", "--help")
+    said = " ".join(done.stdout.split())
+    assert "--workdir" in said and "Run the same command again" in said
+    assert "--profile_steps" in said and "--compilation_cache" in said
