@@ -1,16 +1,15 @@
-"""What reading the caption is worth: the demo's recipe with other text encoders and conditioning.
+"""Compares text encoders and text conditioning by training the demo's recipe with each.
 
     python -m benchmarks.text_ablation --steps=2600 --out=text_ablation
 
-Every setting is a training run of the same config, seed and data in which a few keys of the section
-`text` differ (section 4.1 and figure 4 of the paper). Held-out captions are then drawn, and a
-program checks which pictures do all that their caption says. Killed and started again, it goes on
-with the setting, and the step, that it was at. Writes table.md and table.json, whose intervals are
-Wilson's, at 95%.
+Each setting is a training run with the same config, seed and data, except for a few keys in the
+section `text` (section 4.1 and figure 4 of the paper). The benchmark then samples images for
+held-out captions and checks by program which images match their captions in every claim. After an
+interruption, the same command continues with the current setting and step. It writes table.md and
+table.json, with 95% Wilson intervals.
 
-The vocabulary of the SentencePiece setting is trained on the captions of the train split; its
-encoder has the shape of byte-tiny. It has no training, so what it compares with is random weights
-on bytes.
+The SentencePiece setting trains its vocabulary on the captions of the train split. Its encoder has
+the shape of byte-tiny and random weights, so compare it with random weights on bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ FLAGS = flags.FLAGS
 SENTENCEPIECE = "sentencepiece-tiny-random"
 VOCABULARY = 512
 
-# The setting's name, which is that of its folder: keys that differ from the config.
+# Setting, which also names its folder -> keys that differ from the config.
 SETTINGS: dict[str, dict[str, Any]] = {
     "pooled_only": {"text.sequence": "none"},
     "cross_attention": {"text.sequence": "cross_attention"},
@@ -57,15 +56,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def define_flags() -> None:
-    cli.define_config_flags("configs/demo.py", "A config of a base model on the scenes.")
-    flags.DEFINE_list("settings", list(SETTINGS), f"Which: {', '.join(SETTINGS)}.")
-    flags.DEFINE_integer("steps", 2600, "Training steps of each.", 1)
-    flags.DEFINE_integer("num", 500, "Held-out captions that are drawn.", 1)
-    flags.DEFINE_string("out", "text_ablation", "Folder of the runs and the tables.")
+    cli.define_config_flags("configs/demo.py", "Config of a base model on the scenes.")
+    flags.DEFINE_list("settings", list(SETTINGS), f"Settings to run, from {', '.join(SETTINGS)}.")
+    flags.DEFINE_integer("steps", 2600, "Number of training steps per setting.", 1)
+    flags.DEFINE_integer("num", 500, "Number of held-out captions to sample images for.", 1)
+    flags.DEFINE_string(
+        "out", "text_ablation", "Folder of the runs and tables; created if missing."
+    )
 
 
 def main(argv: list[str]) -> None:
-    """Trains and draws what is not there yet, prints a table in Markdown."""
+    """Runs the settings that have no result yet and prints a Markdown table."""
     del argv
     for name in FLAGS.settings:
         if name not in SETTINGS:
@@ -83,41 +84,41 @@ def main(argv: list[str]) -> None:
 
 
 def read_config(changes: dict[str, Any]) -> Config:
-    """The config of the flags with other values for some keys."""
+    """Returns the config of the flags with some keys changed."""
     overrides = [f"{key}={value}" for key, value in changes.items()]
     steps = [f"num_steps={FLAGS.steps}", f"checkpoint_every={min(300, FLAGS.steps)}"]
     return parse(typed_config.load(FLAGS.config, [*FLAGS.set, *steps, *overrides]))
 
 
 def run(base: Config, out: Path, name: str) -> dict[str, Any]:
-    """The result of one setting, which is kept in its folder."""
+    """Returns the result of one setting and stores it in the setting's folder."""
     changes, path = dict(SETTINGS[name]), out / name / "result.json"
     encoder = changes.get("text.encoder", base.text.encoder)
     if encoder != base.text.encoder:
         folders = {n: n for n in encoder.split("+")}
         if encoder == SENTENCEPIECE:
             folders[encoder] = str(sentencepiece_encoder(base, out))
-        stores = [str(store(base, out / "stores" / n, f)) for n, f in folders.items()]
+        stores = [str(make_store(base, out / "stores" / n, f)) for n, f in folders.items()]
         changes["text.encoder"] = "+".join(folders.values())
         changes["data.embeddings"] = "+".join(stores)
-        changes["data.build"] = False  # the dataset is there, with the embeddings of another
+        changes["data.build"] = False  # the dataset exists, with embeddings of byte-tiny
     config = read_config(changes)
-    asked = json.loads(json.dumps({"num": FLAGS.num, "config": dataclasses.asdict(config)}))
-    if path.exists() and (result := json.loads(path.read_text()))["asked"] == asked:
-        cli.log.info("%s is there already", name)
+    settings = json.loads(json.dumps({"num": FLAGS.num, "config": dataclasses.asdict(config)}))
+    if path.exists() and (result := json.loads(path.read_text()))["settings"] == settings:
+        cli.log.info("%s: already done", name)
         return result
     cli.log.info("%s", name)
     from data_pipelines.reading.batches import Reader
     from imagen_jax.training import loop
 
     loop.train(experiment.build(config), Reader(config), out / name, lambda step: False)
-    result = {"asked": asked, **measure(config, out / name)}
+    result = {"settings": settings, **measure(config, out / name)}
     write_text(path, json.dumps(result, indent=1) + "\n")
     return result
 
 
 def sentencepiece_encoder(base: Config, out: Path) -> Path:
-    """The folder of an encoder like byte-tiny on pieces of the captions, its weights random."""
+    """Returns the folder of a random encoder like byte-tiny on pieces of the captions."""
     import sentencepiece
     from flax import nnx
 
@@ -125,7 +126,7 @@ def sentencepiece_encoder(base: Config, out: Path) -> Path:
     from imagen_jax.text.t5 import PRESETS, T5Encoder
 
     folder = out / SENTENCEPIECE
-    if (folder / CONFIG_FILE).exists():  # which is written last
+    if (folder / CONFIG_FILE).exists():  # written last
         return folder
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -143,7 +144,7 @@ def sentencepiece_encoder(base: Config, out: Path) -> Path:
 
 
 def captions(base: Config):
-    """The captions of the data, each with where it is."""
+    """Returns the captions of the dataset with their locations."""
     from data_pipelines.embeddings import caption_lists
     from data_pipelines.reading import tasks
 
@@ -151,21 +152,22 @@ def captions(base: Config):
     return caption_lists.read_dataset(base.data.dir, dataset)
 
 
-def store(base: Config, path: Path, name: str) -> Path:
-    """The store of the embeddings of all captions, completed if it is not."""
-    from data_pipelines import encode_text
+def make_store(base: Config, path: Path, name: str) -> Path:
+    """Returns the store with the embeddings of all captions, after completing it."""
+    from data_pipelines.embeddings import encoding
 
-    encoder = encode_text.load_encoder(name, base.text.max_tokens, fsdp=1)
-    made = create_store(str(path), encoder.identity, "bfloat16", num_shards=1)
-    encode_text.encode(made, encode_text.assign(made, captions(base), 0, 1), encoder)
-    finish(made)
+    encoder = encoding.load_encoder(name, base.text.max_tokens, fsdp=1)
+    store = create_store(str(path), encoder.identity, "bfloat16", num_shards=1)
+    encoding.encode(store, encoding.assign(store, captions(base), 0, 1), encoder)
+    finish(store)
     return path
 
 
 def measure(config: Config, workdir: Path) -> dict[str, Any]:
-    """The last held-out loss, and of each category: pictures, those right in all, share of claims.
+    """Returns the number of parameters, the held-out loss and the alignment per category.
 
-    The category "all" is that of all pictures.
+    The alignment has the number of images, those right in every claim, and the share of correct
+    claims. The category "all" covers all images.
     """
     from data_pipelines.reading.batches import Reader, stack_text
     from data_pipelines.scenes.check import check_example
@@ -175,9 +177,9 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
     rows = reader.examples(config.data.sample_split, FLAGS.num)
     cond = stack_text(rows)
     seeds = np.arange(len(rows), dtype=np.uint32)
-    with tqdm(total=len(rows), desc="drawing", unit="image") as bar:
+    with tqdm(total=len(rows), desc="sampling", unit="image") as bar:
         images = stage.sample(params, seeds, cond, progress=bar.update)
-    found = alignment(images, rows, check_example)
+    by_group = alignment(images, rows, check_example)
     return {
         "params": stage.num_params,
         "loss": stage.held_out_loss(params, reader.eval_batches()),
@@ -187,20 +189,20 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
                 "right": round(row["fully"] * row["num"]),
                 "claims": row["claims"],
             }
-            for category, row in found.items()
+            for category, row in by_group.items()
         },
     }
 
 
 def wilson(right: int, num: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share: within [0, 1], and not empty at 0 or 1 (Wilson 1927)."""
+    """Returns the Wilson (1927) interval of a share: inside [0, 1], not empty at 0 or 1."""
     middle, scale = (right + z**2 / 2) / (num + z**2), 1 / (num + z**2)
     half = z * scale * math.sqrt(right * (num - right) / num + z**2 / 4)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Shares in per cent with their intervals, and in brackets those of single claims."""
+    """Formats shares in percent with their intervals; shares of single claims in brackets."""
     titles = [name.replace("_", " ") for name in results]
     lines = [f"| category | captions | {' | '.join(titles)} |", "|---" * (2 + len(titles)) + "|"]
     for category, row in next(iter(results.values()))["alignment"].items():

@@ -1,12 +1,12 @@
-"""How easily a text encoder's output is read, against the same encoder at random weights.
+"""Measures how easily a probe reads a text encoder, compared with random weights.
 
     python -m benchmarks.text_probe --encoder=byte-tiny
 
-What reads is as plain as what a diffusion model has at least: one attention head with two learned
-queries, and a linear map from what it finds to the color and to the shape. It is trained on
-captions of scenes with a single object, and printed is how often it is right on others, after few
-batches and after more. Wording, size, texture, background and slips of the pen vary; the pairs of
-color and shape are those of the training split.
+The probe is as simple as the text path of a diffusion model can be: one attention head with two
+learned queries, and a linear map from each result, to the color and to the shape. It trains on
+captions of scenes with a single object. The benchmark prints its accuracy on other captions after
+few and after many batches. Captions vary in wording, size, texture, background and misspellings;
+the pairs of color and shape come from the training split.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ MAX_TOKENS = 192
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("encoder", "byte-tiny", "A bundled encoder, or a folder with one.")
-    flags.DEFINE_integer("train", 3200, "Captions to learn from.", lower_bound=BATCH)
-    flags.DEFINE_integer("test", 800, "Captions to be tested on.", lower_bound=1)
-    flags.DEFINE_list("steps", ["100", "600"], "After how many batches of 64 to test.")
-    flags.DEFINE_integer("seed", 0, "Seed of captions, batches and the probe's weights.")
+    flags.DEFINE_string(
+        "encoder", "byte-tiny", "Text encoder: byte-tiny or a folder (docs/text.md)."
+    )
+    flags.DEFINE_integer("train", 3200, "Number of training captions.", lower_bound=BATCH)
+    flags.DEFINE_integer("test", 800, "Number of test captions.", lower_bound=1)
+    flags.DEFINE_list("steps", ["100", "600"], "Numbers of training batches after which to test.")
+    flags.DEFINE_integer("seed", 0, "Seed of the captions, the batches and the probe's weights.")
 
 
 def main(argv: list[str]) -> None:
-    """Probes both encoders and prints a table in Markdown."""
+    """Probes both encoders and prints a Markdown table."""
     del argv
     steps = [int(s) for s in FLAGS.steps]
     captions, labels = single_objects(FLAGS.train + FLAGS.test, np.random.default_rng(FLAGS.seed))
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> None:
 
 
 def single_objects(number: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
-    """Distinct captions of scenes with one object; its color and shape, int [number, 2]."""
+    """Samples distinct captions of one object, with its color and shape: int [number, 2]."""
     found = {}
     while len(found) < number:
         scene = sample_scene(rng, "train")
@@ -75,7 +77,7 @@ def _padded(embeddings: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Probe(nnx.Module):
-    """One attention head, a learned query for color and one for shape, and a linear map each."""
+    """One attention head with a learned query and a linear map each for color and shape."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         self.queries = nnx.Param(rngs.params.normal((2, dim)) * dim**-0.5)
@@ -85,7 +87,7 @@ class Probe(nnx.Module):
         self.shape = nnx.Linear(dim, len(SHAPES), rngs=rngs)
 
     def __call__(self, text_btd: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logits of the color, [B, 11], and of the shape, [B, 15]."""
+        """Returns logits of the color [B, 11] and of the shape [B, 15]."""
         k_btd, v_btd = self.key(text_btd), self.value(text_btd)
         logits_bqt = jnp.einsum("qd,btd->bqt", self.queries[...], k_btd)
         weights_bqt = jax.nn.softmax(jnp.where(mask_bt[:, None, :], logits_bqt, -1e30), axis=-1)
@@ -100,12 +102,12 @@ def probe(
     num_test: int,
     seed: int = 0,
 ) -> list[tuple[float, float]]:
-    """Trains a probe; how often it is right after each number of steps in `steps`.
+    """Trains a probe and returns its (color, shape) accuracy after each number in `steps`.
 
     Args:
       features: float32 [N, T, D] and bool [N, T], True at tokens.
       labels: color and shape, int [N, 2].
-      num_test: the last so many examples are what it is tested on.
+      num_test: number of examples at the end that are held out for testing.
     """
     text, mask = features
     graphdef, params = nnx.split(Probe(text.shape[-1], rngs=nnx.Rngs(seed)))

@@ -1,11 +1,11 @@
-"""What a store of embeddings saves, and what that costs: batches by length, and numbers as int8.
+"""Measures what an embedding store saves (padding, bytes) and what int8 costs in loss.
 
     python -m benchmarks.text_store --workdir=runs/demo
 
-The captions of held-out scenes are encoded in batches by length, as a store's are, and padded to
-one length, in turns. Then the held-out loss of a trained model is measured with embeddings as
-encoded and as each form of a store gives them back; noise is the same, so losses differ by nothing
-else. How much the text is worth at all, the loss without it, is there to compare with.
+First, the benchmark encodes captions of held-out scenes in turns: in batches of similar length, as
+a store does, and padded to a single length. Then it measures the held-out loss of a trained model
+with the embeddings as encoded and as read back from each form of store. The noise is the same, so
+only the embeddings change the loss. The loss without text shows how much the text is worth.
 """
 
 from __future__ import annotations
@@ -35,17 +35,19 @@ BATCH = 32
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "A run of imagen_jax.train.")
-    flags.DEFINE_integer("captions", 512, "Held-out captions that are encoded.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 3, "How often, each way.", lower_bound=1)
-    flags.DEFINE_integer("batches", 32, f"Batches of {BATCH} for the loss.", lower_bound=2)
+    flags.DEFINE_string("workdir", None, "Directory of a run of imagen_jax.train.")
+    flags.DEFINE_integer("captions", 512, "Number of held-out captions to encode.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "Number of timed rounds of each way.", lower_bound=1)
+    flags.DEFINE_integer(
+        "batches", 32, f"Number of batches of {BATCH} for the loss.", lower_bound=2
+    )
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints two tables in Markdown."""
+    """Prints two Markdown tables."""
     del argv
     if not FLAGS.workdir:
-        raise UserError("--workdir=DIR is needed (see --help)")
+        raise UserError("--workdir is not set; pass the directory of a run (see --help)")
     stage, params = load(Path(FLAGS.workdir).absolute())
     with cli.quiet_imports():
         from data_pipelines.reading.batches import Reader
@@ -53,12 +55,12 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(stage.config, batch_size=BATCH, eval_batches=FLAGS.batches)
     rows = Reader(config).examples(config.data.sample_split, FLAGS.captions)
     captions = list(dict.fromkeys(row["caption"] for row in rows))
-    print("| encoder | batches | tokens a second | padding |\n|---|---|---|---|")
+    print("| encoder | batches | tokens/s | padding |\n|---|---|---|---|")
     for part in config.text.parts:
         loaded = load_encoder(part.encoder, part.max_tokens)
         for name, (rate, padding) in speeds(loaded, captions, FLAGS.rounds).items():
             print(f"| {part.encoder} | {name} | {rate:,.0f} | {padding:.0%} |", flush=True)
-    print("\n| embeddings | held-out loss | change | its standard error |\n|---|---|---|---|")
+    print("\n| embeddings | held-out loss | change | standard error |\n|---|---|---|---|")
     for name, row in losses(stage, params, Reader(config).eval_batches()).items():
         print(f"| {name} | {row.loss:.6f} | {row.change:+.2e} | {row.error:.1e} |")
 
@@ -66,11 +68,11 @@ def main(argv: list[str]) -> None:
 def speeds(
     text_encoder: TextEncoder, captions: Sequence[str], rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Tokens a second (the median of all rounds), and the share of padding, of both ways."""
+    """Returns tokens per second (median of all rounds) and the share of padding of both ways."""
     longest = max(map(text_encoder.num_tokens, captions))
     ways = {
         "by length": contextlib.nullcontext(),
-        f"of {longest}, the longest": mock.patch.object(encoder, "_bucket", lambda _: longest),
+        f"padded to {longest}": mock.patch.object(encoder, "_bucket", lambda _: longest),
     }
     seconds, padding = {name: [] for name in ways}, {}
     for number in range(rounds + 1):  # the first compiles
@@ -86,7 +88,7 @@ def speeds(
 
 
 class Row(NamedTuple):
-    """The mean loss, and how much more it is than that of the embeddings as encoded."""
+    """Mean loss, and its difference from the loss with the embeddings as encoded."""
 
     loss: float
     change: float
@@ -94,28 +96,28 @@ class Row(NamedTuple):
 
 
 def losses(stage: Stage, params: Any, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, Row]:
-    """Of embeddings from each form of store, and of none."""
+    """Returns the loss with embeddings from each form of store, and without text."""
     ways = {"as encoded": batches}
     ways |= {f"from {n}": [stored(batch, form) for batch in batches] for n, form in FORMS.items()}
     ways["none"] = [jax.device_get(no_text(batch)) for batch in batches]
     rows, expected = {}, None
     for name, changed in ways.items():
-        found = np.array([stage.held_out_loss(params, [batch]) for batch in changed])
-        expected = found if expected is None else expected
-        change = found - expected
-        rows[name] = Row(found.mean(), change.mean(), change.std(ddof=1) / len(change) ** 0.5)
+        values = np.array([stage.held_out_loss(params, [batch]) for batch in changed])
+        expected = values if expected is None else expected
+        change = values - expected
+        rows[name] = Row(values.mean(), change.mean(), change.std(ddof=1) / len(change) ** 0.5)
     return rows
 
 
 def stored(batch: dict[str, np.ndarray], form: Form) -> dict[str, np.ndarray]:
-    """A batch whose embeddings were in a store."""
+    """Returns a batch with its embeddings packed and unpacked."""
     text = batch["text"]
     tokens = text.reshape(-1, text.shape[-1])
     return {**batch, "text": form.unpack(form.pack(tokens), text.shape[-1]).reshape(text.shape)}
 
 
 def no_text(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A batch with the null prompt."""
+    """Returns a batch with the null prompt."""
     return drop_text(batch, np.ones(len(batch["text"]), bool))
 
 

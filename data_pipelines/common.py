@@ -23,5 +23,5 @@ def summary(skipped: Sequence[Skip]) -> str:
 
 
 def caption_key(caption: str) -> bytes:
-    """16 bytes that stand for a caption: of 2^40, two share a key with a chance of 2^-49."""
+    """Returns the 16-byte key of a caption. Among 2^40 captions, P(collision) is 2^-49."""
     return hashlib.sha256(caption.encode("utf-8", errors="surrogateescape")).digest()[:16]

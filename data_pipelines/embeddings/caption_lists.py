@@ -1,4 +1,4 @@
-"""Captions in files that hold many: text with one a line, CSV, Parquet, or prepared records."""
+"""Reads captions from text files (one per line), CSV, Parquet, or prepared records."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from etils import epath
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
 
-_LONGEST_FIELD = 2**24  # characters in a CSV file; longer than this is a quote never closed
+_LONGEST_FIELD = 2**24  # characters in a CSV field; a longer one means an unclosed quote
 
 
 class Found(NamedTuple):
-    """A caption and its place; what is not UTF-8 is in it as lone surrogates."""
+    """A caption and its location. Bytes that are not UTF-8 appear as lone surrogates."""
 
     source: str
     number: int
@@ -24,17 +24,17 @@ class Found(NamedTuple):
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The files that paths with * and ? stand for, sorted.
+    """Returns the files that match paths with * and ?, sorted.
 
     Raises:
-      UserError: there is none for one of them, or one has a type that is not read.
+      UserError: a pattern matches nothing, or a file has an unsupported type.
     """
     files = set()
     for pattern in patterns:
         path = epath.Path(pattern)
         matches = [path] if path.exists() else list(path.parent.glob(path.name))
         if not matches:
-            raise UserError(f"--captions has {pattern!r}; no such file")
+            raise UserError(f"--captions has {pattern!r}; there is no such file")
         files.update(str(match) for match in matches)
     for file in files:
         if epath.Path(file).suffix not in _READERS:
@@ -43,13 +43,13 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def read_file(file: str, column: str) -> Iterator[Found]:
-    """The captions of a file, white space collapsed, as everywhere in this project.
+    """Yields the captions of a file, with white space collapsed.
 
     Args:
-      column: where they are in CSV and Parquet.
+      column: the column of the captions in CSV and Parquet.
 
     Raises:
-      UserError: it cannot be read, or there is no such column of text.
+      UserError: the file cannot be read, or has no such column of text.
     """
     path = epath.Path(file)
     try:
@@ -61,22 +61,27 @@ def read_file(file: str, column: str) -> Iterator[Found]:
 
 
 def read_dataset(data_dir: str, name: str) -> Iterator[Found]:
-    """The captions of all splits of a prepared dataset such as "scenes/64", as they are in it.
+    """Returns the captions of all splits of a prepared dataset such as "scenes/64", unchanged.
 
     Raises:
-      UserError: it is not there.
+      UserError: there is no such dataset.
     """
+    # Not a generator: it fails, and TensorFlow writes to stderr, before the caller opens a bar.
     with cli.quiet_imports():
+        import tensorflow  # noqa: F401  (tfds imports it late)
+
         from data_pipelines.records import dataset  # imports tfds
 
     info = dataset.open_dataset(data_dir, name).info
-    for split in sorted(info.splits):
-        for number, caption in enumerate(dataset.strings(info, split, "caption")):
-            yield Found(f"{name}:{split}", number, caption)
+    return (
+        Found(f"{name}:{split}", number, caption)
+        for split in sorted(info.splits)
+        for number, caption in enumerate(dataset.strings(info, split, "caption"))
+    )
 
 
 def _read_lines(opened, file: str, column: str) -> Iterator[tuple[int, str]]:
-    # Not the lines of a text file, which end at a lone \r too.
+    # Binary lines, because those of a text file also end at a lone \r.
     for number, line in enumerate(opened, 1):
         yield number, line.decode("utf-8-sig", errors="surrogateescape")
 
@@ -99,7 +104,7 @@ def _read_parquet(opened, file: str, column: str) -> Iterator[tuple[int, str]]:
         _check_column(file, column, table.schema_arrow.names)
         number = 0
         for batch in table.iter_batches(columns=[column]):
-            # As bytes, because one text that is not UTF-8 would spoil the batch.
+            # As bytes, because one text that is not UTF-8 would fail the whole batch.
             for value in batch.column(0).cast(pa.large_binary()).to_pylist():
                 yield number, (value or b"").decode("utf-8", errors="surrogateescape")
                 number += 1

@@ -1,4 +1,4 @@
-"""Writing a store's shards: the same for one machine, several hosts and a Beam pipeline."""
+"""Writes the shards of a store, for a single machine, several hosts and a Beam pipeline alike."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from imagen_jax.common.files import replacing, write_json
 
 REPORT = "report.json"
 
-# (captions done, tokens in them, positions computed)
+# Called with (captions done, their tokens, positions computed).
 Progress = Callable[[int, int, int], None]
 
 
 class Shard(NamedTuple):
-    """The distinct captions of a shard in the order of their keys, each where it is found first."""
+    """The distinct captions of a shard, sorted by key, each with its first location."""
 
     number: int
     found: dict[bytes, Found]
 
     @property
     def digest(self) -> str:
-        """Says whether a shard that is there is of the same captions."""
+        """Hash of the captions, to tell whether an existing shard holds the same ones."""
         return hashlib.sha256(b"".join(self.found)).hexdigest()
 
 
 def make_shard(number: int, found: Iterable[Found]) -> Shard:
-    """A shard of these captions, whatever their order and however often each is there."""
+    """Builds a shard from captions in any order, with or without duplicates."""
     first: dict[bytes, Found] = {}
     for item in found:
         key = caption_key(item.caption)
@@ -50,18 +50,18 @@ def make_shard(number: int, found: Iterable[Found]) -> Shard:
 
 
 def is_finished(store: Store, shard: Shard) -> bool:
-    """Whether the shard is in the store, with the same captions."""
+    """Returns whether the store already has the shard with the same captions."""
     report = store.report(shard.number)
     return report is not None and report["captions_sha256"] == shard.digest
 
 
 def write_shard(store: Store, shard: Shard, encoder, progress: Progress | None = None) -> None:
-    """Encodes a shard's captions and writes them; nothing of a shard is seen before all is there.
+    """Encodes the captions of a shard and writes it. A shard becomes visible only when complete.
 
-    Captions that cannot be encoded are left out, and listed in the shard's report.
+    Skips captions that cannot be encoded and lists them in the shard's report.
 
     Args:
-      encoder: the TextEncoder whose identity the store has.
+      encoder: the TextEncoder with the identity of the store.
 
     Raises:
       UserError: an embedding is not finite.
@@ -99,8 +99,8 @@ def write_shard(store: Store, shard: Shard, encoder, progress: Progress | None =
 
 @contextlib.contextmanager
 def _record_writer(path: epath.Path) -> Iterator[Callable[[bytes], int]]:
-    """A function that adds a record to the file and returns the byte where that starts."""
-    with cli.quiet_imports():  # slow to import, and a finished shard does not need it
+    """Gives a function that appends a record and returns the byte at which it starts."""
+    with cli.quiet_imports():  # slow; not needed if all shards are finished
         from tensorflow import io as tf_io
 
     size = 0
@@ -116,7 +116,7 @@ def _record_writer(path: epath.Path) -> Iterator[Callable[[bytes], int]]:
 
 
 def _usable(shard: Shard, encoder) -> tuple[dict[str, bytes], list[Skip]]:
-    """The captions that can be encoded, with their keys; and the others."""
+    """Splits captions into those that can be encoded, with their keys, and the others."""
     usable, skipped = {}, []
     for key, (source, number, caption) in shard.found.items():
         printable = caption.encode("utf-8", errors="replace").decode()
@@ -134,17 +134,17 @@ def _usable(shard: Shard, encoder) -> tuple[dict[str, bytes], list[Skip]]:
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The cosine similarity of each token of two embeddings [n, dim]: float64 [n]."""
+    """Returns the cosine similarity of two embeddings [n, dim] per token: float64 [n]."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.where(norms > 0, (a * b).sum(1) / np.where(norms > 0, norms, 1), 1.0)
 
 
 def finish(store: Store) -> dict[str, Any] | None:
-    """Once all shards are there: clears what killed writers left, and writes the store's report.
+    """Writes the store's report and removes temporary files, once all shards are finished.
 
     Returns:
-      The report; None if shards are missing.
+      The report, or None if shards are missing.
     """
     reports = [store.report(shard) for shard in range(store.num_shards)]
     if None in reports:
@@ -174,7 +174,7 @@ def finish(store: Store) -> dict[str, Any] | None:
 
 
 def describe(store: Store, report: Mapping[str, Any]) -> str:
-    """A finished store in a few lines: its size in each form, and what that costs in accuracy."""
+    """Describes a finished store in a few lines: its size and accuracy in each form."""
     lines = [
         f"{store.path}: {report['captions']:,} captions, {report['tokens']:,} tokens, "
         f"stored as {store.dtype}"
@@ -182,7 +182,7 @@ def describe(store: Store, report: Mapping[str, Any]) -> str:
     for name, form in report["forms"].items():
         lines.append(
             f"  {name:8}  {form['bytes_per_million_captions'] / 2**30:8.2f} GiB per million "
-            f"captions, cosine similarity {form['cosine_mean']:.6f}, least {form['cosine_min']:.6f}"
+            f"captions, cosine similarity {form['cosine_mean']:.6f}, min {form['cosine_min']:.6f}"
         )
     if skipped := [Skip(**skip) for skip in report["skipped"]]:
         lines.append(f"skipped {len(skipped)}: {summary(skipped)}; listed in {store.path / REPORT}")

@@ -1,15 +1,15 @@
-"""A store of caption embeddings: found by the caption, written in shards that are whole or absent.
+"""A store of embeddings, looked up by caption and written in complete shards.
 
-    store.json                     the encoder's identity, the form of the numbers, how many shards
-    shard-00003-of-00016.tfrecord  a record for each caption's embedding
-    shard-00003-of-00016.npy       INDEX: where they are, sorted by key
-    shard-00003-of-00016.json      counts and skipped captions; written last, so that a shard
-                                   without it does not exist
-    report.json                    the same of all shards together, once they are there
+    store.json                     the encoder's identity, the form of the numbers, number of shards
+    shard-00003-of-00016.tfrecord  one record per embedding
+    shard-00003-of-00016.npy       INDEX: the records' positions, sorted by key
+    shard-00003-of-00016.json      counts and skipped captions; written last, so a shard without
+                                   this file is unfinished
+    report.json                    the same for the whole store, written after the last shard
 
-A key is a hash of its caption, and each shard has a range of keys. What is in a shard depends on
-nothing but the captions and the encoder, so it does not matter who wrote which and when. Nothing
-here imports TensorFlow before a shard is written.
+The key of a caption is its hash, and each shard holds a range of keys. The contents of a shard
+depend only on the captions and the encoder, so any process can write any shard at any time. This
+module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_json
 
 INDEX = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4")])
-RECORD_FRAME = 16  # bytes that a TFRecord file adds to each record
+RECORD_FRAME = 16  # bytes that TFRecord adds to each record
 _STORE = "store.json"
 _HASHED = ("weights_sha256", "tokenizer", "tokenizer_sha256", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How an embedding bfloat16 [n, dim] is stored, as n * token_bytes(dim) bytes."""
+    """Storage format of an embedding bfloat16 [n, dim], in n * token_bytes(dim) bytes."""
 
     pack: Callable[[np.ndarray], bytes]
     unpack: Callable[[bytes, int], np.ndarray]
@@ -67,7 +67,7 @@ FORMS = {
         unpack=lambda data, dim: np.frombuffer(data, ml_dtypes.bfloat16).reshape(-1, dim),
         token_bytes=lambda dim: 2 * dim,
     ),
-    # The largest number of a token, positive or negative, becomes 127.
+    # Each token has a scale that maps its largest absolute value to 127.
     "int8": Form(_pack_int8, _unpack_int8, lambda dim: _int8_token(dim).itemsize),
 }
 
@@ -77,7 +77,7 @@ class Store:
     """A folder of embeddings.
 
     Attributes:
-      text_identity: the identity of the TextEncoder that made them.
+      text_identity: identity of the TextEncoder that computed them.
       dtype: a key of FORMS.
     """
 
@@ -88,30 +88,30 @@ class Store:
 
     @property
     def dim(self) -> int:
-        """The width of an embedding."""
+        """Width of an embedding."""
         return self.text_identity["dim"]
 
     def file(self, shard: int, suffix: str) -> epath.Path:
-        """The file of a shard that ends in `suffix`."""
+        """Returns the file of a shard that ends in `suffix`."""
         return self.path / f"shard-{shard:05d}-of-{self.num_shards:05d}{suffix}"
 
     def shard_of(self, key: bytes) -> int:
-        """The shard that has this key: each has an equal range of them."""
+        """Returns the shard of a key. Shards have equal key ranges."""
         return int.from_bytes(key[:4], "big") * self.num_shards >> 32
 
     def finished(self) -> list[int]:
-        """The shards that are there."""
+        """Returns the finished shards."""
         return [i for i in range(self.num_shards) if self.file(i, ".json").exists()]
 
     def report(self, shard: int) -> dict[str, Any] | None:
-        """What is known of a shard, or None if it is not there."""
+        """Returns the report of a shard, or None if it is unfinished."""
         path = self.file(shard, ".json")
         return json.loads(path.read_text()) if path.exists() else None
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
-        """Where the embeddings of keys S16 [n] are: int64 [n, 2], the shard and the byte in it.
+        """Finds the embeddings of keys S16 [n]: int64 [n, 2], the shard and the byte in it.
 
-        -1 where the store has none.
+        Both are -1 for a key that is not in the store.
         """
         where = np.full((len(keys), 2), -1, np.int64)
         shards = np.array([self.shard_of(key) for key in keys.tolist()], np.int64)
@@ -128,7 +128,7 @@ class Store:
         return where
 
     def index(self, shard: int) -> np.ndarray:
-        """INDEX of a shard's captions, sorted by key."""
+        """Reads the INDEX of a shard, sorted by key."""
         path = self.file(shard, ".npy")
         try:
             with path.open("rb") as file:
@@ -138,10 +138,10 @@ class Store:
 
 
 def create_store(path: str, text_identity: Mapping[str, Any], dtype: str, num_shards: int) -> Store:
-    """The store at `path`, begun now or earlier with the same settings.
+    """Creates the store at `path`, or continues one with the same settings.
 
     Raises:
-      UserError: another store is there, or the folder cannot be written to.
+      UserError: the folder holds a store with other settings, or cannot be written to.
     """
     folder = epath.Path(path)
     wanted = {**text_identity, "stored_dtype": dtype, "num_shards": num_shards}
@@ -164,10 +164,10 @@ def create_store(path: str, text_identity: Mapping[str, Any], dtype: str, num_sh
 
 
 def open_store(path: str) -> Store:
-    """The complete store at `path`, for reading.
+    """Opens the complete store at `path` for reading.
 
     Raises:
-      UserError: there is none, or some of its shards are missing.
+      UserError: there is no store, or shards are missing.
     """
     folder = epath.Path(path)
     if not (folder / _STORE).exists():
@@ -185,8 +185,8 @@ def open_store(path: str) -> Store:
         raise UserError(f"{folder / _STORE}: damaged: {e}") from e
     if done < num_shards:
         raise UserError(
-            f"data.embeddings={path} has {done} of its {num_shards} shards; the command that "
-            "began it adds the others"
+            f"data.embeddings={path} has {done} of its {num_shards} shards; run the encode_text "
+            "command that started it again to add the others"
         )
     return store
 
@@ -204,33 +204,44 @@ def _read_settings(folder: epath.Path) -> dict[str, Any]:
 def check_identity(
     identity: Mapping[str, Any], encoder: str, dim: int, max_tokens: int, where: str
 ) -> None:
-    """Raises UserError unless embeddings are those of the encoder that a config names.
+    """Raises UserError unless embeddings come from the encoder that a config names.
 
-    Its name and width are compared and, if its files are on this machine, their hashes; the weights
-    are not loaded.
+    Compares name and width and, if the encoder's files are on this machine, their hashes. Does not
+    load weights.
 
     Args:
-      identity: what is stored with the embeddings.
-      encoder: config.text.encoder, with its dim and max_tokens.
-      where: the embeddings are, for the message.
+      identity: the identity stored with the embeddings.
+      encoder: config.text.encoder; `dim` and `max_tokens` are the keys of that name.
+      where: location of the embeddings, for the message.
     """
-    for key, wanted in (("encoder", Path(encoder).name), ("dim", dim)):
-        if identity[key] != wanted:
-            raise UserError(
-                f"config.text.{key} is {wanted!r}; the embeddings of {where} have {identity[key]!r}"
-            )
+    if identity["encoder"] != Path(encoder).name:
+        from imagen_jax.text.encoder import find_encoder  # imports JAX, which --help does not need
+
+        hint = (
+            ""
+            if find_encoder(encoder)
+            else " and is not a folder here (nothing is downloaded, see docs/text.md)"
+        )
+        raise UserError(
+            f"config.text.encoder is {encoder!r}{hint}; the embeddings of {where} have "
+            f"{identity['encoder']!r}"
+        )
+    if identity["dim"] != dim:
+        raise UserError(
+            f"config.text.dim is {dim}; the embeddings of {where} have {identity['dim']}"
+        )
     if identity["max_tokens"] > max_tokens:
         raise UserError(
-            f"config.text.max_tokens is {max_tokens}; the captions of {where} were encoded with "
-            f"up to {identity['max_tokens']} tokens"
+            f"config.text.max_tokens is {max_tokens}; the captions of {where} were encoded with up "
+            f"to {identity['max_tokens']} tokens"
         )
     here = _identity_here(encoder, identity["max_tokens"])
     differing = [key for key in _HASHED if key in identity and here and identity[key] != here[key]]
     if differing:
         wanted, stored = (" ".join(f"{k}={i[k]}" for k in differing) for i in (here, identity))
         raise UserError(
-            f"config.text.encoder is {encoder!r} with {wanted}; the embeddings of {where} are of "
-            f"one with {stored}"
+            f"config.text.encoder is {encoder!r} with {wanted}; the embeddings of {where} come "
+            f"from one with {stored}"
         )
 
 

@@ -63,10 +63,10 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-        UserError: the file is missing, or holds something else.
+        UserError: the file is missing, or does not hold a JSON object.
     """
     try:
         fields = json.loads(path.read_bytes())
@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256(files: Iterable[Path], more: bytes = b"") -> str:
-    """The hash of the files' contents one after another, and then of `more`."""
+    """Hashes the contents of the files in order, followed by `more`."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
@@ -91,5 +91,5 @@ def sha256(files: Iterable[Path], more: bytes = b"") -> str:
 
 
 def first_line(error: Exception) -> str:
-    """A library's message on one line, without the places in the library's source."""
+    """Returns the first line of a library's message, without its source locations."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(" [source loc")[0]

@@ -1,6 +1,6 @@
-"""Tensors in files, read in parts: no more of a file is in memory than was asked for.
+"""Reads parts of tensors from files, so that only the requested part is in memory.
 
-Files are read, not mapped: pages of a mapped file count as this process's memory.
+Files are read, not mapped, because the pages of a mapped file count as this process's memory.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class StoredTensor(Protocol):
 
     @property
     def T(self) -> StoredTensor:
-        """The same tensor with its axes reversed; nothing is read."""
+        """The same tensor with its axes reversed. Reads nothing."""
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The part at `index`, one slice of step 1 for each axis."""
+        """Reads the part at `index`: one slice of step 1 per axis."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTensor:
-    """A StoredTensor of plain numbers in a file: the first at `offset`, `strides` in bytes."""
+    """A StoredTensor of plain numbers in a file. `offset` and `strides` are in bytes."""
 
     path: Path
     offset: int
@@ -56,7 +56,7 @@ class FileTensor:
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         ranges = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
-        # In the order of the file, so that each read is as long as it can be.
+        # Follow the order of the file, so that each read is as long as possible.
         order = sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
         out = np.empty([ranges[axis][1] - ranges[axis][0] for axis in order], self.dtype)
         start = sum(r[0] * stride for r, stride in zip(ranges, self.strides, strict=True))
@@ -66,14 +66,14 @@ class FileTensor:
 
 
 def _fill(file: FileIO, out: np.ndarray, offset: int, strides: tuple[int, ...]) -> None:
-    """Fills the contiguous array `out` from numbers that lie `strides` apart in the file."""
+    """Fills the contiguous array `out` from numbers `strides` bytes apart in the file."""
     if all(n == 1 or a == b for n, a, b in zip(out.shape, out.strides, strides, strict=True)):
         left = memoryview(out.reshape(-1).view(np.uint8))
         file.seek(offset)
         while left:
             num_read = file.readinto(left)
             if not num_read:
-                raise UserError(f"{file.name}: ends before its last tensor does")
+                raise UserError(f"{file.name}: the file ends in the middle of a tensor")
             left = left[num_read:]
         return
     for row, part in enumerate(out):
@@ -81,15 +81,15 @@ def _fill(file: FileIO, out: np.ndarray, offset: int, strides: tuple[int, ...]) 
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The strides, in bytes, of an array whose last axis is the densest."""
+    """Returns the strides in bytes of a row-major array."""
     return tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, FileTensor]:
-    """The tensors of a .safetensors file by name; only its header is read.
+    """Returns the tensors of a .safetensors file by name. Reads the header only.
 
     Raises:
-        UserError: it cannot be opened, is cut short, or its header is damaged.
+        UserError: the file cannot be opened, is cut short, or has a damaged header.
     """
     path = Path(path)
     try:
@@ -97,7 +97,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, FileTensor]:
             length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
             if 8 + length > size:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
+                raise ValueError(f"its header has {length} bytes, the file only {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         return {
@@ -119,7 +119,7 @@ def _safetensor(
     numpy_dtype = np.dtype(_SAFETENSORS_DTYPES[dtype])
     begin, end = data_offsets
     if not 0 <= begin <= end <= size - start:
-        raise ValueError(f"tensor {name!r} lies outside the file's {size} bytes")
+        raise ValueError(f"tensor {name!r} is outside the file's {size} bytes")
     if math.prod(shape) * numpy_dtype.itemsize != end - begin:
         raise ValueError(f"tensor {name!r} of shape {shape} has {end - begin} bytes")
     strides = contiguous_strides(tuple(shape), numpy_dtype.itemsize)

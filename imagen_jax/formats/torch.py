@@ -1,8 +1,8 @@
-"""Torch's .bin files, read without torch and without running what a pickle asks to run.
+"""Reads PyTorch's .bin files without PyTorch and without executing what a pickle asks for.
 
-Since torch 1.6 such a file is a zip: data.pkl describes the tensors, data/KEY hold their numbers,
-uncompressed. Before, it was five pickles in a row, and then the numbers. A pickle may name any
-function to be called; here it may name the few that rebuild a tensor, and no others.
+Since PyTorch 1.6 a .bin file is a zip: data.pkl describes the tensors, and data/KEY holds their
+numbers, uncompressed. Older files are five pickles followed by the numbers. A pickle can call any
+function it names; this reader allows only the functions that rebuild a tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """What a pickle says of a tensor; offset and strides in elements of its storage."""
+    """A pickle's description of a tensor. Offset and strides count elements of its storage."""
 
     storage: _Storage
     offset: int
@@ -46,7 +46,7 @@ class _Tensor(NamedTuple):
 
 
 class _Callable:
-    """A function for the unpickler to call. A plain one has attributes that a pickle could set."""
+    """A function for the unpickler whose attributes a pickle cannot set."""
 
     __slots__ = ("_function",)
 
@@ -54,7 +54,7 @@ class _Callable:
         object.__setattr__(self, "_function", function)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError("an attribute of a function is set")
+        raise pickle.UnpicklingError("it sets an attribute of a function")
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)
@@ -84,10 +84,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_torch(path: str | os.PathLike) -> dict[str, FileTensor]:
-    """The tensors of a state dict that torch.save wrote, by name; their numbers are left unread.
+    """Returns the tensors of a state dict saved by torch.save, by name. Reads no numbers.
 
     Raises:
-        UserError: it cannot be opened, is damaged, or asks for anything but tensors.
+        UserError: the file cannot be opened, is damaged, or asks for anything other than tensors.
     """
     path = Path(path)
     try:
@@ -102,7 +102,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, FileTensor]:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     except UserError as e:
-        raise UserError(f"{path}: refused: {e}") from e
+        raise UserError(f"{path}: unsafe pickle refused: {e}") from e
     except Exception as e:  # a damaged pickle raises nearly anything
         raise UserError(
             f"{path}: not a state dict saved by torch, or damaged: {first_line(e)}"
@@ -110,7 +110,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, FileTensor]:
 
 
 def _read_zip(file: BinaryIO) -> tuple[dict, dict[str, int]]:
-    """The pickled state dict, and where in the file each storage starts."""
+    """Returns the pickled state dict and the byte at which each storage starts."""
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         state = _Unpickler(archive.open(members["data.pkl"])).load()
@@ -126,7 +126,7 @@ def _read_zip(file: BinaryIO) -> tuple[dict, dict[str, int]]:
 
 
 def _read_legacy(file: BinaryIO) -> tuple[dict, dict[str, int]]:
-    """The same for a file from before torch 1.6."""
+    """Like `_read_zip`, for files older than PyTorch 1.6."""
     file.seek(0)
     if _Unpickler(file).load() != _LEGACY_MAGIC:
         raise ValueError("no magic number")
@@ -145,12 +145,12 @@ def _read_legacy(file: BinaryIO) -> tuple[dict, dict[str, int]]:
 
 
 def _file_tensor(path: Path, size: int, starts: dict[str, int], tensor: _Tensor) -> FileTensor:
-    dtype = np.dtype(tensor.storage.dtype)  # stored.py's ml_dtypes adds "bfloat16" to these
+    dtype = np.dtype(tensor.storage.dtype)  # importing ml_dtypes adds "bfloat16"
     strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
     offset = starts[tensor.storage.key] + tensor.offset * dtype.itemsize
     last = [(n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True)]
     if math.prod(tensor.shape) and (
         min(offset, *strides, 0) < 0 or offset + sum(last) + dtype.itemsize > size
     ):
-        raise ValueError(f"a tensor of shape {tensor.shape} lies outside the file")
+        raise ValueError(f"a tensor of shape {tensor.shape} is outside the file")
     return FileTensor(path, offset, dtype, tuple(tensor.shape), strides)

@@ -1,4 +1,4 @@
-"""Frozen text encoders: captions in, embeddings out, never trained with the diffusion models."""
+"""Frozen text encoders: captions in, embeddings out. Diffusion training never updates them."""
 
 from imagen_jax.text.encoder import TextEncoder, encoder_identity, load_encoder
 

@@ -1,7 +1,7 @@
-"""The BERT encoder: learned positions, post-normed blocks; its output is the last block's.
+"""The BERT encoder: learned positions, post-norm blocks, output of the last block.
 
-Source: Devlin et al. 2018 (arXiv:1810.04805). Imagen compares it as a text encoder
-(arXiv:2205.11487, section 4.1): base and large, frozen.
+Source: Devlin et al. 2018 (arXiv:1810.04805). Imagen compares frozen BERT base and large as text
+encoders (arXiv:2205.11487, section 4.1).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from imagen_jax.text.layers import MASKED, FeedForward, SelfAttention, layer_nor
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The shape of a BERT encoder; the field names are those of Hugging Face's config.json."""
+    """Shape of a BERT encoder. Field names follow Hugging Face's config.json."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -46,7 +46,7 @@ PRESETS = {
 
 
 class Embeddings(nnx.Module):
-    """Token, position and segment embeddings, summed and normed; all text is segment 0."""
+    """Sum of token, position and segment embeddings, normalized. All text is segment 0."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         dim = config.hidden_size
@@ -57,13 +57,13 @@ class Embeddings(nnx.Module):
 
     def __call__(self, ids_bt: jax.Array) -> jax.Array:
         position_1td = self.positions(jnp.arange(ids_bt.shape[1]))[None]
-        # Weights may be in bfloat16; sums of them, and all that follows, are in float32.
+        # Weights may be bfloat16. Compute in float32 from the first sum on.
         token_btd = self.tokens(ids_bt).astype(jnp.float32)
         return self.norm(token_btd + position_1td + self.segments(jnp.zeros_like(ids_bt)))
 
 
 class Block(nnx.Module):
-    """Self-attention, then feed-forward: each with a residual connection, normed after the sum."""
+    """Self-attention, then feed-forward, each with a residual and a norm after the sum."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
         dim, eps = config.hidden_size, config.layer_norm_eps
@@ -78,10 +78,11 @@ class Block(nnx.Module):
 
 
 class BertEncoder(nnx.Module):
-    """Token ids to one vector a token: int [B, T], bool [B, T] -> float32 [B, T, hidden_size].
+    """Maps token ids to one vector per token.
 
-    `mask_bt` is True at real tokens. Outputs at padding are meaningless, and no real token's
-    output depends on them. T is at most `max_position_embeddings`.
+    int [B, T], bool [B, T] -> float32 [B, T, hidden_size]. `mask_bt` is True at real tokens.
+    Outputs at padding are meaningless, and outputs at real tokens do not depend on padding. T is at
+    most `max_position_embeddings`.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):

@@ -1,8 +1,8 @@
-"""CLIP's text tower up to its penultimate layer: causal, pre-normed, learned positions.
+"""CLIP's text tower up to its penultimate layer: causal, pre-norm, learned positions.
 
-Source: Radford et al. 2021 (arXiv:2103.00020). Imagen compares ViT-L/14's text encoder, frozen,
-by the hidden states of its penultimate layer (arXiv:2205.11487, section 4.1): what comes after
-that, the last block, the final norm and the projection, is neither built nor read.
+Source: Radford et al. 2021 (arXiv:2103.00020). Imagen uses the hidden states of the penultimate
+layer of ViT-L/14's frozen text encoder (arXiv:2205.11487, section 4.1). The last block, the final
+norm and the projection come after that layer, so they are neither built nor read.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from imagen_jax.text.layers import MASKED, FeedForward, SelfAttention, layer_nor
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """The shape of a CLIP text tower; names and defaults are those of Hugging Face's config.json.
+    """Shape of a CLIP text tower. Names and defaults follow Hugging Face's config.json.
 
-    There, a field at its default may be left out.
+    Hugging Face may omit a field that has its default value.
     """
 
     hidden_size: int = 512
@@ -45,7 +45,7 @@ PRESETS = {"clip-vit-large-patch14": ClipConfig(768, 12, 12, 3072)}
 
 
 class Block(nnx.Module):
-    """Self-attention, then feed-forward: each pre-normed, each with a residual connection."""
+    """Self-attention, then feed-forward, each with a norm before it and a residual around it."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         dim, eps = config.hidden_size, config.layer_norm_eps
@@ -60,10 +60,10 @@ class Block(nnx.Module):
 
 
 class ClipTextEncoder(nnx.Module):
-    """Token ids to one vector a token: int [B, T], bool [B, T] -> float32 [B, T, hidden_size].
+    """Maps token ids to one vector per token.
 
-    `mask_bt` is True at real tokens. A token sees itself and the tokens before it. T is at most
-    `max_position_embeddings`.
+    int [B, T], bool [B, T] -> float32 [B, T, hidden_size]. `mask_bt` is True at real tokens.
+    Attention is causal. T is at most `max_position_embeddings`.
     """
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
@@ -76,7 +76,7 @@ class ClipTextEncoder(nnx.Module):
 
     def __call__(self, ids_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
         length = ids_bt.shape[1]
-        # Weights may be in bfloat16; sums of them, and all that follows, are in float32.
+        # Weights may be bfloat16. Compute in float32 from the first sum on.
         x_btd = self.tokens(ids_bt).astype(jnp.float32) + self.positions(jnp.arange(length))[None]
         seen_b1tt = jnp.tri(length, dtype=bool)[None, None] & mask_bt[:, None, None, :]
         bias_b1tt = jnp.where(seen_b1tt, 0.0, MASKED)

@@ -1,4 +1,4 @@
-"""The encoders that can be loaded: how a config.json and a weight file of each are read."""
+"""The supported encoder families: how to read the config.json and weight names of each."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ class Family:
     """One kind of encoder in Hugging Face's format.
 
     Attributes:
-        config: a dataclass whose fields have the names of config.json's.
-        section: the part of config.json where they stand; by default the whole.
-        defaults: of fields that config.json may leave out, or never has, where they differ from
-            `config`'s.
-        allowed: the values that a field may have, where not all are supported.
-        names: modules here -> modules there; * stands for the number of a block.
+        config: a dataclass with the field names of config.json.
+        module: the network, built as `module(config, rngs=...)`.
+        names: our module names -> Hugging Face's; * is a block number.
+        tokenizer: tokenizer_class if the folder does not name one.
+        section: the part of config.json that holds the fields (default: all of it).
+        defaults: values of fields that config.json may omit or never has, where they differ from
+            the defaults of `config`.
+        allowed: supported values of a field, if not all values are.
         renames: (pattern, replacement) for tensor names, so that `names` needs one spelling.
-        tokenizer: tokenizer_class where the folder does not say, as in config.json.
     """
 
     config: type
@@ -45,10 +46,10 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
 
     def read_config(self, fields: dict[str, Any], path: Path) -> Any:
-        """The typed config in the fields of the config.json at `path`.
+        """Turns the fields of the config.json at `path` into the typed config.
 
         Raises:
-            UserError: a field is missing, or has a value that is not supported.
+            UserError: a field is missing or has an unsupported value.
         """
         if self.section is not None:
             if not isinstance(fields.get(self.section), dict):
@@ -69,18 +70,18 @@ class Family:
         return self.config(**{name: fields[name] for name in known if name in fields})
 
     def canonical(self, name: str) -> str:
-        """A tensor's name in a file, in the spelling of `names`."""
+        """Returns a stored tensor name in the spelling that `names` uses."""
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
 
 
 def namer(names: Mapping[str, str], leaves: Mapping[str, str]) -> Callable[[Key], str]:
-    """How a weight's key in a module becomes its name in a file.
+    """Returns a function that maps a weight's key in our module to its name in a file.
 
     Args:
-        names: of modules, * for the number of a block.
-        leaves: of the weights in a module.
+        names: module names; * is a block number.
+        leaves: names of the weights inside a module.
     """
 
     def stored_name(key: Key) -> str:
@@ -140,7 +141,7 @@ _T5 = Family(
     module=T5Encoder,
     names=T5_NAMES,
     tokenizer="T5Tokenizer",
-    defaults={"feed_forward_proj": "relu"},  # the first T5's folders are older than the field
+    defaults={"feed_forward_proj": "relu"},  # folders of T5 v1.0 predate this field
     allowed={"feed_forward_proj": FEED_FORWARDS},
     renames=((r"^encoder\.embed_tokens\.", "shared."),),
 )
@@ -150,7 +151,7 @@ _BERT = Family(
     names=BERT_NAMES,
     tokenizer="BertTokenizer",
     allowed={"hidden_act": ACTIVATIONS, "position_embedding_type": ("absolute",)},
-    # With heads on top the encoder has a prefix; converted from TensorFlow, norms have its names.
+    # A model with heads prefixes its encoder; checkpoints from TensorFlow keep its norm names.
     renames=((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
 )
 _CLIP_TEXT = Family(
@@ -162,7 +163,7 @@ _CLIP_TEXT = Family(
     renames=((r"^text_model\.", ""),),
 )
 _GATED = {"feed_forward_proj": "gated-gelu"}
-# By model_type in config.json.
+# Keyed by model_type in config.json.
 FAMILIES = {
     "t5": _T5,
     "mt5": dataclasses.replace(_T5, defaults=_GATED),

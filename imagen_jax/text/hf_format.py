@@ -1,4 +1,4 @@
-"""Encoders on disk as Hugging Face lays them out: a folder of config.json and weight files."""
+"""Reads and writes encoders in Hugging Face's layout: a folder of config.json and weight files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from imagen_jax.text.tokenizer import TOKENIZER_CONFIG_FILE
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-# The first that is there is read. Of each there may be one file, or an index of several.
+# In order of preference. Each may be one file, or an index of several shards.
 WEIGHT_FILES = {WEIGHTS_FILE: read_safetensors, "pytorch_model.bin": read_torch}
-# What some versions write as tokenizer_class where the vocabulary is in a tokenizer.json.
+# Some versions write these as tokenizer_class if the vocabulary is in a tokenizer.json.
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 def open_hf(folder: str | os.PathLike) -> Checkpoint:
-    """The encoder in a folder of Hugging Face's, of a family in FAMILIES; other parts are ignored.
+    """Opens the encoder in a Hugging Face folder of a family in FAMILIES; ignores other parts.
 
     Raises:
-        UserError: a file or a config field is missing or damaged, or it is another kind of model.
+        UserError: a file or config field is missing or damaged, or the model type is unsupported.
     """
     folder = Path(folder)
     fields = read_json(folder / CONFIG_FILE)
@@ -59,7 +59,7 @@ def open_hf(folder: str | os.PathLike) -> Checkpoint:
 
 
 def _tokenizer_class(folder: Path, fields: dict[str, Any], default: str) -> str:
-    """The folder's tokenizer_class, which may stand in either of two files, or `default`."""
+    """Returns the folder's tokenizer_class from either of its two configs, else `default`."""
     if (folder / TOKENIZER_CONFIG_FILE).is_file():
         fields = {**fields, **read_json(folder / TOKENIZER_CONFIG_FILE)}
     name = fields.get("tokenizer_class") or default
@@ -67,7 +67,7 @@ def _tokenizer_class(folder: Path, fields: dict[str, Any], default: str) -> str:
 
 
 def _open_weights(folder: Path) -> tuple[list[Path], dict[str, FileTensor]]:
-    """The weight files in the order of their names, and all tensors in them."""
+    """Returns the weight files sorted by name, and all their tensors."""
     for name, read in WEIGHT_FILES.items():
         whole, index = folder / name, folder / f"{name}.index.json"
         if whole.is_file():
@@ -80,22 +80,22 @@ def _open_weights(folder: Path) -> tuple[list[Path], dict[str, FileTensor]]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names, by their names."""
+    """Returns the files that an index names, sorted by name."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise UserError(f"{index}: 'weight_map' is not a map of tensors to files")
     files = [index.parent / name for name in sorted(set(shards.values()))]
     for file in files:
         if file.parent != index.parent or not file.is_file():
-            raise UserError(f"{index}: shard {str(file.name)!r} is not in its folder")
+            raise UserError(f"{index}: shard {str(file.name)!r} is not in this folder")
     return files
 
 
 def load_t5(folder: str | os.PathLike) -> T5Encoder:
-    """Loads a T5 encoder into float32; a decoder is left unread.
+    """Loads a T5 encoder in float32, without reading a decoder.
 
     Raises:
-        UserError: as `open_hf` and `Checkpoint.load`, or another family than T5.
+        UserError: as for `open_hf` and `Checkpoint.load`, or the model is not a T5.
     """
     checkpoint = open_hf(folder)
     if checkpoint.module is not T5Encoder:
@@ -106,11 +106,11 @@ def load_t5(folder: str | os.PathLike) -> T5Encoder:
 def save_t5(
     encoder: T5Encoder, folder: str | os.PathLike, *, dtype: np.dtype, extra: dict[str, Any]
 ) -> None:
-    """Writes what `load_t5` reads; each file appears whole or not at all.
+    """Writes a folder that `load_t5` can read. Each file appears complete or not at all.
 
     Args:
-        dtype: the tensors' type on disk.
-        extra: further fields of config.json: the tokenizer, and how the weights came to be.
+        dtype: type of the tensors on disk.
+        extra: more fields for config.json: the tokenizer, and how the weights were trained.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

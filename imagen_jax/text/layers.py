@@ -1,4 +1,4 @@
-"""What BERT and CLIP have in common: scaled attention with biases, LayerNorm, a feed-forward."""
+"""Layers shared by BERT and CLIP: scaled attention with biases, LayerNorm, feed-forward."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-MASKED = -1e30  # float32: exp() of it is exactly zero, and no row is ever without a real token
+MASKED = -1e30  # exp() of it is exactly 0 in float32; every row has at least one real token
 
-# By the name that Hugging Face's config.json gives them.
+# Keyed by their name in Hugging Face's config.json.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def layer_norm(dim: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm whose variance is that of the centered values, as the trained weights expect."""
+    """LayerNorm that computes the variance from centered values, as the trained weights expect."""
     return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
@@ -36,7 +36,7 @@ class SelfAttention(nnx.Module):
         self.out = nnx.Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x_btd: jax.Array, bias_b1tt: jax.Array) -> jax.Array:
-        """`bias_b1tt` (its third axis may be 1) is zero where a token may look, else MASKED."""
+        """`bias_b1tt` is 0 where a token may attend, else MASKED. Its third axis may be 1."""
 
         def heads(y):
             return y.reshape(*y.shape[:2], self.num_heads, -1)
@@ -49,7 +49,7 @@ class SelfAttention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two projections with biases, and an activation of ACTIVATIONS between them."""
+    """Two projections with biases and an activation from ACTIVATIONS between them."""
 
     def __init__(self, dim: int, hidden: int, activation: str, *, rngs: nnx.Rngs):
         self.up = nnx.Linear(dim, hidden, rngs=rngs)

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to an encoder on its devices, one tensor at a time."""
+"""Loads an encoder from a checkpoint onto its devices, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from tqdm import tqdm
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import sha256
 from imagen_jax.formats.tensors import StoredTensor
 
-# At the end of an encoder's name: its architecture with random weights; its weights rounded to
-# bfloat16 in memory, where they take half of the room.
+# Suffixes of an encoder's name. RANDOM: the architecture with random weights. BFLOAT16: weights
+# rounded to bfloat16, which halves their memory.
 RANDOM, BFLOAT16 = VARIANTS = ("-random", "-bfloat16")
 
 log = logging.getLogger("imagen_jax")
 
-# Where a weight is in a module: ("blocks", 3, "attention", "query", "kernel").
+# Path of a weight in a module: ("blocks", 3, "attention", "query", "kernel").
 Key = tuple[str | int, ...]
-# From a tree of jax.ShapeDtypeStruct to the same tree of shardings, for instance
+# Maps a tree of jax.ShapeDtypeStruct to a tree of shardings, for example
 # functools.partial(sharding.weight_shardings, mesh).
 Place = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An encoder's files, opened: everything about it is known, and no weight is read yet.
+    """An encoder's open files. Everything is known except the weights, which are not read yet.
 
     Attributes:
-        module: built as `module(config, rngs=...)`.
-        config: has `dim`, `vocab_size` and `max_positions`, which is None for no limit.
-        tensors: by their names in the files.
-        stored_name: the name in the files of the weight at a key of the module.
-        kernels_reversed: whether projections are [out, in] in the files; here they are [in, out].
-        files: all files with weights, in the order in which they are hashed.
+        module: the network, built as `module(config, rngs=...)`.
+        config: has `dim`, `vocab_size` and `max_positions` (None for no limit).
+        tensors: the stored tensors by their names in the files.
+        stored_name: maps a weight's key in the module to its name in the files.
+        kernels_reversed: whether the files store projections as [out, in]; ours are [in, out].
+        files: all weight files, in the order in which they are hashed.
         tokenizer: a key of `tokenizer.TOKENIZERS`.
-        variant: "" or one of VARIANTS. Random weights are always the same, and are drawn and not
-            read: what an encoder is worth without its training.
+        variant: "" or one of VARIANTS. Random weights come from a fixed seed, so they are always
+            the same. They show what an encoder is worth without its training.
     """
 
     folder: Path
@@ -60,27 +61,27 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """As identities have it."""
+        """Name of the encoder in identities."""
         return self.folder.name + self.variant
 
     @property
     def weights_sha256(self) -> str:
-        """The hash of all weight files; of drawn weights, of how they are drawn."""
+        """Hash of all weight files; for random weights, of the recipe that generates them."""
         if self.variant == RANDOM:
             return sha256([], f"{self.config} drawn with seed 0".encode())
         return sha256(self.files)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the weights in memory, whatever the files hold."""
+        """Type of the weights in memory, whatever the type in the files."""
         return np.dtype(jnp.bfloat16 if self.variant == BFLOAT16 else np.float32)
 
     def load(self, place: Place | None = None) -> nnx.Module:
-        """The encoder: each weight goes to its devices before the next is read.
+        """Loads the encoder. Each weight reaches its devices before the next one is read.
 
         Args:
-            place: where the weights go; by default to the default device. A process reads only
-                the parts that its own devices hold.
+            place: shardings of the weights (default: the default device). A process reads only the
+                parts that its own devices hold.
 
         Raises:
             UserError: a tensor is missing, has the wrong shape, or is quantized to integers.
@@ -92,7 +93,7 @@ class Checkpoint:
         if place is not None:
             shardings = traverse_util.flatten_dict(place(traverse_util.unflatten_dict(specs)))
         if self.variant == RANDOM:
-            weights = self._drawn(shardings)
+            weights = self._random(shardings)
         else:
             stored = {key: self._checked(key, spec) for key, spec in specs.items()}
             weights = {
@@ -101,13 +102,14 @@ class Checkpoint:
             }
         nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(weights))
         num_bytes = sum(weight.nbytes for weight in weights.values())
-        log.info(
-            "text encoder %s: %.3g GB of weights; the most host memory so far: %.3g GB",
-            self.name, num_bytes / 1e9, peak_host_bytes() / 1e9,
-        )  # fmt: skip
+        with tqdm.external_write_mode(sys.stderr):  # clears open progress bars for the line
+            log.info(
+                "text encoder %s: %.3g GB of weights; peak host memory so far: %.3g GB",
+                self.name, num_bytes / 1e9, peak_host_bytes() / 1e9,
+            )  # fmt: skip
         return nnx.merge(graphdef, state)
 
-    def _drawn(self, shardings: dict[Key, Any]) -> dict[Key, jax.Array]:
+    def _random(self, shardings: dict[Key, Any]) -> dict[Key, jax.Array]:
         module = self.module(self.config, rngs=nnx.Rngs(0))
         weights = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(module)))
         return {key: jax.device_put(weight, shardings[key]) for key, weight in weights.items()}
@@ -122,34 +124,34 @@ class Checkpoint:
         if tensor.shape != expected:
             raise UserError(
                 f"{self.folder}: tensor {name!r} has shape {tensor.shape}; "
-                f"its configuration says {expected}"
+                f"its config requires {expected}"
             )
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(
-                f"{self.folder}: tensor {name!r} is of {tensor.dtype}; "
-                "quantized weights are not read"
+                f"{self.folder}: tensor {name!r} has dtype {tensor.dtype}; "
+                "quantized weights are not supported"
             )
         return tensor.T if reverse else tensor
 
 
 def _without_number(key: Key) -> list[str]:
-    """Sorted by it, weights of all blocks that may be in one array are read one after another."""
+    """Sort key that groups the same weight of all blocks, which may share one stored array."""
     return [part for part in key if isinstance(part, str)]
 
 
 def peak_host_bytes() -> int:
-    """The most memory that this process has had at any time."""
+    """Returns the peak memory of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _put(tensor: StoredTensor, sharding: Any, dtype: np.dtype) -> jax.Array:
-    """The tensor on its devices; what was read of it is forgotten."""
+    """Copies a tensor to its devices and releases the host memory."""
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=True))
-        if bounds not in parts:  # several devices may hold the same part
+        if bounds not in parts:  # several devices may hold one part
             parts[bounds] = tensor.read(index).astype(dtype, copy=False)
         return parts[bounds]
 
@@ -157,4 +159,4 @@ def _put(tensor: StoredTensor, sharding: Any, dtype: np.dtype) -> jax.Array:
         array = jnp.asarray(part((slice(None),) * len(tensor.shape)))
     else:
         array = jax.make_array_from_callback(tensor.shape, sharding, part)
-    return jax.block_until_ready(array)  # a transfer under way holds on to its host memory
+    return jax.block_until_ready(array)  # a pending transfer keeps its host memory

@@ -1,11 +1,13 @@
-"""The T5 encoder: relative positions, RMS norm, no biases anywhere.
+"""The T5 encoder: relative positions, RMS norm, no biases.
 
-Sources: Raffel et al. 2020 (arXiv:1910.10683), the gated feed-forward of v1.1 by Shazeer 2020
-(arXiv:2002.05202), and v1.1 on bytes, ByT5 (arXiv:2105.13626), and in many languages, mT5
-(arXiv:2010.11934) and umT5, whose blocks have position biases of their own (arXiv:2304.09151).
-LM-adapted T5 and Flan-T5 are v1.1 trained further. What sets v1.0 apart beyond the feed-forward,
-its output layer tied to the token embedding, is in the decoder. Imagen conditions on this
-encoder's output, frozen (arXiv:2205.11487, section 2.1).
+Imagen conditions on the output of this encoder, frozen (arXiv:2205.11487, section 2.1). Variants:
+- v1.0: Raffel et al. 2020 (arXiv:1910.10683). It also ties the output layer to the token embedding,
+  but that affects only the decoder.
+- v1.1: the gated feed-forward of Shazeer 2020 (arXiv:2002.05202). LM-adapted T5 and Flan-T5 are
+  v1.1 models trained further.
+- ByT5 (arXiv:2105.13626): v1.1 on bytes.
+- mT5 (arXiv:2010.11934): v1.1 in many languages.
+- umT5 (arXiv:2304.09151): like mT5, with separate position biases in every block.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from imagen_jax.text.layers import MASKED
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The shape of a T5 encoder; the field names are those of Hugging Face's config.json.
+    """Shape of a T5 encoder. Field names follow Hugging Face's config.json, except the last.
 
-    `bias_in_every_block` is no such field: with it each block has a table of position biases, as in
-    umT5; by default all share one.
+    `bias_in_every_block` gives each block its own table of position biases, as in umT5. By default
+    all blocks share one table.
     """
 
     d_model: int
@@ -52,7 +54,7 @@ class T5Config:
         return None  # positions are relative
 
 
-# "t5-v1_1-*" is also the shape of the LM-adapted and the Flan checkpoints of the same size.
+# The LM-adapted and Flan checkpoints have the shapes of "t5-v1_1-*".
 PRESETS = {
     "byte-tiny": T5Config(128, 32, 256, num_layers=6, num_heads=4, vocab_size=384),
     "t5-small": T5Config(512, 64, 2048, num_layers=6, num_heads=8, feed_forward_proj="relu"),
@@ -82,17 +84,17 @@ for _size in ("small", "base", "large", "xl", "xxl"):
 def relative_position_bucket(
     offset: np.ndarray, *, num_buckets: int, max_distance: int, bidirectional: bool
 ) -> np.ndarray:
-    """Buckets key-minus-query offsets: exact when near, logarithmic up to `max_distance`.
+    """Maps offsets to buckets: exact for short distances, logarithmic up to `max_distance`.
 
-    On the host, because a device's approximate log moves distances across bucket borders.
+    Runs on the host, because a device's approximate log would move distances across bucket borders.
 
     Args:
-        offset: int, any shape; key position minus query position.
-        bidirectional: half of the buckets for keys after the query (encoder); otherwise all of
-            them for keys before it (decoder).
+        offset: key position minus query position; int, any shape.
+        bidirectional: True uses half of the buckets for keys after the query (encoder); False uses
+            all buckets for keys before it (decoder).
 
     Returns:
-        int in [0, num_buckets), of the same shape.
+        Buckets in [0, num_buckets), with the shape of `offset`.
     """
     bucket = np.zeros_like(offset)
     if bidirectional:
@@ -103,13 +105,13 @@ def relative_position_bucket(
         distance = np.maximum(-offset, 0)
     exact = num_buckets // 2
     log_ratio = np.log(np.maximum(distance, 1) / exact) / math.log(max_distance / exact)
-    # A hair above, so that a distance exactly on a border never rounds into the bucket below.
+    # The 1e-6 keeps a distance exactly on a border from rounding into the bucket below.
     far = exact + np.floor(log_ratio * (num_buckets - exact) + 1e-6).astype(offset.dtype)
     return bucket + np.where(distance < exact, distance, np.minimum(far, num_buckets - 1))
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a scale: no mean subtracted, no bias; float32 inside."""
+    """RMS norm with a scale, computed in float32. Subtracts no mean and adds no bias."""
 
     def __init__(self, config: T5Config):
         self.scale = nnx.Param(jnp.ones(config.d_model))
@@ -129,13 +131,13 @@ class Linear(nnx.Linear):
         super().__init__(d_in, d_out, use_bias=False, kernel_init=init, rngs=rngs)
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
-        # One flat matrix: on CPUs, the gradient of a product of 3D arrays takes twice as long.
+        # Flatten to one matrix: on CPUs the gradient of a 3D product takes twice as long.
         y_nd = super().__call__(x_btd.reshape(-1, self.in_features))
         return y_nd.reshape(*x_btd.shape[:-1], self.out_features)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention without 1/sqrt(d) scaling: T5 folds it into the initialization."""
+    """Multi-head attention without 1/sqrt(d) scaling, which T5 folds into the initialization."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         inner = config.num_heads * config.d_kv
@@ -148,7 +150,7 @@ class Attention(nnx.Module):
         self.out = Linear(inner, config.d_model, inner**-0.5, rngs=rngs)
 
     def __call__(self, x_btd: jax.Array, memory_bsd: jax.Array, bias_bhts: jax.Array) -> jax.Array:
-        """Attends from `x_btd` to `memory_bsd`; `bias_bhts` holds positions and the mask."""
+        """Attends from `x_btd` to `memory_bsd`. `bias_bhts` combines position biases and mask."""
 
         def heads(y):
             return y.reshape(*y.shape[:2], self.num_heads, -1)
@@ -162,7 +164,7 @@ class Attention(nnx.Module):
 
 
 class RelativeBias(nnx.Module):
-    """Learned attention bias per head and position bucket."""
+    """Learned attention bias for each head and position bucket."""
 
     def __init__(self, config: T5Config, *, bidirectional: bool, rngs: nnx.Rngs):
         self.table = nnx.Embed(
@@ -175,7 +177,7 @@ class RelativeBias(nnx.Module):
         self.bidirectional = bidirectional
 
     def __call__(self, length: int) -> jax.Array:
-        """The bias of self-attention over `length` tokens, [1, heads, length, length]."""
+        """Returns the bias for self-attention over `length` tokens: [1, heads, length, length]."""
         position = np.arange(length)
         bucket_ts = relative_position_bucket(
             position[None, :] - position[:, None],
@@ -187,7 +189,7 @@ class RelativeBias(nnx.Module):
 
 
 class GatedGelu(nnx.Module):
-    """Feed-forward: gelu(x W_gate) * (x W_up), projected back; GELU by its tanh approximation."""
+    """Feed-forward of v1.1: (gelu(x W_gate) * (x W_up)) W_down, with the tanh form of GELU."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.gate = Linear(config.d_model, config.d_ff, config.d_model**-0.5, rngs=rngs)
@@ -199,7 +201,7 @@ class GatedGelu(nnx.Module):
 
 
 class Relu(nnx.Module):
-    """Feed-forward of v1.0: relu(x W_hidden), projected back."""
+    """Feed-forward of v1.0: relu(x W_hidden) W_down."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.hidden = Linear(config.d_model, config.d_ff, config.d_model**-0.5, rngs=rngs)
@@ -213,7 +215,7 @@ FEED_FORWARDS = {"gated-gelu": GatedGelu, "relu": Relu}
 
 
 class EncoderBlock(nnx.Module):
-    """Self-attention, then feed-forward: each pre-normed, each with a residual connection."""
+    """Self-attention, then feed-forward, each with a norm before it and a residual around it."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config)
@@ -230,10 +232,10 @@ class EncoderBlock(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """Token ids to one vector a token: int [B, T], bool [B, T] -> float32 [B, T, d_model].
+    """Maps token ids to one vector per token: int [B, T], bool [B, T] -> float32 [B, T, d_model].
 
-    `mask_bt` is True at real tokens. Outputs at padding are meaningless, and no real token's
-    output depends on them.
+    `mask_bt` is True at real tokens. Outputs at padding are meaningless, and outputs at real tokens
+    do not depend on padding.
     """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
@@ -246,14 +248,14 @@ class T5Encoder(nnx.Module):
         self.final_norm = RMSNorm(config)
 
     def __call__(self, ids_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        x_btd = self.embed(ids_bt).astype(jnp.float32)  # weights may be in bfloat16
+        x_btd = self.embed(ids_bt).astype(jnp.float32)  # weights may be bfloat16
         mask_b11t = jnp.where(mask_bt, 0.0, MASKED)[:, None, None, :]
         for block, bias_1htt in zip(self.blocks, self._biases(ids_bt.shape[1]), strict=False):
             x_btd = block(x_btd, bias_1htt + mask_b11t)
         return self.final_norm(x_btd)
 
     def _biases(self, length: int) -> Iterable[jax.Array]:
-        """Those of each block in turn, [1, heads, length, length]."""
+        """Yields the position bias of each block: [1, heads, length, length]."""
         if self.config.bias_in_every_block:
             return (block.relative_bias(length) for block in self.blocks)
         return itertools.repeat(self.relative_bias(length))

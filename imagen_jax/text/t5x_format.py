@@ -1,12 +1,14 @@
-"""T5 checkpoints as T5X writes them: a msgpack index, and a zarr array for each large tensor.
+"""Reads T5 checkpoints in T5X's format: a msgpack index, and a zarr array per large tensor.
 
-The index, a file named `checkpoint`, is the train state as nested maps. A leaf is the array
-itself, or stands for the array in the folder `target.encoder.layers_0.attention.key.kernel`.
-There is no config: the shapes say everything that the published T5 checkpoints differ in.
+The index is a file named `checkpoint` that holds the train state as nested maps. A leaf is either
+the array itself or a reference to a folder such as `target.encoder.layers_0.attention.key.kernel`.
+There is no config. The shapes determine everything in which published T5 checkpoints differ.
 
-Of T5X's two implementations of T5, `t5` has layers as above. `scalable_t5`, which made umT5, scans
-over them: one array `target.encoder.encoder.attention.key.kernel` is of all layers, its axis 1. Its
-projections of attention have an axis for the heads, and each layer has position biases of its own.
+T5X has two implementations of T5:
+- `t5` stores each layer separately, as in the example above.
+- `scalable_t5`, used for umT5, scans over layers. It stacks all layers on axis 1 of one array, such
+  as `target.encoder.encoder.attention.key.kernel`. Its attention projections have an extra axis for
+  the heads, and each layer has its own position biases.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from imagen_jax.text.t5 import T5Config, T5Encoder
 
 INDEX_FILE = "checkpoint"
 _CACHE_BYTES = 2**28
-_BYT5_VOCAB_SIZE = 384  # which no other vocabulary has
+_BYT5_VOCAB_SIZE = 384  # no other vocabulary has this size
 
 _NAMES = {
     "embed": "token_embedder",
@@ -49,16 +51,16 @@ _NAMES = {
     "final_norm": "encoder.encoder_norm",
 }
 _LEAVES = {"kernel": "kernel", "scale": "scale", "embedding": "embedding"}
-_BIAS = "relpos_bias.embedding"  # [buckets, heads], as everywhere else
+_BIAS = "relpos_bias.embedding"  # [buckets, heads], our layout
 _BIAS_BY_HEAD = "relpos_bias.rel_embedding"
 _STACKED, _LAYER_AXIS = "encoder.encoder.", 1
-# The axis of the heads in projections that have one; that of their width follows it.
+# Axis of the heads in projections that have one. The next axis is the head width.
 _HEAD_AXES = {"query": 1, "key": 1, "value": 1, "out": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayTensor:
-    """A StoredTensor that is in memory already, or a TensorStore, which is indexed alike."""
+    """A StoredTensor backed by an array in memory or by a TensorStore; both index alike."""
 
     array: Any
 
@@ -84,9 +86,9 @@ class ArrayTensor:
 
 @dataclasses.dataclass(frozen=True)
 class JoinedTensor:
-    """A StoredTensor of another one's numbers, whose axes `axis` and `axis + 1` are one here.
+    """A view of a tensor that merges its axes `axis` and `axis + 1`.
 
-    It has no `T`: the kernels of T5X are [in, out], as here.
+    It has no `T`, because T5X stores kernels as [in, out], which is our layout.
     """
 
     tensor: ArrayTensor
@@ -117,20 +119,20 @@ class JoinedTensor:
 
 
 def is_t5x(folder: str | os.PathLike) -> bool:
-    """Whether a folder is laid out as a T5X checkpoint."""
+    """Returns whether a folder has the layout of a T5X checkpoint."""
     return (Path(folder) / INDEX_FILE).is_file()
 
 
 def open_t5x(folder: str | os.PathLike) -> Checkpoint:
-    """The encoder of a T5X checkpoint; its decoder and optimizer state are left unread.
+    """Opens the encoder of a T5X checkpoint; ignores its decoder and optimizer state.
 
     Raises:
-        UserError: the index or an array is damaged or missing, or it holds no T5.
+        UserError: the index or an array is damaged or missing, or the model is not a T5.
     """
     folder = Path(folder)
     tensors: dict[str, StoredTensor] = {}
     files = [folder / INDEX_FILE]
-    # Several devices' parts may lie in one compressed chunk; it is unpacked for all of them.
+    # One compressed chunk may hold the parts of several devices. Cache it to unpack it once.
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     for name, leaf in sorted(_encoder_leaves(folder / INDEX_FILE).items()):
         if isinstance(leaf, np.ndarray):
@@ -154,7 +156,7 @@ def open_t5x(folder: str | os.PathLike) -> Checkpoint:
 
 
 def _as_unrolled(name: str, tensor: ArrayTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """The tensors in a stored one, with the names and axes that they have here."""
+    """Yields the tensors inside a stored one, with the names and axes of the `t5` layout."""
     if name.startswith(_STACKED) and len(tensor.shape) > _LAYER_AXIS:
         for number in range(tensor.shape[_LAYER_AXIS]):
             layer = f"encoder.layers_{number}.{name.removeprefix(_STACKED)}"
@@ -168,21 +170,21 @@ def _as_unrolled(name: str, tensor: ArrayTensor) -> Iterator[tuple[str, StoredTe
 
 
 def _encoder_leaves(index: Path) -> dict[str, Any]:
-    """The index's entries for the encoder: {"encoder.encoder_norm.scale": leaf}."""
+    """Returns the index entries of the encoder: {"encoder.encoder_norm.scale": leaf}."""
     try:
         state = serialization.msgpack_restore(index.read_bytes())
         target = state.get("optimizer", state)["target"]
         parts = {name: target[name] for name in ("encoder", "token_embedder")}
-    except Exception as e:  # msgpack raises whatever damaged bytes lead it to
+    except Exception as e:  # damaged bytes make msgpack raise anything
         raise UserError(f"{index}: not the index of a T5X checkpoint ({first_line(e)})") from e
-    # A leaf may be a map, the specification of its array.
+    # A leaf may be a map: the specification of its array.
     flat = traverse_util.flatten_dict(parts, is_leaf=lambda _, leaf: "kvstore" in leaf)
     return {".".join(path): leaf for path, leaf in flat.items()}
 
 
 def _open_zarr(folder: Path, context: tensorstore.Context) -> ArrayTensor:
     if not (folder / ".zarray").is_file():
-        raise UserError(f"{folder}: the index names this array, which is not there")
+        raise UserError(f"{folder}: the index names this array, but it is missing")
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": str(folder.absolute())},
@@ -198,7 +200,7 @@ def _config(folder: Path, tensors: dict[str, StoredTensor]) -> T5Config:
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors or len(tensors[name].shape) != rank:
             found = tensors[name].shape if name in tensors else "missing"
-            raise UserError(f"{folder}: tensor {name!r} of {rank} axes expected; it is {found}")
+            raise UserError(f"{folder}: tensor {name!r} is {found}; expected {rank} axes")
         return tensors[name].shape
 
     vocab_size, d_model = shape("token_embedder.embedding", 2)

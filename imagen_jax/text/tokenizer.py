@@ -1,6 +1,6 @@
-"""Text to token ids: bytes, SentencePiece (T5), WordPiece (BERT), byte-pair encoding (CLIP).
+"""Tokenizers: bytes, SentencePiece (T5), WordPiece (BERT), byte-pair encoding (CLIP).
 
-Captions are text: a special token written out in one, such as </s>, is spelled like any word.
+A special token spelled out in a caption, such as </s>, is ordinary text and gets no special id.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _NUM_SPECIAL = 3  # pad, end of sequence, unknown
 
 
 class Tokenizer(Protocol):
-    """What an encoder needs of a tokenizer.
+    """The interface that an encoder needs.
 
     Attributes:
-        name: the kind of tokens.
-        sha256: of the vocabulary's files and settings.
-        vocab_size: ids are below it.
+        name: kind of tokens.
+        sha256: hash of the vocabulary's files and settings.
+        vocab_size: upper bound of the ids, exclusive.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, with those that mark its beginning and end.
+        """Returns the ids of `text`, including its start and end tokens.
 
         Raises:
             UserError: `text` holds half a surrogate pair, which has no UTF-8 form.
@@ -45,7 +45,7 @@ class Tokenizer(Protocol):
 
 
 def utf8(text: str) -> bytes:
-    """The UTF-8 form of a text; raises UserError if it has none."""
+    """Returns a text in UTF-8. Raises UserError if it has no UTF-8 form."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -53,10 +53,10 @@ def utf8(text: str) -> bytes:
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens: the ids of seqio.ByteVocabulary and ByT5 (arXiv:2105.13626).
+    """UTF-8 bytes as tokens, with the ids of seqio.ByteVocabulary and ByT5 (arXiv:2105.13626).
 
-    It needs no vocabulary file, so it is what works out of the box. Written out because importing
-    seqio brings TensorFlow, which takes longer than encoding.
+    It needs no vocabulary file. It does not use seqio, because seqio imports TensorFlow, which
+    takes longer than encoding.
     """
 
     name = "bytes"
@@ -64,17 +64,17 @@ class ByteTokenizer:
     vocab_size = 256 + _NUM_SPECIAL
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` and the end-of-sequence id, which every T5 input carries."""
+        """Returns the ids of `text` and the end-of-sequence id, as every T5 input has."""
         return [byte + _NUM_SPECIAL for byte in utf8(text)] + [EOS_ID]
 
 
 class SentencePieceTokenizer:
-    """The pieces of a SentencePiece model, as T5's vocabularies are (arXiv:1808.06226)."""
+    """Pieces of a SentencePiece model (arXiv:1808.06226), the format of T5's vocabularies."""
 
     name = "sentencepiece"
 
     def __init__(self, path: Path):
-        """Raises UserError unless `path` holds a model with T5's end-of-sequence id."""
+        """Loads the model at `path`. Raises UserError unless it has T5's end-of-sequence id."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError as e:
@@ -87,13 +87,13 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` and the end-of-sequence id, which every T5 input carries."""
+        """Returns the ids of `text` and the end-of-sequence id, as every T5 input has."""
         utf8(text)
         return [*self._processor.encode(text), EOS_ID]
 
 
 class LibraryTokenizer:
-    """A tokenizer of the `tokenizers` library, which adds its own marks of beginning and end."""
+    """A tokenizer of the `tokenizers` library, which adds the start and end tokens."""
 
     def __init__(self, name: str, tokenizer: tokenizers.Tokenizer, sha256: str):
         self.name = name
@@ -102,13 +102,13 @@ class LibraryTokenizer:
         self._tokenizer = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, with those that mark its beginning and end."""
+        """Returns the ids of `text`, including its start and end tokens."""
         utf8(text)
         return self._tokenizer.encode(text).ids
 
 
 def _library_file(name: str) -> Callable[..., LibraryTokenizer]:
-    """Reads a tokenizer.json, which holds the vocabulary and all settings."""
+    """Returns a loader for tokenizer.json, which holds the vocabulary and all settings."""
 
     def load(path: Path) -> LibraryTokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -121,7 +121,7 @@ def _library_file(name: str) -> Callable[..., LibraryTokenizer]:
 
 
 def _wordpiece(vocab: Path) -> LibraryTokenizer:
-    """BERT's: words and punctuation, each the longest pieces of the vocabulary from the left."""
+    """BERT's tokenizer: splits words and punctuation greedily into the longest pieces."""
     settings = _settings(vocab.parent, _WORDPIECE_SETTINGS)
     tokenizer = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -130,13 +130,13 @@ def _wordpiece(vocab: Path) -> LibraryTokenizer:
         strip_accents=settings["strip_accents"],
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = _marks(tokenizer, vocab, "[CLS]", "[SEP]")
+    tokenizer.post_processor = _start_and_end(tokenizer, vocab, "[CLS]", "[SEP]")
     digest = sha256([vocab], more=json.dumps(settings, sort_keys=True).encode())
     return LibraryTokenizer("wordpiece", tokenizer, digest)
 
 
 def _bpe(vocab: Path, merges: Path) -> LibraryTokenizer:
-    """CLIP's: lower case, split into words, numbers and signs, each merged from its bytes."""
+    """CLIP's tokenizer: lowercases, splits into words, digits and symbols, merges bytes."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     model = models.BPE.from_file(
         str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=end, fuse_unk=False
@@ -154,14 +154,14 @@ def _bpe(vocab: Path, merges: Path) -> LibraryTokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.post_processor = _marks(tokenizer, vocab, start, end)
+    tokenizer.post_processor = _start_and_end(tokenizer, vocab, start, end)
     return LibraryTokenizer("bpe", tokenizer, sha256([vocab, merges]))
 
 
-def _marks(
+def _start_and_end(
     tokenizer: tokenizers.Tokenizer, vocab: Path, first: str, last: str
 ) -> processors.TemplateProcessing:
-    """Puts a token before and one after each text."""
+    """Adds one token before and one token after each text."""
     ids = [(token, tokenizer.token_to_id(token)) for token in (first, last)]
     for token, token_id in ids:
         if token_id is None:
@@ -169,7 +169,7 @@ def _marks(
     return processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=ids)
 
 
-# As in tokenizer_config.json, with the values of fields that are left out there.
+# Fields of tokenizer_config.json that matter, with their defaults.
 _WORDPIECE_SETTINGS = {
     "do_lower_case": True,
     "tokenize_chinese_chars": True,
@@ -183,7 +183,7 @@ def _settings(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
     return {name: found.get(name, default) for name, default in defaults.items()}
 
 
-# By tokenizer_class: the files that a vocabulary may be in, the first that are there win.
+# Keyed by tokenizer_class: sets of vocabulary files, in order of preference.
 TOKENIZERS: Mapping[str, Mapping[tuple[str, ...], Callable[..., Tokenizer]]] = {
     "ByT5Tokenizer": {(): ByteTokenizer},
     "T5Tokenizer": {
@@ -203,10 +203,10 @@ TOKENIZERS: Mapping[str, Mapping[tuple[str, ...], Callable[..., Tokenizer]]] = {
 
 
 def load_tokenizer(folder: Path, kind: str) -> Tokenizer:
-    """The tokenizer in an encoder's folder; `kind` is a key of TOKENIZERS.
+    """Loads the tokenizer of an encoder's folder. `kind` is a key of TOKENIZERS.
 
     Raises:
-        UserError: another kind, or its files are missing or damaged.
+        UserError: `kind` is unknown, or the files are missing or damaged.
     """
     if kind not in TOKENIZERS:
         raise UserError(
@@ -220,7 +220,7 @@ def load_tokenizer(folder: Path, kind: str) -> Tokenizer:
                 return load(*paths)
             except UserError:
                 raise
-            except Exception as e:  # the library's own errors have no narrower type
+            except Exception as e:  # the libraries raise nothing narrower
                 raise UserError(f"{paths[0]}: not a vocabulary of {kind}: {first_line(e)}") from e
     expected = " or ".join(" + ".join(names) for names in TOKENIZERS[kind])
     raise UserError(f"text encoder {str(folder)!r}: no vocabulary; {kind} needs {expected}")

@@ -1,4 +1,4 @@
-"""The probe of text encoders runs, and finds what is in the features and nothing else."""
+"""The text probe: its table, and accuracy with informative and uninformative features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.text_probe import probe
 
 
-def test_both_encoders_are_in_the_table():
+def test_the_table_has_both_encoders():
     command = [sys.executable, "-m", "benchmarks.text_probe"]
     done = subprocess.run(
         [*command, "--train=96", "--test=32", "--steps=1,2"], capture_output=True, text=True
@@ -24,14 +24,14 @@ def test_both_encoders_are_in_the_table():
     assert all(row.count("%") == 4 for row in rows)
 
 
-def test_only_what_is_in_the_features_is_found():
+def test_the_probe_finds_only_what_the_features_contain():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 11, (240, 2))
     mask = np.ones((240, 3), bool)
-    told = np.zeros((240, 3, 22), "f4")
+    features = np.zeros((240, 3, 22), "f4")
     for i in range(2):
-        told[np.arange(240), 1, 11 * i + labels[:, i]] = 5
-    _, found = probe((told, mask), labels, [1, 150], num_test=40)
-    assert min(found) > 0.95
-    [guessed] = probe((np.ones_like(told), mask), labels, [20], num_test=40)
-    assert max(guessed) < 0.4
+        features[np.arange(240), 1, 11 * i + labels[:, i]] = 5
+    _, accuracy = probe((features, mask), labels, [1, 150], num_test=40)
+    assert min(accuracy) > 0.95
+    [chance] = probe((np.ones_like(features), mask), labels, [20], num_test=40)
+    assert max(chance) < 0.4

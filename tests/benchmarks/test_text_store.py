@@ -1,4 +1,4 @@
-"""The benchmark of stores: padding as it is, and a loss that only embeddings can change."""
+"""The store benchmark: exact padding, and a loss that depends only on the embeddings."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from conftest import random_batch
 
 from benchmarks import text_store
 from imagen_jax.config import parse
+from imagen_jax.devices.sharding import MeshConfig, make_mesh
 from imagen_jax.stage import Stage
 from imagen_jax.text import encoder, load_encoder
 
 
-def test_padding_is_less_in_batches_by_length():
+def test_batching_by_length_reduces_padding():
     captions = ["a", "a red circle", "x" * 60]
     by_length, at_one = text_store.speeds(load_encoder("byte-tiny", 64), captions, 1).values()
     assert by_length[1] == pytest.approx(1 - 76 / (32 * (16 + 64)))
@@ -22,10 +23,11 @@ def test_padding_is_less_in_batches_by_length():
     assert encoder._bucket(1) == 16
 
 
-def test_the_loss_changes_with_the_embeddings_alone(tiny_config):
+def test_only_the_embeddings_change_the_loss(tiny_config):
     batches = [random_batch(tiny_config, seed) for seed in range(2)]
-    stage = Stage(parse(tiny_config.to_dict()))
-    rng = np.random.default_rng(0)  # as initialized, the network gives zeros whatever it is told
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    stage = Stage(parse(tiny_config.to_dict()), mesh)
+    rng = np.random.default_rng(0)  # the initial network outputs zeros for any input
     params = jax.tree.map(
         lambda x: jax.device_put(x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), x.sharding),
         stage.init_params(),

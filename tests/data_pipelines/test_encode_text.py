@@ -1,9 +1,11 @@
-"""Captions from files into a store: once each, in any order of work, and the bad ones listed."""
+"""Encoding captions into a store: resuming, splitting, skipped captions, and readable output."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +16,7 @@ from pyarrow import parquet
 
 from data_pipelines import encode_text
 from data_pipelines.common import caption_key
-from data_pipelines.embeddings import caption_lists
+from data_pipelines.embeddings import caption_lists, encoding
 from data_pipelines.embeddings.shards import describe, finish
 from data_pipelines.embeddings.store import Store, create_store, open_store
 from imagen_jax.common.errors import UserError
@@ -25,7 +27,7 @@ CAPTIONS = [f"{i} red circles" for i in range(60)]
 
 
 class Encoder:
-    """Embeds each byte of a caption; may fail at a batch, as a machine that is switched off."""
+    """Embeds each byte of a caption. May stop at a batch, like a machine that loses power."""
 
     max_tokens = 20
 
@@ -51,11 +53,11 @@ def found(captions):
 
 
 def fill(path, captions=CAPTIONS, dtype="bfloat16", part=0, parts=1, encoder=None):
-    """What one process of `parts` does; returns its encoder and the store."""
+    """Does the work of one of `parts` processes; returns the encoder, the store and its report."""
     encoder = encoder or Encoder()
     store = create_store(str(path), encoder.identity, dtype, 4)
-    shards = encode_text.assign(store, found(captions), part, parts)
-    encode_text.encode(store, shards, encoder)
+    shards = encoding.assign(store, found(captions), part, parts)
+    encoding.encode(store, shards, encoder)
     return encoder, store, finish(store)
 
 
@@ -63,7 +65,7 @@ def contents(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_the_bytes_depend_on_the_captions_alone(tmp_path):
+def test_the_files_depend_only_on_the_captions(tmp_path):
     fill(tmp_path / "a")
     fill(tmp_path / "b", [*CAPTIONS, *CAPTIONS])
     for part in (2, 0, 1):
@@ -78,11 +80,11 @@ def test_each_distinct_caption_is_encoded_once(tmp_path):
     assert sorted(encoder.seen) == sorted(CAPTIONS)
 
 
-def test_killed_and_started_again_it_goes_on(tmp_path, capsys):
+def test_an_interrupted_store_is_completed(tmp_path, capsys):
     fill(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         fill(tmp_path / "cut", encoder=Encoder(dies_after=40))
-    # What a killed process could not clear away. No shard is seen in part.
+    # A killed process leaves a temporary file behind, but no partial shard.
     (tmp_path / "cut" / ".shard-00003-of-00004.npy.0123.tmp").write_bytes(b"half")
     names = {path.name.split(".")[0] for path in (tmp_path / "cut").glob("shard*")}
     store = Store(tmp_path / "cut", {}, "bfloat16", 4)
@@ -95,10 +97,10 @@ def test_killed_and_started_again_it_goes_on(tmp_path, capsys):
     assert 20 <= len(encoder.seen) < 60
     assert before == {s: store.file(s, ".tfrecord").stat().st_mtime_ns for s in done}
     assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
-    assert f"{len(done)} of 4 shards were there" in capsys.readouterr().err
+    assert f"{len(done)} of 4 shards already exist" in capsys.readouterr().err
 
 
-def test_a_shard_of_other_captions_is_written_again(tmp_path):
+def test_a_shard_with_other_captions_is_rewritten(tmp_path):
     fill(tmp_path / "whole")
     fill(tmp_path / "grown", CAPTIONS[:-1])
     encoder, *_ = fill(tmp_path / "grown")
@@ -110,7 +112,7 @@ def test_bad_captions_are_skipped_counted_and_listed(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a  red\tcircle\n\n\xff\xfe no\n" + b"x" * 21 + b"\nlast\n\n")
     store = create_store(str(tmp_path / "s"), Encoder().identity, "int8", 2)
     rows = caption_lists.read_file(str(tmp_path / "a.txt"), "caption")
-    encode_text.encode(store, encode_text.assign(store, rows, 0, 1), Encoder())
+    encoding.encode(store, encoding.assign(store, rows, 0, 1), Encoder())
     report = finish(store)
     assert report["captions"] == 2
     assert json.loads((tmp_path / "s" / "report.json").read_text()) == report
@@ -124,14 +126,14 @@ def test_bad_captions_are_skipped_counted_and_listed(tmp_path):
     assert "skipped 3: " in text and "caption not UTF-8 1" in text
 
 
-def test_the_report_has_sizes_and_errors_of_both_forms(tmp_path):
+def test_the_report_has_the_size_and_accuracy_of_both_forms(tmp_path):
     *_, store, report = fill(tmp_path, dtype="int8")
     tokens = sum(map(len, CAPTIONS))
     assert (report["captions"], report["tokens"]) == (60, tokens)
     sizes = {name: form["bytes_per_million_captions"] for name, form in report["forms"].items()}
     assert sizes == {
         "bfloat16": round(1e6 * (tokens * 8 / 60 + 44)),
-        "int8": round(1e6 * (tokens * 8 / 60 + 44)),  # at 4 numbers a token there is no gain
+        "int8": round(1e6 * (tokens * 8 / 60 + 44)),  # with 4 numbers per token int8 saves nothing
     }
     stored = sum(f.stat().st_size for f in tmp_path.glob("shard*") if f.suffix != ".json")
     assert stored - 4 * 192 == pytest.approx(60 * sizes["int8"] / 1e6, abs=1)
@@ -141,7 +143,7 @@ def test_the_report_has_sizes_and_errors_of_both_forms(tmp_path):
     assert "GiB per million" in describe(store, report)
 
 
-def test_an_embedding_that_is_not_finite_is_never_stored(tmp_path):
+def test_an_embedding_that_is_not_finite_is_refused(tmp_path):
     class Broken(Encoder):
         def batches(self, captions):
             for caption in captions:
@@ -151,7 +153,35 @@ def test_an_embedding_that_is_not_finite_is_never_stored(tmp_path):
         fill(tmp_path, encoder=Broken())
 
 
-def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
+def test_library_output_does_not_tear_the_progress_bar(tmp_path, capsys):
+    class Chatty(Encoder):
+        def batches(self, captions):
+            for batch in super().batches(captions):
+                warnings.warn("a library warns", stacklevel=1)
+                logging.getLogger("some.library").warning("a library logs")
+                yield batch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        fill(tmp_path, encoder=Chatty())
+    lines = capsys.readouterr().err.split("\n")
+    for words in ("UserWarning: a library warns", "a library logs"):
+        printed = [line.rpartition("\r")[2] for line in lines if words in line]
+        assert len(printed) == 60
+        assert not any("captions/s" in line for line in printed)
+
+
+def test_a_missing_dataset_is_an_error_before_anything_is_printed_or_written(tmp_path):
+    command = [sys.executable, "-m", "data_pipelines.encode_text", f"--out={tmp_path / 's'}"]
+    options = ["--dataset=scenes/32", f"--data_dir={tmp_path}"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: data.dir=") and "holds no dataset 'scenes/32'" in line
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"--out={out} cannot be written to: ") as error:
@@ -159,12 +189,12 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_weights_are_split_over_devices_that_there_are():
+def test_fsdp_must_divide_the_number_of_devices():
     with pytest.raises(UserError, match=r"--fsdp is 3; it must divide this host's 8 device"):
-        encode_text.load_encoder("byte-tiny", 64, fsdp=3)
+        encoding.load_encoder("byte-tiny", 64, fsdp=3)
 
 
-def test_bad_input_is_one_line_and_exit_2(tmp_path):
+def test_bad_input_is_a_one_line_error_and_exit_code_2(tmp_path):
     (tmp_path / "a.txt").write_text("a red circle\n")
     create_store(str(tmp_path / "s"), Encoder().identity, "int8", 4)
     command = [sys.executable, "-m", "data_pipelines.encode_text", f"--out={tmp_path / 's'}"]
@@ -175,7 +205,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path):
     assert line.startswith("error: --out=") and "encoder=fake (now byte-tiny)" in line
 
 
-def test_other_settings_are_refused_with_both(tmp_path):
+def test_a_store_with_other_settings_is_refused_with_both_values(tmp_path):
     fill(tmp_path)
     with pytest.raises(UserError, match=r"stored_dtype=bfloat16 \(now int8\)"):
         fill(tmp_path, dtype="int8")
@@ -206,7 +236,7 @@ def test_text_csv_and_parquet_are_read(tmp_path):
     assert read(tmp_path / "b.parquet") == [(0, "ok"), (1, "\udcff")]
 
 
-def test_files_that_cannot_be_read_are_one_line(tmp_path):
+def test_unreadable_files_are_one_line_errors(tmp_path):
     (tmp_path / "a.csv").write_text("id,words\n")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     parquet.write_table(pa.table({"caption": [1, 2]}), tmp_path / "b.parquet")
@@ -225,7 +255,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["4/4", "a/b", "1", "-1/2", "1/2/3"])
-def test_a_bad_split_is_refused(value):
+def test_a_malformed_shard_flag_is_refused(value):
     with pytest.raises(UserError, match="allowed: i/n"):
         encode_text.parse_split(value)
     assert encode_text.parse_split("2/3") == (2, 3)
@@ -244,8 +274,9 @@ def test_the_command_encodes_files_and_a_dataset(tmp_path, tiny_data):
     command.append("--distributed")
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    for words in ("tokens, ", "padding", "GiB per million captions"):
+    for words in ("tokens/s", "padding", "GiB per million captions"):
         assert words in done.stderr
+    assert "port.cc" not in done.stderr  # TensorFlow's messages
     store = open_store(str(out))
     captions = ["a red circle", "five dogs", "not there"]
     shards = store.locate(np.array([caption_key(c) for c in captions], "S16"))[:, 0]

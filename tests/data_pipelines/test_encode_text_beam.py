@@ -1,4 +1,4 @@
-"""The Beam pipeline makes the store that one machine makes; skipped where Beam is not installed."""
+"""The Beam pipeline writes the same store as one machine. Skipped if Beam is not installed."""
 
 from functools import partial
 
@@ -6,13 +6,13 @@ import pytest
 
 beam = pytest.importorskip("apache_beam")
 
-from data_pipelines import encode_text, encode_text_beam  # noqa: E402
-from data_pipelines.embeddings import caption_lists  # noqa: E402
+from data_pipelines import encode_text_beam  # noqa: E402
+from data_pipelines.embeddings import caption_lists, encoding  # noqa: E402
 from data_pipelines.embeddings.shards import finish  # noqa: E402
 from data_pipelines.embeddings.store import create_store  # noqa: E402
 from imagen_jax.text import encoder_identity  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("default")  # Beam's own
+pytestmark = pytest.mark.filterwarnings("default")  # Beam itself warns
 
 FILES = {
     "a.txt": b"a red circle\nfive dogs\n\na red circle\n" + b"x" * 70,
@@ -21,7 +21,7 @@ FILES = {
 }
 
 
-def test_the_store_is_that_of_one_machine(tmp_path):
+def test_the_store_equals_that_of_one_machine(tmp_path):
     for name, data in FILES.items():
         (tmp_path / name).write_bytes(data)
     files = [str(tmp_path / name) for name in FILES]
@@ -32,9 +32,9 @@ def test_the_store_is_that_of_one_machine(tmp_path):
     ]
     encoder_args = ("byte-tiny", 64, 1)
     found = (item for read in reads for item in read())
-    shards = encode_text.assign(stores[0], found, 0, 1)
-    encode_text.encode(stores[0], shards, encode_text.load_encoder(*encoder_args))
-    for _ in range(2):  # the second finds all shards there
+    shards = encoding.assign(stores[0], found, 0, 1)
+    encoding.encode(stores[0], shards, encoding.load_encoder(*encoder_args))
+    for _ in range(2):  # the second run finds all shards finished
         with beam.Pipeline("DirectRunner") as pipeline:
             encode_text_beam.build(pipeline, stores[1], reads, encoder_args)
     report = finish(stores[0])

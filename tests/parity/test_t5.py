@@ -1,4 +1,4 @@
-"""T5's position buckets against Hugging Face's."""
+"""T5's position buckets match Hugging Face's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.models.t5.modeling_t5 import T5Attention  # noqa: E402
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (32, 64), (64, 256)])
-def test_position_buckets_agree(bidirectional, num_buckets, max_distance):
+def test_position_buckets_match(bidirectional, num_buckets, max_distance):
     offsets = np.arange(-600, 601)
     expected = T5Attention._relative_position_bucket(
         torch.tensor(offsets), bidirectional, num_buckets, max_distance

@@ -1,4 +1,4 @@
-"""Each family against Hugging Face's torch modules, through the files that users have of them."""
+"""Each family matches Hugging Face's PyTorch modules, loaded from the files that users have."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def random_model(name: str):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms start at one, which would hide a mistake
+        for parameter in model.parameters():  # initial norms are all ones and would hide mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
@@ -79,7 +79,7 @@ def assert_agrees(model, ours: nnx.Module) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_agree_padded_and_unpadded(name, tmp_path):
+def test_outputs_match_with_and_without_padding(name, tmp_path):
     model = random_model(name)
     model.save_pretrained(tmp_path)
     assert_agrees(model, open_hf(tmp_path).load())
@@ -146,8 +146,8 @@ def test_other_dtypes_load_as_float32(save, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_views_in_a_bin_file_are_read_where_they_are(legacy, tmp_path):
-    """Weights converted from TensorFlow are stored transposed, or as parts of a larger tensor."""
+def test_views_in_a_bin_file_are_read_correctly(legacy, tmp_path):
+    """Weights converted from TensorFlow are stored transposed, or as parts of larger tensors."""
     model = random_model("bert")
     state = model.state_dict()
     name = "encoder.layer.0.intermediate.dense.weight"
@@ -162,7 +162,7 @@ def test_views_in_a_bin_file_are_read_where_they_are(legacy, tmp_path):
     assert_agrees(model, open_hf(tmp_path).load())
 
 
-def test_norms_by_their_tensorflow_names_are_found(tmp_path):
+def test_norms_with_tensorflow_names_are_found(tmp_path):
     model = random_model("bert with heads")
     names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
     pattern = re.compile("|".join(map(re.escape, names)))
@@ -172,7 +172,7 @@ def test_norms_by_their_tensorflow_names_are_found(tmp_path):
     assert_agrees(model, open_hf(tmp_path).load())
 
 
-def test_a_bin_file_that_asks_for_anything_else_is_refused(tmp_path):
+def test_a_bin_file_with_other_objects_is_refused(tmp_path):
     model = random_model("bert")
     model.config.save_pretrained(tmp_path)
     torch.save(model, tmp_path / "pytorch_model.bin")
@@ -180,7 +180,7 @@ def test_a_bin_file_that_asks_for_anything_else_is_refused(tmp_path):
         open_hf(tmp_path)
 
 
-def test_byt5_encodes_captions_as_hugging_face_does(tmp_path):
+def test_byt5_embeddings_match_hugging_face(tmp_path):
     model = build("T5EncoderModel", **{**V1_1, "vocab_size": 384}).eval()
     model.save_pretrained(tmp_path)
     tokenizer = transformers.ByT5Tokenizer()
@@ -193,7 +193,7 @@ def test_byt5_encodes_captions_as_hugging_face_does(tmp_path):
 
 
 def num_params(module, config, depth: str) -> int:
-    """Counted with as few layers as have one block; blocks are equal."""
+    """Counts the parameters from a model with one block; all blocks have the same size."""
     one = {"num_layers": 1, "num_hidden_layers": 1}[depth] + (module is clip.ClipTextEncoder)
     small = dataclasses.replace(config, **{depth: one})
     model = nnx.eval_shape(lambda: module(small, rngs=nnx.Rngs(0)))
@@ -204,7 +204,7 @@ def num_params(module, config, depth: str) -> int:
 
 
 @pytest.mark.parametrize("name", t5.PRESETS)
-def test_t5_presets_have_as_many_parameters(name):
+def test_t5_parameter_counts_match(name):
     config = t5.PRESETS[name]
     with torch.device("meta"):
         kind = "UMT5" if config.bias_in_every_block else "T5"
@@ -213,7 +213,7 @@ def test_t5_presets_have_as_many_parameters(name):
 
 
 @pytest.mark.parametrize("name", bert.PRESETS)
-def test_bert_presets_have_as_many_parameters(name):
+def test_bert_parameter_counts_match(name):
     config = bert.PRESETS[name]
     with torch.device("meta"):
         theirs = build("BertModel", **dataclasses.asdict(config))
@@ -222,7 +222,7 @@ def test_bert_presets_have_as_many_parameters(name):
 
 
 @pytest.mark.parametrize("name", clip.PRESETS)
-def test_clip_presets_have_as_many_parameters_up_to_the_penultimate_layer(name):
+def test_clip_parameter_counts_match_up_to_the_penultimate_layer(name):
     config = clip.PRESETS[name]
     with torch.device("meta"):
         theirs = build("CLIPTextModel", **dataclasses.asdict(config))

@@ -1,4 +1,4 @@
-"""Tokenizers, and captions to embeddings, against transformers', from vocabularies trained here."""
+"""Tokenizers and embeddings match transformers, with vocabularies trained in the test."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def assert_same_ids(ours, theirs) -> None:
         ("CLIPTokenizer", train_clip),
     ],
 )
-def test_ids_agree(kind, train, tmp_path):
+def test_ids_match(kind, train, tmp_path):
     train(tmp_path)
     theirs = getattr(transformers, kind).from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path, kind)
@@ -109,7 +109,7 @@ def test_ids_agree(kind, train, tmp_path):
     assert again.name == ours.name and again.sha256 != ours.sha256
 
 
-def test_bytes_agree():
+def test_byte_ids_match():
     assert_same_ids(ByteTokenizer(), transformers.ByT5Tokenizer())
 
 
@@ -122,9 +122,7 @@ def test_bytes_agree():
         ("CLIPTextModel", "CLIPTokenizer", train_clip, {**SIZES, "eos_token_id": 1}),
     ],
 )
-def test_a_folder_of_weights_and_vocabulary_encodes_captions(
-    model, tokenizer, train, sizes, tmp_path
-):
+def test_embeddings_from_a_folder_match(model, tokenizer, train, sizes, tmp_path):
     torch = pytest.importorskip("torch")
     train(tmp_path)
     tokenizer = getattr(transformers, tokenizer).from_pretrained(tmp_path)

@@ -1,9 +1,10 @@
-"""The text encoder: the same embedding for a caption in any company, and the bundled weights."""
+"""The text encoder: reproducible embeddings, truncation, identity, and the bundled weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 
@@ -11,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from tqdm import tqdm
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.text import TextEncoder, encoder, encoder_identity, load_encoder
 from imagen_jax.text.hf_format import WEIGHTS_FILE, load_t5, save_t5
 from imagen_jax.text.t5 import PRESETS, T5Config, T5Encoder
-from imagen_jax.text.tokenizer import ByteTokenizer
+from imagen_jax.text.tokenizer import EOS_ID, ByteTokenizer
 
 FILLERS = [f"{number} green triangles over a white square" for number in range(70)]
 
@@ -31,7 +33,7 @@ def tiny_encoder(max_tokens: int = 192) -> TextEncoder:
     return TextEncoder(T5Encoder(config, rngs=nnx.Rngs(0)), ByteTokenizer(), max_tokens, {})
 
 
-def test_outputs_are_ragged_and_in_bfloat16(bundled):
+def test_embeddings_are_ragged_and_in_bfloat16(bundled):
     captions = ["", "a red circle", "é", "x" * 191]
     embeddings = bundled.encode(captions)
     assert [e.shape for e in embeddings] == [(n, bundled.dim) for n in (1, 13, 3, 192)]
@@ -39,7 +41,7 @@ def test_outputs_are_ragged_and_in_bfloat16(bundled):
     assert all(e.dtype == ml_dtypes.bfloat16 for e in embeddings)
 
 
-def test_a_caption_gets_the_same_bits_in_any_batch(bundled):
+def test_an_embedding_has_the_same_bits_in_any_batch(bundled):
     captions = ["a red circle", "x" * 63, "x" * 64, "a blue square " * 10]
     alone = [bundled.encode([caption])[0] for caption in captions]
     for before in (1, 30, 70):  # first, last and later batches; different neighbors
@@ -67,42 +69,101 @@ def test_no_captions_give_no_embeddings():
     assert tiny_encoder().encode([]) == []
 
 
-def test_a_caption_too_long_is_refused_with_its_length():
+def test_a_caption_that_is_too_long_is_refused_with_its_length():
     encoder = tiny_encoder(max_tokens=10)
     assert encoder.encode(["123456789"])[0].shape == (10, 16)
     with pytest.raises(UserError, match="'1234567890' has 11 tokens; max_tokens allows 10"):
         encoder.encode(["short", "1234567890"])
+    with pytest.raises(UserError, match="has 11 tokens"):
+        encoder.check(["short", "1234567890"])
 
 
-def test_random_weights_are_always_the_same_and_another_encoder(bundled):
-    drawn, again = load_encoder("byte-tiny-random"), load_encoder("byte-tiny-random")
-    [embedding], [same] = drawn.encode(["a red circle"]), again.encode(["a red circle"])
+@pytest.mark.parametrize(
+    ("caption", "fits"),
+    [
+        ("a circle", "a circle"),
+        ("123456789", "123456789"),
+        ("a red circle", "a red"),
+        ("a circles and", "a circles"),
+        ("1234567890 words", "123456789"),
+        ("größer als", "größer"),
+        ("ßßßßßß", "ßßßß"),
+    ],
+)
+def test_a_caption_is_truncated_to_whole_words_on_request(caption, fits):
+    encoder = tiny_encoder(max_tokens=10)
+    assert encoder.truncate(caption) == fits
+    encoder.check([caption], truncate=True)
+    found, expected = encoder.encode([caption, fits], truncate=True)
+    np.testing.assert_array_equal(found, expected)
+    assert len(found) == len(fits.encode()) + 1 <= 10
+
+
+def test_a_truncated_caption_keeps_its_end_of_sequence_token(monkeypatch):
+    encoder, seen = tiny_encoder(max_tokens=10), []
+    call = TextEncoder.__call__
+    monkeypatch.setattr(
+        TextEncoder,
+        "__call__",
+        lambda self, ids_bt, mask_bt: seen.append(ids_bt) or call(self, ids_bt, mask_bt),
+    )
+    encoder.encode(["a red circle"], truncate=True)
+    assert seen[0][0].tolist() == [*ByteTokenizer().encode("a red")] + [0] * 10
+    assert ByteTokenizer().encode("a red")[-1] == EOS_ID
+
+
+def test_truncation_still_refuses_what_cannot_be_encoded():
+    with pytest.raises(UserError, match="not valid Unicode"):
+        tiny_encoder(max_tokens=10).check(["a very long text \ud83d"], truncate=True)
+    encoder = tiny_encoder(max_tokens=0)  # not even the end-of-sequence token fits
+    with pytest.raises(UserError, match="max_tokens allows 0"):
+        encoder.encode(["a"], truncate=True)
+
+
+def test_the_memory_line_does_not_tear_a_progress_bar(capfd):
+    log, handler = logging.getLogger("imagen_jax"), logging.StreamHandler(sys.stderr)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with tqdm(total=2, desc="working", file=sys.stderr) as bar:
+            bar.update()
+            load_encoder("byte-tiny-random")
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    [line] = [s for s in capfd.readouterr().err.split("\n") if "GB of weights" in s]
+    assert line.rpartition("\r")[2].startswith("text encoder byte-tiny-random: ")
+
+
+def test_random_weights_are_reproducible_and_have_their_own_identity(bundled):
+    first, again = load_encoder("byte-tiny-random"), load_encoder("byte-tiny-random")
+    [embedding], [same] = first.encode(["a red circle"]), again.encode(["a red circle"])
     np.testing.assert_array_equal(embedding, same)
     assert embedding.shape == (13, bundled.dim)
     assert np.square(embedding.astype(np.float32)).mean() == pytest.approx(1, abs=0.05)
-    assert drawn.identity == again.identity == encoder_identity("byte-tiny-random")
-    differing = {k for k in drawn.identity if drawn.identity[k] != bundled.identity[k]}
+    assert first.identity == again.identity == encoder_identity("byte-tiny-random")
+    differing = {k for k in first.identity if first.identity[k] != bundled.identity[k]}
     assert differing == {"encoder", "weights_sha256"}
-    assert drawn.identity["encoder"] == "byte-tiny-random"
+    assert first.identity["encoder"] == "byte-tiny-random"
 
 
-def test_any_folder_may_be_taken_at_random(tmp_path):
+def test_a_folder_can_be_loaded_with_random_weights(tmp_path):
     folder = tmp_path / "mine"
     config = T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=384)
     model, extra = T5Encoder(config, rngs=nnx.Rngs(1)), {"tokenizer_class": "ByT5Tokenizer"}
     save_t5(model, folder, dtype=np.float32, extra=extra)
-    read, drawn = load_encoder(folder), load_encoder(f"{folder}-random")
-    assert drawn.identity["encoder"] == "mine-random"
-    assert drawn.identity == encoder_identity(f"{folder}-random")
-    [a], [b] = read.encode(["a red circle"]), drawn.encode(["a red circle"])
+    read, random = load_encoder(folder), load_encoder(f"{folder}-random")
+    assert random.identity["encoder"] == "mine-random"
+    assert random.identity == encoder_identity(f"{folder}-random")
+    [a], [b] = read.encode(["a red circle"]), random.encode(["a red circle"])
     assert a.shape == b.shape and (a != b).any()
-    shallow = folder.rename(tmp_path / "mine-random")  # a folder of that name comes first
+    shallow = folder.rename(tmp_path / "mine-random")  # a folder of that name wins
     assert load_encoder(shallow).identity == {**read.identity, "encoder": "mine-random"}
     assert encoder_identity(f"{folder}-random") == load_encoder(shallow).identity
     assert encoder_identity(folder) is None
 
 
-def test_the_bundled_encoder_is_what_its_files_say(bundled):
+def test_the_bundled_files_match_the_preset_and_the_identity(bundled):
     folder = encoder.BUNDLED / "byte-tiny"
     assert load_t5(folder).config == PRESETS["byte-tiny"]
     assert (folder / WEIGHTS_FILE).stat().st_size < 2_500_000
@@ -118,7 +179,7 @@ def test_the_bundled_encoder_is_what_its_files_say(bundled):
     }
 
 
-def test_the_identity_is_known_without_the_weights(bundled, monkeypatch):
+def test_the_identity_does_not_need_the_weights(bundled, monkeypatch):
     monkeypatch.delattr(encoder.Checkpoint, "load")
     assert encoder_identity("byte-tiny") == bundled.identity
     assert encoder_identity("byte-tiny", 64) == {**bundled.identity, "max_tokens": 64}
@@ -151,11 +212,13 @@ def test_an_encoder_from_a_folder_is_named_after_it(tmp_path):
 
 
 def test_unknown_names_tokenizers_and_lengths_are_refused(tmp_path):
-    for name in ("byte-huge", "byte-huge-random", "byte-tiny-float8"):
-        with pytest.raises(
-            UserError, match=f"'{name}': neither a folder nor one of byte-tiny.* -random or -bfloat"
-        ):
+    for name in ("google/t5-v1_1-base", "byte-huge", "byte-huge-random", "byte-tiny-float8"):
+        with pytest.raises(UserError, match=f"'{name}' is not a folder, and not bundled") as error:
             load_encoder(name)
+        message = str(error.value)
+        for words in ("byte-tiny", "Nothing is downloaded", "docs/text.md", "-random or -bfloat"):
+            assert words in message
+        assert "\n" not in message
     with pytest.raises(UserError, match="max_tokens is 0"):
         load_encoder(max_tokens=0)
     t5 = T5Encoder(PRESETS["byte-tiny"], rngs=nnx.Rngs(0))
@@ -164,7 +227,7 @@ def test_unknown_names_tokenizers_and_lengths_are_refused(tmp_path):
         load_encoder(tmp_path)
 
 
-def test_matmuls_keep_float32_precision_on_accelerators(bundled):
+def test_matmuls_run_in_full_float32_precision(bundled):
     hlo = bundled._apply.lower(
         bundled._weights, np.zeros((1, 4), np.int32), np.ones((1, 4), bool)
     ).as_text()
@@ -172,6 +235,6 @@ def test_matmuls_keep_float32_precision_on_accelerators(bundled):
     assert dots and all("HIGHEST" in line for line in dots)
 
 
-def test_importing_the_encoder_brings_no_tensorflow():
+def test_importing_the_encoder_does_not_import_tensorflow():
     code = "import sys, imagen_jax.text; assert 'tensorflow' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

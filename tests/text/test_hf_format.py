@@ -1,4 +1,4 @@
-"""Folders in Hugging Face's layout: shards, damaged files and what must not run; one line each."""
+"""Hugging Face folders: shards, and one-line errors for damaged files and unsafe pickles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 
 
 def refusal(do, *args) -> str:
-    """The message of the UserError that `do` raises: one line."""
+    """Returns the one-line message of the UserError that `do` raises."""
     with pytest.raises(UserError) as error:
         do(*args)
     message = str(error.value)
@@ -52,7 +52,7 @@ def sharded(folder):
     return folder
 
 
-def test_shards_are_hashed_in_the_order_of_their_names(sharded):
+def test_shards_are_hashed_in_name_order(sharded):
     assert [f.name for f in open_hf(sharded).files] == ["a.safetensors", "b.safetensors"]
     before = load_encoder(sharded).identity["weights_sha256"]
     content = (sharded / "b.safetensors").read_bytes()
@@ -62,10 +62,10 @@ def test_shards_are_hashed_in_the_order_of_their_names(sharded):
 
 def test_a_missing_shard_is_named(sharded):
     (sharded / "b.safetensors").unlink()
-    assert "'b.safetensors' is not in its folder" in refusal(open_hf, sharded)
+    assert "'b.safetensors' is not in this folder" in refusal(open_hf, sharded)
 
 
-def test_a_shard_that_lacks_a_tensor_is_noticed(sharded):
+def test_a_shard_without_its_tensors_is_refused(sharded):
     safetensors.numpy.save_file({"x": np.zeros(1)}, sharded / "b.safetensors")
     assert "is missing; expected shape" in refusal(load_t5, sharded)
 
@@ -78,7 +78,7 @@ def test_a_broken_index_is_refused(sharded, content):
     assert str(sharded) in refusal(open_hf, sharded)
 
 
-def test_a_folder_without_weights_says_what_it_could_hold(folder):
+def test_a_folder_without_weights_lists_the_supported_files(folder):
     (folder / WEIGHTS_FILE).unlink()
     message = refusal(open_hf, folder)
     assert "model.safetensors.index.json" in message and "pytorch_model.bin" in message
@@ -113,17 +113,17 @@ def test_a_damaged_safetensors_file_is_refused(folder, content):
     assert refusal(open_hf, folder).startswith(f"{folder / WEIGHTS_FILE}: not safetensors")
 
 
-def test_a_file_cut_short_is_refused_before_anything_is_read(folder):
+def test_a_truncated_file_is_refused_before_any_tensor_is_read(folder):
     content = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(content[:-100])
-    assert "lies outside the file" in refusal(open_hf, folder)
+    assert "is outside the file" in refusal(open_hf, folder)
 
 
-def test_weights_quantized_to_integers_are_refused(folder):
+def test_quantized_weights_are_refused(folder):
     tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
     quantized = {name: (100 * tensor).astype(np.int8) for name, tensor in tensors.items()}
     safetensors.numpy.save_file(quantized, folder / WEIGHTS_FILE)
-    assert "weight' is of int8; quantized weights are not read" in refusal(load_t5, folder)
+    assert "weight' has dtype int8; quantized weights are not supported" in refusal(load_t5, folder)
 
 
 class Call:
@@ -140,7 +140,7 @@ def write_bin(folder, pickled: bytes):
         archive.writestr("archive/data.pkl", pickled)
 
 
-def test_a_pickle_runs_nothing(folder):
+def test_a_pickle_cannot_run_code(folder):
     trace = folder / "trace"
     for call in [
         Call(os.mkdir, (str(trace),)),
@@ -150,7 +150,9 @@ def test_a_pickle_runs_nothing(folder):
     ]:
         write_bin(folder, pickle.dumps(call))
         assert "only plain tensors are read" in refusal(open_hf, folder)
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(call))  # the layout before 1.6
+        (folder / "pytorch_model.bin").write_bytes(
+            pickle.dumps(call)
+        )  # the layout before PyTorch 1.6
         assert "only plain tensors are read" in refusal(open_hf, folder)
     assert not trace.exists()
 
@@ -171,18 +173,18 @@ REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
         b"\x80\x02}X\x01\x00\x00\x00xX\x03\x00\x00\x00pidQs.",
     ],
 )
-def test_a_damaged_or_devious_bin_file_is_refused(folder, pickled):
+def test_a_damaged_or_malicious_bin_file_is_refused(folder, pickled):
     write_bin(folder, pickled)
     message = refusal(open_hf, folder)
     assert message.startswith(f"{folder / 'pytorch_model.bin'}: not a state dict saved by torch")
 
 
 @pytest.mark.parametrize("vocab_size", [100, 5000])
-def test_a_vocabulary_of_other_weights_is_refused(tmp_path, vocab_size):
+def test_a_vocabulary_that_does_not_match_the_weights_is_refused(tmp_path, vocab_size):
     config = T5Config(16, 4, 24, num_layers=1, num_heads=4, vocab_size=vocab_size)
     t5 = T5Encoder(config, rngs=nnx.Rngs(0))
     save_t5(t5, tmp_path, dtype=np.float32, extra={"tokenizer_class": "ByT5Tokenizer"})
-    assert f"259 tokens, its weights have {vocab_size}" in refusal(load_encoder, tmp_path)
+    assert f"259 tokens, but its weights have {vocab_size}" in refusal(load_encoder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -193,12 +195,12 @@ def test_a_vocabulary_of_other_weights_is_refused(tmp_path, vocab_size):
         ("CLIPTokenizer", "vocab.json + merges.txt or tokenizer.json"),
     ],
 )
-def test_missing_and_damaged_vocabularies_are_named(folder, kind, files):
+def test_missing_and_damaged_vocabularies_are_refused_by_name(folder, kind, files):
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     assert files in refusal(load_encoder, folder)
     for name in files.replace(" + ", " or ").split(" or "):
-        (folder / name).write_bytes(b"\xff\xfe nothing of use")
-        if name != "vocab.json":  # that one is incomplete without merges.txt
+        (folder / name).write_bytes(b"\xff\xfe not a vocabulary")
+        if name != "vocab.json":  # incomplete without merges.txt
             assert str(folder) in refusal(load_encoder, folder)
 
 
@@ -233,10 +235,10 @@ def test_clip_encodes_captions_up_to_its_last_position(clip_folder):
     assert [e.shape for e in encoder.encode(captions)] == [(3, 16), (72, 16), (77, 16)]
     assert encoder.identity["tokenizer"] == "bpe" and encoder.identity["dim"] == 16
     assert "max_tokens is 78" in refusal(load_encoder, clip_folder, 78)
-    assert "77 positions" in refusal(load_encoder, clip_folder, 78)
+    assert "only 77 positions" in refusal(load_encoder, clip_folder, 78)
 
 
-def test_ids_and_mask_go_in_embeddings_and_mask_come_out(clip_folder):
+def test_calling_the_encoder_maps_ids_and_mask_to_embeddings_and_mask(clip_folder):
     encoder = load_encoder(clip_folder, 77)
     ids, mask = np.array([[0, 2, 1, 0]]), np.array([[True, True, True, False]])
     embeddings, mask_out = encoder(ids, mask)

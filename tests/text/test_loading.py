@@ -1,4 +1,4 @@
-"""Weights go from file to mesh in parts: equal results, nothing read twice, little held at once."""
+"""Loading onto a mesh: same results, each byte read once, little host memory at a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def place(**axes):
     return functools.partial(weight_shardings, make_mesh(MeshConfig(**axes)))
 
 
-def test_sharded_and_unsharded_outputs_agree(folder):
+def test_sharded_weights_give_the_same_embeddings(folder):
     captions = ["a red circle", "x" * 30, ""]
     whole = load_encoder(folder)
     sharded = load_encoder(folder, place=place(fsdp=8, data=1))
@@ -59,7 +59,7 @@ def test_sharded_and_unsharded_outputs_agree(folder):
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.02)
 
 
-def test_a_batch_spread_over_devices_gives_the_same_bits(folder):
+def test_a_batch_split_over_devices_gives_the_same_bits(folder):
     mesh = make_mesh(MeshConfig())
     spread = load_encoder(
         folder,
@@ -75,7 +75,7 @@ def test_a_batch_spread_over_devices_gives_the_same_bits(folder):
 
 
 class Reads:
-    """Counts what is read of the files."""
+    """Records the size of every read from the files."""
 
     def __init__(self, monkeypatch):
         self.sizes = []
@@ -90,7 +90,7 @@ class Reads:
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8, "data": 1}, {"fsdp": 4, "data": 2}], ids=str)
-def test_each_byte_is_read_once_and_a_part_at_a_time(folder, axes, monkeypatch):
+def test_each_byte_is_read_once_in_parts_of_one_shard(folder, axes, monkeypatch):
     reads = Reads(monkeypatch)
     model = open_hf(folder).load(place(**axes))
     weights = jax.tree.leaves(nnx.state(model))
@@ -100,8 +100,8 @@ def test_each_byte_is_read_once_and_a_part_at_a_time(folder, axes, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(whole))
 
 
-def test_host_memory_is_that_of_one_tensor(tmp_path):
-    """32 MiB of weights in tensors of at most 4 MiB; a shard of all weights is 4 MiB as well."""
+def test_loading_holds_one_tensor_in_host_memory(tmp_path):
+    """32 MiB of weights in tensors of at most 4 MiB; a device's share of them is also 4 MiB."""
     config = T5Config(512, 64, 2048, num_layers=2, num_heads=8, vocab_size=384)
     specs = nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), nnx.state(specs))
@@ -115,18 +115,18 @@ def test_host_memory_is_that_of_one_tensor(tmp_path):
         tracemalloc.stop()
     total = sum(w.nbytes for w in jax.tree.leaves(nnx.state(model)))
     assert total > 32 * 2**20
-    # On CPUs the loaded weights may stay where they were read to, and then count in `after`.
+    # On CPUs the loaded weights may keep the host buffers of the reads; those count in `after`.
     assert peak - after < 10 * 2**20
 
 
-def test_random_weights_are_the_same_wherever_they_lie():
+def test_random_weights_do_not_depend_on_the_mesh():
     whole = load_encoder("byte-tiny-random")
     spread = load_encoder("byte-tiny-random", place=place(fsdp=8, data=1))
     [expected], [found] = whole.encode(["a red circle"]), spread.encode(["a red circle"])
     np.testing.assert_allclose(found.astype(float), expected.astype(float), atol=0.05)
 
 
-def test_weights_in_bfloat16_take_half_and_keep_embeddings_alike(folder, monkeypatch):
+def test_bfloat16_weights_take_half_the_memory_and_barely_change_embeddings(folder, monkeypatch):
     captions = ["a red circle", "two dogs left of a house, " * 5]
     whole, reads = load_encoder(folder), Reads(monkeypatch)
     half = load_encoder(f"{folder}-bfloat16", place=place(fsdp=8, data=1))
@@ -150,7 +150,7 @@ SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 
     ids=["t5", "bert", "clip"],
 )
 def test_only_the_weights_are_rounded(module, config):
-    """Computed in float32 from then on, whatever the weights are kept in."""
+    """The network computes in float32 whatever the type of the weights."""
     graphdef, state = nnx.split(module(config, rngs=nnx.Rngs(0)))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), half)
@@ -160,14 +160,14 @@ def test_only_the_weights_are_rounded(module, config):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_the_peak_of_host_memory_is_reported(folder, caplog):
+def test_loading_logs_the_peak_host_memory(folder, caplog):
     with caplog.at_level("INFO", logger="imagen_jax"):
         load_encoder(folder)
-    assert "GB of weights; the most host memory so far:" in caplog.text
+    assert "GB of weights; peak host memory so far" in caplog.text
     assert 1e8 < loading.peak_host_bytes() < 1e12
 
 
-def test_xxl_is_an_eighth_on_each_of_eight_devices():
+def test_xxl_takes_an_eighth_of_its_size_on_each_of_eight_devices():
     model = nnx.eval_shape(lambda: T5Encoder(PRESETS["t5-v1_1-xxl"], rngs=nnx.Rngs(0)))
     specs = nnx.to_pure_dict(nnx.state(model))
     total = sum(x.size * 4 for x in jax.tree.leaves(specs))
@@ -176,7 +176,7 @@ def test_xxl_is_an_eighth_on_each_of_eight_devices():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int64], ids=str)
-def test_any_part_of_any_view_is_read_as_numpy_does(tmp_path, dtype):
+def test_reading_a_part_of_a_view_matches_numpy_indexing(tmp_path, dtype):
     dtype = np.dtype(dtype)
     array = np.random.default_rng(0).integers(0, 99, (3, 1, 4, 5)).astype(dtype)
     path = tmp_path / "numbers"

@@ -1,4 +1,4 @@
-"""Several text encoders: tokens one after another, each projected by itself; one is as ever."""
+"""Several text encoders: concatenated tokens, a projection each; a single one is unaffected."""
 
 import dataclasses
 import json
@@ -14,8 +14,7 @@ from ml_dtypes import bfloat16
 from networks import abstract, inputs, jit, random_state
 from PIL import Image
 
-from data_pipelines import encode_text
-from data_pipelines.embeddings import caption_lists
+from data_pipelines.embeddings import caption_lists, encoding
 from data_pipelines.embeddings.shards import finish
 from data_pipelines.embeddings.store import create_store
 from data_pipelines.reading import batches, tasks
@@ -42,7 +41,7 @@ def ones(*lengths, dim):
     return [np.ones((n, dim), bfloat16) for n in lengths]
 
 
-def test_tokens_stand_in_the_order_of_the_encoders_with_their_masks():
+def test_tokens_and_masks_are_concatenated_in_encoder_order():
     text = TextConfig(**TWO)
     assert (text.tokens, text.width) == (13, 8)
     padded = pad_text(text.parts, ones(2, 6, dim=8), ones(7, 1, dim=4))
@@ -54,18 +53,18 @@ def test_tokens_stand_in_the_order_of_the_encoders_with_their_masks():
     np.testing.assert_array_equal(padded["text_mask"], padded["text"].any(2))
 
 
-def test_an_embedding_too_long_never_runs_into_the_next_encoders_tokens():
+def test_an_overlong_embedding_cannot_overwrite_the_next_encoders_tokens():
     with pytest.raises(ValueError, match="broadcast"):
         pad_text(TextConfig(**TWO).parts, ones(7, dim=8), ones(1, dim=4))
 
 
 @pytest.mark.parametrize(("config", "hidden"), zip(NETWORKS, (0, 1), strict=True), ids=["0", "1"])
-def test_with_one_encoder_masked_the_other_is_all_there_is(config, hidden):
-    """The text is 5 tokens of 12; beside them another encoder has tokens that the mask hides."""
+def test_masking_one_encoder_equals_using_only_the_other(config, hidden):
+    """The text has 5 tokens of width 12; a mask hides 4 tokens of another encoder."""
     z, log_snr, cond = inputs(config)
     parts = ((4, 9), (5, 12)) if hidden == 0 else ((5, 12), (4, 9))
     both_config = dataclasses.replace(config, text_parts=parts)
-    # Random weights, so that no zero at the start hides the text.
+    # Random weights, because zero-initialized layers would hide the text.
     single, both = random_state(config), random_state(both_config)
     weights, others = nnx.to_pure_dict(single), nnx.to_pure_dict(both)["conditioner"]["text"]
     others[1 - hidden] = weights["conditioner"]["text"]
@@ -93,7 +92,7 @@ def test_with_one_encoder_masked_the_other_is_all_there_is(config, hidden):
     assert np.abs(shown - expected).max() > 1e-3
 
 
-def test_one_encoder_is_as_ever():
+def test_a_single_encoder_has_no_parts():
     config = parse(shrink(load_config("demo")))
     assert config.unet.text_parts == ()
     assert not any("parts" in key for key in config.identity)
@@ -131,7 +130,7 @@ def test_misfits_are_one_line(changes, words):
 
 
 class Encoder(FakeEncoder):
-    """A fake encoder of some name and width, a caption at a time."""
+    """A fake encoder with a given name and width, one caption per batch."""
 
     def __init__(self, name, dim):
         self.dim = dim
@@ -157,16 +156,16 @@ def stores(encoders, tiny_data, tmp_path_factory):
         path = str(tmp_path_factory.mktemp("stores") / name)
         store = create_store(path, encoder.identity, "bfloat16", 1)
         found = caption_lists.read_dataset(tiny_data, "scenes/32")
-        encode_text.encode(store, encode_text.assign(store, found, 0, 1), encoder)
+        encoding.encode(store, encoding.assign(store, found, 0, 1), encoder)
         finish(store)
         paths.append(path)
     return paths
 
 
-def test_each_encoder_needs_a_store_of_its_own(stores, tiny_data):
+def test_each_encoder_needs_its_own_store(stores, tiny_data):
     with pytest.raises(UserError, match=r"data\.embeddings is ''; allowed: 2 stores joined"):
         batches.open_task(read(data__dir=tiny_data))
-    with pytest.raises(UserError, match=r"text\.encoder is 'other'; .* have 'byte-tiny'"):
+    with pytest.raises(UserError, match=r"text\.encoder is 'other' .* have 'byte-tiny'"):
         batches.open_task(read(data__dir=tiny_data, data__embeddings="+".join([stores[0]] * 2)))
 
 
@@ -178,7 +177,9 @@ def test_records_have_the_embeddings_of_every_store(stores, encoders, tiny_data)
             np.testing.assert_array_equal(row[key], encoder.encode([caption])[0])
 
 
-def test_two_encoders_train_and_draw(stores, encoders, tiny_data, tmp_path, monkeypatch):
+def test_training_and_sampling_work_with_two_encoders(
+    stores, encoders, tiny_data, tmp_path, monkeypatch
+):
     changes = {"data__dir": tiny_data, "data__embeddings": "+".join(stores)}
     values = json.loads(json.dumps(dataclasses.asdict(read(**changes))))
     values.update(num_steps=2, log_every=1, eval_every=0, sample_every=0)

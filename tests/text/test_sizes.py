@@ -1,4 +1,4 @@
-"""Exact parameter counts of all presets, and encoders whose padding nobody sees."""
+"""Exact parameter counts of all presets; padding and causality of BERT and CLIP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from imagen_jax.text.bert import BertConfig, BertEncoder
 from imagen_jax.text.clip import ClipConfig, ClipTextEncoder
 from imagen_jax.text.t5 import T5Encoder
 
-# Encoders alone: no decoder, no pooler; CLIP's up to its penultimate layer.
+# Encoders only, without decoder or pooler; CLIP up to its penultimate layer.
 SIZES = {
     "byte-tiny": 1_033_984,
     "t5-small": 35_330_816,
@@ -49,7 +49,7 @@ SIZES = {
 FAMILIES = [
     (t5.PRESETS, T5Encoder, {"num_layers": 1}),
     (bert.PRESETS, BertEncoder, {"num_hidden_layers": 1}),
-    (clip.PRESETS, ClipTextEncoder, {"num_hidden_layers": 2}),  # of which the last is not built
+    (clip.PRESETS, ClipTextEncoder, {"num_hidden_layers": 2}),  # CLIP omits the last one
 ]
 PRESETS = [(n, c, m, one) for presets, m, one in FAMILIES for n, c in presets.items()]
 
@@ -68,7 +68,7 @@ def test_xxl_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize("name, config, module, one", PRESETS, ids=[p[0] for p in PRESETS])
 def test_every_preset_has_its_exact_number_of_parameters(name, config, module, one):
-    """Built with one block, for time: blocks are equal."""
+    """Builds one block, to save time, because all blocks have the same size."""
     [(depth, smallest)] = one.items()
     model = abstract(module, dataclasses.replace(config, **one))
     more = getattr(config, depth) - smallest
@@ -86,7 +86,7 @@ SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24, "
     ],
     ids=["bert", "clip"],
 )
-def test_real_tokens_do_not_see_padding(model):
+def test_padding_does_not_change_the_outputs_at_real_tokens(model):
     ids = np.random.default_rng(0).integers(2, 50, (2, 9))
     alone = model(ids, np.ones((2, 9), bool))
     padded_ids = np.concatenate([ids, np.full((2, 7), 33)], axis=1)

@@ -1,4 +1,4 @@
-"""The T5 encoder: outputs that padding and folders on disk do not change."""
+"""The T5 encoder: padding, position buckets, and saving and loading folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TINY = T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, vocab_si
 VALUE_OF_BLOCK_1 = "encoder.block.1.layer.0.SelfAttention.v.weight"
 
 
-def test_real_tokens_do_not_see_padding():
+def test_padding_does_not_change_the_outputs_at_real_tokens():
     model = T5Encoder(TINY, rngs=nnx.Rngs(0))
     ids = np.random.default_rng(0).integers(2, 50, (2, 9))
     alone = model(ids, np.ones((2, 9), bool))
@@ -30,14 +30,14 @@ def test_real_tokens_do_not_see_padding():
     np.testing.assert_allclose(model(padded_ids, mask)[:, :9], alone, atol=1e-5)
 
 
-def test_the_first_t5_differs_in_its_feed_forward_and_need_not_say_so(folder):
+def test_a_config_without_feed_forward_proj_is_t5_v1_0(folder):
     config = dataclasses.replace(TINY, feed_forward_proj="relu")
     save_t5(T5Encoder(config, rngs=nnx.Rngs(0)), folder, dtype=np.float32, extra={})
     edit_config(folder, lambda c: c.pop("feed_forward_proj"))
     assert load_t5(folder).config == config
 
 
-def test_the_order_of_tokens_matters():
+def test_token_order_changes_the_outputs():
     model = T5Encoder(TINY, rngs=nnx.Rngs(0))
     mask = np.ones((1, 3), bool)
     forward, backward = model(np.array([[5, 6, 7]]), mask), model(np.array([[7, 6, 5]]), mask)
@@ -53,7 +53,7 @@ def test_position_buckets_are_exact_when_near_and_logarithmic_when_far():
     assert causal.tolist() == [0, 1, 7, 8, 16, 21, 26, 31, 31, 0, 0, 0, 0]
 
 
-def test_a_saved_encoder_loads_equal(tmp_path):
+def test_saving_and_loading_keeps_an_encoder_unchanged(tmp_path):
     model = T5Encoder(TINY, rngs=nnx.Rngs(0))
     save_t5(model, tmp_path / "t5", dtype=np.float32, extra={"tokenizer_class": "X"})
     loaded = load_t5(tmp_path / "t5")
@@ -62,7 +62,7 @@ def test_a_saved_encoder_loads_equal(tmp_path):
     assert sorted(p.name for p in (tmp_path / "t5").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
 
 
-def test_weights_stored_in_bfloat16_load_as_float32(tmp_path):
+def test_bfloat16_files_load_as_float32(tmp_path):
     model = T5Encoder(TINY, rngs=nnx.Rngs(0))
     save_t5(model, tmp_path, dtype=ml_dtypes.bfloat16, extra={})
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), nnx.state(model))
@@ -89,7 +89,7 @@ def edit_config(folder, edit):
     (folder / CONFIG_FILE).write_text(json.dumps(fields))
 
 
-def test_a_decoder_in_the_file_is_left_alone(folder):
+def test_a_decoder_in_the_file_is_ignored(folder):
     edit_tensors(folder, lambda t: t.update({"decoder.final_layer_norm.weight": np.ones(16)}))
     load_t5(folder)
 
@@ -100,7 +100,7 @@ def test_a_missing_tensor_is_named(folder):
         load_t5(folder)
 
 
-def test_a_wrong_shape_is_named_with_what_was_expected(folder):
+def test_a_wrong_shape_is_reported_with_the_expected_one(folder):
     edit_tensors(folder, lambda t: t.update({VALUE_OF_BLOCK_1: np.zeros((16, 17), np.float32)}))
     with pytest.raises(UserError, match=rf"{VALUE_OF_BLOCK_1}.*\(16, 17\).*\(16, 16\)"):
         load_t5(folder)
@@ -124,7 +124,7 @@ def test_a_config_of_another_architecture_is_refused(folder, edit, message):
         load_t5(folder)
 
 
-def test_missing_and_broken_files_are_named(folder):
+def test_missing_and_damaged_files_are_named(folder):
     with pytest.raises(UserError, match=r"nowhere.*config\.json"):
         load_t5(folder / "nowhere")
     (folder / WEIGHTS_FILE).write_bytes(b"not tensors")

@@ -1,4 +1,4 @@
-"""T5X checkpoints, written here in their layout: a msgpack index and gzipped zarr arrays."""
+"""Reading T5X checkpoints, which these tests write: a msgpack index and gzipped zarr arrays."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VALUE = "target.encoder.layers_0.attention.value.kernel"
 
 
 def target(model: T5Encoder) -> dict:
-    """The weights under T5X's names and in its axis order."""
+    """Returns the weights with T5X's names and axis order."""
     layers = {}
     for number, block in enumerate(model.blocks):
         attention = {n: {"kernel": getattr(block.attention, n).kernel} for n in
@@ -57,7 +57,7 @@ def relpos_bias(module: nnx.Module) -> dict:
 
 
 def scalable_target(model: T5Encoder, scan: bool) -> dict:
-    """As T5X's scalable_t5 has them: heads have an axis, and layers, if scanned, their axis 1."""
+    """Returns the weights as scalable_t5 stores them: split heads; scanned layers on axis 1."""
 
     def with_heads(path, leaf):
         kind, leaf = path[-2].key, np.asarray(leaf[...])
@@ -76,7 +76,7 @@ def scalable_target(model: T5Encoder, scan: bool) -> dict:
 
 
 def write_array(folder, name: str, array: np.ndarray) -> dict:
-    """Writes a zarr array; returns what T5X puts into the index for it."""
+    """Writes a zarr array and returns its entry in T5X's index."""
     metadata = {
         "shape": list(array.shape),
         "chunks": [-(-n // 2) for n in array.shape],
@@ -92,7 +92,7 @@ def write_t5x(model, folder, dtype=np.float32, placeholders=False, tree=None):
     def leaf(path, value):
         array, name = np.asarray(value[...]).astype(dtype), ".".join(p.key for p in path)
         if array.ndim == 1 and not placeholders:
-            return array  # T5X writes what is not partitioned into the index itself
+            return array  # T5X stores unpartitioned arrays in the index
         spec = write_array(folder, name, array)
         return f"PLACEHOLDER://target.{name}" if placeholders else spec
 
@@ -107,7 +107,7 @@ def write_t5x(model, folder, dtype=np.float32, placeholders=False, tree=None):
 
 def random_model(config: T5Config) -> T5Encoder:
     model = T5Encoder(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(0)  # norms start at one, which would hide a mistake
+    rng = np.random.default_rng(0)  # initial norms are all ones and would hide mistakes
     state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), nnx.state(model))
     nnx.update(model, state)
     return model
@@ -115,7 +115,7 @@ def random_model(config: T5Config) -> T5Encoder:
 
 @pytest.mark.parametrize("config", [TINY, V1_0], ids=["v1.1", "v1.0"])
 @pytest.mark.parametrize("placeholders", [False, True])
-def test_a_checkpoint_loads_equal_and_its_shapes_are_its_config(tmp_path, config, placeholders):
+def test_weights_load_unchanged_and_the_shapes_give_the_config(tmp_path, config, placeholders):
     model = random_model(config)
     write_t5x(model, tmp_path, placeholders=placeholders)
     checkpoint = open_t5x(tmp_path)
@@ -125,7 +125,7 @@ def test_a_checkpoint_loads_equal_and_its_shapes_are_its_config(tmp_path, config
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("placeholders", [False, True])
-def test_layers_in_one_array_are_those_of_the_model(tmp_path, scan, placeholders):
+def test_stacked_layers_load_unchanged(tmp_path, scan, placeholders):
     model = random_model(UMT5)
     write_t5x(model, tmp_path, placeholders=placeholders, tree=scalable_target(model, scan))
     assert (tmp_path / "target.encoder.encoder.mlp.wi_0.kernel").is_dir() == scan
@@ -134,8 +134,8 @@ def test_layers_in_one_array_are_those_of_the_model(tmp_path, scan, placeholders
     jax.tree.map(np.testing.assert_array_equal, nnx.state(checkpoint.load()), nnx.state(model))
 
 
-def test_parts_of_heads_are_read_onto_a_mesh(tmp_path):
-    """Three heads on eight devices: none has whole ones."""
+def test_shards_can_split_heads(tmp_path):
+    """Three heads on eight devices: no device has a whole head."""
     model = random_model(dataclasses.replace(LARGE, num_heads=3, d_kv=128))
     write_t5x(model, tmp_path, tree=scalable_target(model, scan=True))
     mesh = make_mesh(MeshConfig(fsdp=8, data=1))
@@ -157,7 +157,7 @@ def test_bfloat16_arrays_load_as_float32(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(open_t5x(tmp_path).load()), expected)
 
 
-def test_it_is_read_onto_a_mesh(tmp_path):
+def test_a_checkpoint_loads_onto_a_mesh(tmp_path):
     model = random_model(LARGE)
     write_t5x(model, tmp_path)
     mesh = make_mesh(MeshConfig(fsdp=8, data=1))
@@ -167,8 +167,8 @@ def test_it_is_read_onto_a_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(model))
 
 
-def test_an_encoder_is_made_of_it_and_its_hash_is_of_all_arrays(tmp_path):
-    write_t5x(random_model(TINY), tmp_path)  # of ByT5's vocabulary size
+def test_an_encoder_loads_and_its_hash_covers_all_arrays(tmp_path):
+    write_t5x(random_model(TINY), tmp_path)  # has ByT5's vocabulary size
     encoder = load_encoder(tmp_path)
     assert encoder.encode(["a red circle"])[0].shape == (13, 16)
     assert encoder.identity["tokenizer"] == "bytes"
@@ -201,15 +201,15 @@ def folder(tmp_path):
                 shutil.rmtree(f / VALUE),
                 write_array(f, VALUE[7:], np.ones((16, 24), "u2")),
             ),
-            "is of uint16; quantized weights are not read",
+            "has dtype uint16; quantized weights are not supported",
         ),
         (
             lambda f: (shutil.rmtree(f / VALUE), write_array(f, VALUE[7:], np.zeros((16, 16)))),
-            r"value.kernel' has shape \(16, 16\); its configuration says \(16, 24\)",
+            r"value.kernel' has shape \(16, 16\); its config requires \(16, 24\)",
         ),
     ],
 )
-def test_damage_is_one_line(folder, damage, message):
+def test_damage_is_a_one_line_error(folder, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message) as error:
         open_t5x(folder).load()
@@ -217,7 +217,7 @@ def test_damage_is_one_line(folder, damage, message):
 
 
 @pytest.mark.parametrize("name", ["mlp.wo.kernel", "relpos_bias.rel_embedding"])
-def test_an_array_of_other_layers_is_one_line(tmp_path, name):
+def test_a_stacked_array_of_the_wrong_shape_is_a_one_line_error(tmp_path, name):
     model = random_model(UMT5)
     write_t5x(model, tmp_path, tree=scalable_target(model, scan=True))
     shutil.rmtree(tmp_path / f"target.encoder.encoder.{name}")
@@ -227,6 +227,6 @@ def test_an_array_of_other_layers_is_one_line(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_a_vocabulary_must_lie_beside_it(folder):
+def test_the_folder_must_hold_a_vocabulary(folder):
     with pytest.raises(UserError, match=r"needs spiece\.model or sentencepiece\.model"):
         load_encoder(folder)

@@ -1,4 +1,4 @@
-"""Token ids: bytes as in seqio.ByteVocabulary, SentencePiece as in seqio's vocabulary of it."""
+"""Token ids match seqio for bytes and SentencePiece; special tokens in captions are text."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ AWKWARD = [
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_ids_equal_seqio(text):
+def test_byte_ids_match_seqio(text):
     seqio = pytest.importorskip("seqio")
     vocabulary = seqio.ByteVocabulary()
     assert ByteTokenizer().encode(text) == [*vocabulary.encode(text), vocabulary.eos_id]
 
 
-def test_each_byte_is_a_token_and_the_end_is_marked():
+def test_each_byte_is_a_token_and_the_last_token_is_end_of_sequence():
     assert ByteTokenizer().encode("aé") == [ord("a") + 3, 0xC3 + 3, 0xA9 + 3, EOS_ID]
 
 
-def test_half_a_surrogate_pair_is_refused():
+def test_a_lone_surrogate_is_refused():
     with pytest.raises(UserError, match=r"'\\ud83d' *: not valid Unicode"):
         ByteTokenizer().encode("\ud83d")
 
@@ -49,7 +49,7 @@ def train_sentencepiece(folder, **special):
     (folder / "spiece.model").write_bytes(model.getvalue())
 
 
-def test_sentencepiece_ids_equal_seqio(tmp_path):
+def test_sentencepiece_ids_match_seqio(tmp_path):
     seqio = pytest.importorskip("seqio")
     train_sentencepiece(tmp_path, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
     vocabulary = seqio.SentencePieceVocabulary(str(tmp_path / "spiece.model"), extra_ids=0)
@@ -61,8 +61,8 @@ def test_sentencepiece_ids_equal_seqio(tmp_path):
         tokenizer.encode("\ud83d")
 
 
-def test_a_vocabulary_that_is_not_t5s_is_refused(tmp_path):
-    train_sentencepiece(tmp_path)  # SentencePiece's own order: unknown, begin, end
+def test_a_vocabulary_with_other_special_ids_is_refused(tmp_path):
+    train_sentencepiece(tmp_path)  # SentencePiece's default order: unknown, begin, end
     with pytest.raises(UserError, match="its end-of-sequence id is 2; T5's is 1"):
         load_tokenizer(tmp_path, "T5Tokenizer")
 
@@ -75,7 +75,7 @@ def test_a_special_token_in_a_caption_is_text(tmp_path):
     assert load_tokenizer(tmp_path, "BertTokenizer").encode("A a") == [2, 1, 7, 3]
 
 
-def test_a_vocabulary_without_the_marks_is_refused(tmp_path):
+def test_a_vocabulary_without_start_and_end_tokens_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\na\n")
     with pytest.raises(UserError, match=r"token '\[SEP\]' is missing"):
         load_tokenizer(tmp_path, "BertTokenizer")

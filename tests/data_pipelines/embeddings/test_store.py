@@ -1,4 +1,4 @@
-"""A store: found by the caption, and the same embeddings in training as those in the records."""
+"""The embedding store: lookup by caption, number formats, training on it, and its errors."""
 
 import json
 import shutil
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from conftest import FakeEncoder, load_config, shrink
 
-from data_pipelines import encode_text
 from data_pipelines.common import caption_key
-from data_pipelines.embeddings import caption_lists
+from data_pipelines.embeddings import caption_lists, encoding
 from data_pipelines.embeddings.shards import finish
 from data_pipelines.embeddings.store import (
     FORMS,
@@ -26,7 +25,7 @@ from imagen_jax.text.encoder import Batch
 
 
 class Encoder(FakeEncoder):
-    """The fake encoder of the tiny data, a caption at a time."""
+    """The fake encoder of the tiny dataset, one caption per batch."""
 
     def batches(self, captions):
         for caption in captions:
@@ -37,7 +36,7 @@ def make(path, data_dir, dtype="bfloat16", captions=None):
     rows = list(caption_lists.read_dataset(data_dir, "scenes/32"))
     rows = rows if captions is None else rows[:captions]
     store = create_store(str(path), Encoder().identity, dtype, 3)
-    encode_text.encode(store, encode_text.assign(store, rows, 0, 1), Encoder())
+    encoding.encode(store, encoding.assign(store, rows, 0, 1), Encoder())
     finish(store)
     return str(path)
 
@@ -73,7 +72,7 @@ def test_forms_keep_shapes_zeros_and_signs(dtype):
     assert not unpacked[2].any()
     error = np.abs(unpacked.astype(np.float32) - embedding.astype(np.float32)).max(axis=1)
     largest = np.abs(embedding.astype(np.float32)).max(axis=1)
-    # Half a step of 127, and bfloat16's own rounding.
+    # Half a step of int8, plus the rounding of bfloat16.
     assert (error <= largest * (0 if dtype == "bfloat16" else 0.5 / 127 + 2**-8)).all()
 
 
@@ -84,7 +83,7 @@ def test_tensorflow_unpacks_the_same_bits(dtype):
     np.testing.assert_array_equal(tasks._UNPACK[dtype](packed, 16).numpy(), form.unpack(packed, 16))
 
 
-def test_keys_are_found_and_others_are_not(stores, tiny_data):
+def test_lookup_finds_stored_captions_only(stores, tiny_data):
     store = open_store(stores["bfloat16"])
     captions = [row.caption for row in caption_lists.read_dataset(tiny_data, "scenes/32")]
     captions += ["not there", "nor this", ""]
@@ -93,7 +92,7 @@ def test_keys_are_found_and_others_are_not(stores, tiny_data):
     assert len(set(where[:, 0])) == 4
 
 
-def test_training_on_a_store_is_training_on_the_records(stores, tiny_data):
+def test_a_store_gives_the_same_batches_as_the_records(stores, tiny_data):
     of_records = next(batches.train_batches(config(tiny_data), 24))
     of_store = next(batches.train_batches(config(tiny_data, stores["bfloat16"]), 24))
     for key, expected in of_records.items():
@@ -106,7 +105,7 @@ def test_training_on_a_store_is_training_on_the_records(stores, tiny_data):
     assert example["caption"] and example["text"].shape == (6, 8)
 
 
-def test_a_missing_caption_is_one_line(tmp_path, tiny_data):
+def test_a_missing_caption_is_a_one_line_error(tmp_path, tiny_data):
     lacking = config(tiny_data, make(tmp_path / "store", tiny_data, captions=8))
     [first] = batches.examples(config(tiny_data), "train", 1)
     with pytest.raises(UserError) as error:
@@ -116,7 +115,7 @@ def test_a_missing_caption_is_one_line(tmp_path, tiny_data):
     assert f"of the 40 captions of scenes/32:train, for example {first['caption']!r}" in message
 
 
-def test_a_store_that_is_not_there_or_damaged_is_one_line(tmp_path, stores, tiny_data):
+def test_a_missing_or_damaged_store_is_a_one_line_error(tmp_path, stores, tiny_data):
     with pytest.raises(UserError, match="nowhere holds no store; make it with: python -m"):
         batches.open_task(config(tiny_data, str(tmp_path / "nowhere")))
     for damage, words in (
@@ -144,10 +143,10 @@ def check(stored, encoder="byte-tiny", dim=128, max_tokens=64):
     check_identity(stored, encoder, dim, max_tokens, "data.embeddings=there")
 
 
-def test_only_embeddings_of_the_encoder_of_the_config_are_taken():
+def test_embeddings_of_the_configured_encoder_are_accepted():
     check(identity())
     check(identity(max_tokens=60))
-    # Not on this machine: name and width are all there is to compare.
+    # If the encoder is not on this machine, only name and width are compared.
     check(identity(encoder="t5-v1_1-xxl", dim=4096), "/models/t5-v1_1-xxl", 4096)
 
 
@@ -162,14 +161,22 @@ def test_only_embeddings_of_the_encoder_of_the_config_are_taken():
         ("max_tokens", 65),
     ],
 )
-def test_a_store_of_another_encoder_is_refused_with_both(key, value):
+def test_a_store_of_another_encoder_is_refused_with_both_values(key, value):
     with pytest.raises(UserError, match=r"data\.embeddings=there") as error:
         check(identity(**{key: value}))
     message = str(error.value)
     assert str(value) in message and str(identity()[key]) in message and "\n" not in message
 
 
-def test_the_store_is_compared_and_not_the_records(tmp_path, stores, tiny_data):
+def test_a_name_from_a_model_hub_is_not_a_folder():
+    with pytest.raises(UserError) as error:
+        check(identity(), "google/t5-v1_1-base", 768)
+    message = str(error.value)
+    assert message.startswith("config.text.encoder is 'google/t5-v1_1-base' and is not a folder")
+    assert "nothing is downloaded, see docs/text.md" in message and "'byte-tiny'" in message
+
+
+def test_the_store_is_checked_instead_of_the_records(tmp_path, stores, tiny_data):
     shutil.copytree(stores["bfloat16"], tmp_path / "other")
     settings = json.loads((tmp_path / "other" / "store.json").read_text())
     settings["weights_sha256"] = "2" * 64
