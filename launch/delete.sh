@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Deletes a TPU slice. What lies on its disks is lost.
+# Deletes a TPU slice and everything on its disks.
 #
 #   launch/delete.sh --name=pod --zone=us-central2-b [--queued]
 #
-#   --queued           the slice came from a queued resource, which goes with it
-#   --project=PROJECT  by default gcloud's own
-#   --dry-run          print the commands, run nothing
+#   --queued           the slice came from a queued resource; delete that too
+#   --project=PROJECT  Google Cloud project (default: the one gcloud is set to)
+#   --dry-run          print the commands without running them
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 opt+=([queued]=false)

@@ -1,80 +1,102 @@
 #!/usr/bin/env bash
-# Keeps a run going to its end: creates the slice, sets it up and starts training, and does so again
-# whenever the slice is preempted or a worker fails. The run goes on from its last checkpoint.
+# Keeps a run going until training is done. Creates the slice, sets it up and starts training, and
+# repeats this whenever the slice is preempted or a worker fails. Training resumes from its last
+# checkpoint.
 #
 #   launch/keep.sh --name=pod --zone=us-central2-b --type=v4-512 --spot -- \
-#       --config=configs/base64.py --workdir=/mnt/share/base64
+#       --config=configs/base64.py --workdir=/mnt/share/base64 --config.data.dir=/mnt/share/data
 #
-#   --type, --version, --spot, --queued   as in launch/create.sh
-#   --image, --mount                      as in launch/setup.sh
-#   --max-restarts=N   give up after the run has failed N times, preemptions not counted; default 20
-#   --poll=SECONDS     between two looks; default 60
-#   --project=PROJECT  by default gcloud's own
-#   --dry-run          print the commands of the first start, run nothing
+#   --type, --version, --spot, --queued   as for launch/create.sh
+#   --image, --mount                      as for launch/setup.sh
+#   --delete-when-done                    delete the slice once training is done
+#   --max-restarts=N   give up after N failures of the run, not counting preemptions (default: 20)
+#   --poll=SECONDS     interval between checks (default: 60)
+#   --project=PROJECT  Google Cloud project (default: the one gcloud is set to)
+#   --dry-run          print the commands of the first start without running them
 #
-# Exits with 0 once training is done, 2 if it refused its input, 1 if it gave up. The slice stays:
-# delete it with launch/delete.sh. Run this where it can stay up; ending it leaves the run alone.
+# Exit codes: 0 training is done; 2 invalid input; 1 too many failures. The slice stays unless
+# --delete-when-done is set and training is done; launch/delete.sh deletes it. Run this script on a
+# machine that stays up. Stopping the script does not stop the run.
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 opt+=([type]="" [version]="" [spot]=false [queued]=false [image]="" [mount]=""
-  [max-restarts]=20 [poll]=60)
+  [delete-when-done]=false [max-restarts]=20 [poll]=60)
 parse "$@"
 need name zone type
-((${#rest[@]})) || die "nothing to start; give the arguments of imagen_jax.train after --"
+need_whole max-restarts poll
+need_train_args
+mapfile -t flags < <(given_flags name zone type image)
+check "${flags[@]}" >/dev/null
 restarts=0
 
-say() {
+log() {
   echo "$(date -u +%FT%TZ) ${opt[name]}: $*"
 }
 
-mapfile -t slice < <(passed_on name zone project dry-run)
-mapfile -t create_flags < <(passed_on type version spot queued poll)
-mapfile -t delete_flags < <(passed_on queued)
-mapfile -t setup_flags < <(passed_on image mount)
-mapfile -t start_flags < <(passed_on image)
+mapfile -t slice < <(given_flags name zone project dry-run)
+mapfile -t create_flags < <(given_flags type version spot queued poll)
+mapfile -t delete_flags < <(given_flags queued)
+mapfile -t setup_flags < <(given_flags image mount)
 
 create() { "$here/create.sh" "${slice[@]}" "${create_flags[@]}"; }
 delete() { "$here/delete.sh" "${slice[@]}" "${delete_flags[@]}"; }
-start() { "$here/start.sh" "${slice[@]}" "${start_flags[@]}" -- "${rest[@]}"; }
-begin() { "$here/setup.sh" "${slice[@]}" "${setup_flags[@]}" && start; }
+start() { on_workers all start "${opt[image]}" "${train_args[@]}"; }
+setup_and_start() { "$here/setup.sh" "${slice[@]}" "${setup_flags[@]}" && start; }
 
-# What the workers say, each line once: none, running, or exit and a code. Fails if none answers.
-states() {
-  local ask="imagen_jax/launch/worker.sh state"
+# Prints the distinct states of the workers, one a line: none, running, or "exit CODE". Fails if no
+# worker answers.
+worker_states() {
+  local state="imagen_jax/launch/worker.sh state"
   tpus tpu-vm ssh "${opt[name]}" --worker=all \
-    --command="if [ -e imagen_jax/launch/worker.sh ]; then $ask; else echo none; fi" |
+    --command="if [ -e imagen_jax/launch/worker.sh ]; then $state; else echo none; fi" |
     grep -E '^(none|running|exit [0-9]+)$' | sort -u
 }
 
-# Does what is to be done on a slice that is there.
-look() {
-  local found
-  found=$(states) || return 0
-  found=${found//$'\n'/, }
-  case ", $found," in
+# Ends the script after training is done. A failed deletion is tried again, because a slice that
+# stays costs money.
+finish() {
+  log "training is done"
+  if ${opt[delete-when-done]}; then
+    log "deleting the slice"
+    until delete || [[ $(slice_state) == GONE ]]; do
+      log "deleting failed; trying again"
+      sleep "${opt[poll]}"
+    done
+  fi
+  exit 0
+}
+
+# Takes the next action on a slice that is ready.
+handle_ready() {
+  local states
+  states=$(worker_states) || return 0
+  states=${states//$'\n'/, }
+  case ", $states," in
     *", running,"*) return ;;
-    # Also where the others gave up on a worker that could not be started.
-    *", none,"*) say "setting up and starting" && begin && return ;;
-    *", exit 2,"*) say "training refused its input; launch/logs.sh has the line" && exit 2 ;;
-    ", exit 0,") say "training is done" && exit 0 ;;
-    ", exit 75,") ;; # all saved and stopped, as before a preemption
+    # Comes before the exit codes: if one worker never started, the others give up waiting for it.
+    *", none,"*) log "setting up and starting" && setup_and_start && return ;;
+    *", exit 2,"*) log "training refused its input; see launch/logs.sh" && exit 2 ;;
+    ", exit 0,") finish ;;
+    ", exit 75,") ;; # saved and stopped, as on a preemption
     *)
       restarts=$((restarts + 1))
-      ((restarts <= opt[max-restarts])) || { say "failed too often ($found)" && exit 1; }
+      ((restarts <= opt[max-restarts])) || { log "too many failures ($states)" && exit 1; }
       ;;
   esac
-  say "starting again ($found)" && start
+  log "starting again ($states)" && start
 }
 
 if ${opt[dry-run]}; then
-  create && begin && exit
+  create
+  setup_and_start
+  exit
 fi
 while true; do
   case $(slice_state) in
-    GONE) say "creating the slice" && create && begin ;;
-    DEAD) say "preempted; deleting what is left" && delete ;;
-    READY) look ;;
+    GONE) log "creating the slice" && create && setup_and_start ;;
+    DEAD) log "the slice was preempted or failed; deleting it" && delete ;;
+    READY) handle_ready ;;
     WAIT) ;;
-  esac || say "failed; trying again"
+  esac || log "failed; trying again"
   sleep "${opt[poll]}"
 done

@@ -1,10 +1,10 @@
-"""Starts N training processes on this machine, to try a run of many hosts without renting any.
+"""Runs N training processes on this machine, to try a run of many hosts without renting any.
 
     python -m launch.local --num_processes=2 -- --config=configs/base64.py:tiny --workdir=runs/two
 
-What follows `--` goes to imagen_jax.train. Each line of output begins with the number of its
-process. Ctrl-C or SIGTERM lets all save and stop at the same step; a second Ctrl-C ends them at
-once. The exit code is the first that is not 0; where a process fails, the others are stopped.
+Words after `--` are flags of imagen_jax.train. Each line of output starts with the number of its
+process. Ctrl-C or SIGTERM makes all processes save and stop at the same step; a second Ctrl-C kills
+them. If a process fails, the others are stopped. The exit code is the first nonzero one, or 0.
 """
 
 from __future__ import annotations
@@ -22,40 +22,41 @@ from absl import flags
 
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
+from launch import pop_train_args
 
 FLAGS = flags.FLAGS
 
 POLL = 0.1
-# Seconds that the others get to end by themselves once a process has failed: without their fellow
-# they may never reach a step at which to stop.
+# Seconds between a failure and killing the other processes. They stop at the end of a step, which
+# they may never reach without the failed one.
 GRACE = 10.0
-# imagen_jax.train: saved and stopped. The others are saving too.
+# Exit code of imagen_jax.train for "saved and stopped": the other processes are saving too.
 STOPPED = 75
 
 
 def define_flags() -> None:
-    """Defined only by the program that runs, so that modules can be imported side by side."""
-    flags.DEFINE_integer("num_processes", 2, "How many processes to start.")
+    """Defines the flags when this runs as a program; importing the module must define none."""
+    flags.DEFINE_integer("num_processes", 2, "Number of processes to start.")
 
 
 def main(train_args: Sequence[str]) -> None:
-    """Starts the processes and waits for them."""
+    """Runs the processes and exits with their exit code."""
     if FLAGS.num_processes < 1:
         raise UserError(f"--num_processes is {FLAGS.num_processes}; allowed: 1 or more")
     if not train_args:
-        raise UserError("nothing to start; give the arguments of imagen_jax.train after `--`")
+        raise UserError("nothing to start; give the flags of imagen_jax.train after --")
     sys.exit(run(FLAGS.num_processes, train_args))
 
 
 def run(num_processes: int, train_args: Sequence[str]) -> int:
-    """Runs the processes to their end; returns the first exit code that is not 0, or 0."""
+    """Runs the processes until all end; returns the first nonzero exit code, or 0."""
     processes = start(num_processes, train_args)
     printers = [threading.Thread(target=print_lines, args=(i, p)) for i, p in enumerate(processes)]
     for printer in printers:
         printer.start()
 
     def stop(number, frame):
-        # SIGTERM a second time would be the same request again.
+        # A second SIGTERM repeats the request to stop; only a second Ctrl-C kills.
         again, stop.asked = stop.asked, True
         send(processes, signal.SIGKILL if again and number == signal.SIGINT else signal.SIGTERM)
 
@@ -69,7 +70,7 @@ def run(num_processes: int, train_args: Sequence[str]) -> int:
 
 
 def start(num_processes: int, train_args: Sequence[str]) -> list[subprocess.Popen]:
-    """The processes, each in a session of its own so that Ctrl-C reaches them only through us."""
+    """Starts the processes, each in its own session: Ctrl-C must reach them only through `stop`."""
     command = [sys.executable, "-u", "-m", "imagen_jax.train", *train_args]
     command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={num_processes}"]
     return [
@@ -79,7 +80,7 @@ def start(num_processes: int, train_args: Sequence[str]) -> list[subprocess.Pope
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # One accelerator cannot be shared by several processes; the CPU can.
+            # Processes can share the CPU, but not an accelerator.
             env={"JAX_PLATFORMS": "cpu", **os.environ},
         )
         for i in range(num_processes)
@@ -87,12 +88,12 @@ def start(num_processes: int, train_args: Sequence[str]) -> list[subprocess.Pope
 
 
 def wait(processes: Sequence[subprocess.Popen]) -> int:
-    """Waits for all; a failure stops the others, by SIGKILL if they do not heed SIGTERM."""
+    """Waits for all processes; if one fails, sends the others SIGTERM and, after GRACE, SIGKILL."""
     first, deadline = 0, float("inf")
     while any(p.poll() is None for p in processes):
         failed = [p.returncode for p in processes if p.returncode not in (None, 0)]
         if failed and not first:
-            # A negative code is the signal that ended the process; shells add it to 128.
+            # Popen reports death by signal N as -N; shells report it as 128 + N.
             first = failed[0] if failed[0] > 0 else 128 - failed[0]
             if first != STOPPED:
                 send(processes, signal.SIGTERM)
@@ -104,28 +105,26 @@ def wait(processes: Sequence[subprocess.Popen]) -> int:
 
 
 def send(processes: Sequence[subprocess.Popen], number: int) -> None:
-    """Sends a signal to those that still run."""
+    """Sends a signal to the processes that are still running."""
     for process in processes:
         if process.poll() is None:
             process.send_signal(number)
 
 
 def print_lines(index: int, process: subprocess.Popen) -> None:
-    """Prints what a process says, line by line, with its number in front."""
+    """Prints the output of a process, each line prefixed with the number of the process."""
     for line in process.stdout:
         print(f"[{index}] {line}", end="", flush=True)
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """Returns a port that is free now."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
 
 
 if __name__ == "__main__":
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    train_args = sys.argv[cut + 1 :]
-    del sys.argv[cut:]
+    train_args = pop_train_args()
     define_flags()
     cli.run(lambda argv: main(train_args))

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Gathers the logs of all workers, one file each, or follows that of worker 0.
+# Collects the logs of all workers, one file each, or follows the log of worker 0.
 #
 #   launch/logs.sh --name=pod --zone=us-central2-b --out=logs
 #   launch/logs.sh --name=pod --zone=us-central2-b --follow
 #
-#   --out=DIR          where the files go; default "logs"
+#   --out=DIR          directory for the files (default: logs)
 #   --follow           print worker 0's log as it grows, until Ctrl-C
-#   --project=PROJECT  by default gcloud's own
-#   --dry-run          print the commands, run nothing
+#   --project=PROJECT  Google Cloud project (default: the one gcloud is set to)
+#   --dry-run          print the commands without running them
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 opt+=([out]=logs [follow]=false)

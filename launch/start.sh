@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# Starts training on all workers of a slice and returns; the run does not depend on this machine.
+# Starts or resumes training on all workers of a slice and returns. The run no longer depends on
+# this machine.
 #
 #   launch/start.sh --name=pod --zone=us-central2-b -- \
-#       --config=configs/base64.py --workdir=/mnt/share/base64
+#       --config=configs/base64.py --workdir=/mnt/share/base64 --config.data.dir=/mnt/share/data
 #
-#   --image=IMAGE      in the container that launch/setup.sh pulled
-#   --project=PROJECT  by default gcloud's own
-#   --dry-run          print the commands, run nothing
+#   --image=IMAGE      run in the container that launch/setup.sh pulled
+#   --project=PROJECT  Google Cloud project (default: the one gcloud is set to)
+#   --dry-run          print the commands without running them
 #
-# What follows -- goes to imagen_jax.train. The same command goes on with a run that was stopped.
+# Words after -- are flags of imagen_jax.train. Invalid input ends this script with exit code 2.
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 opt+=([image]="")
 parse "$@"
-((${#rest[@]})) || die "nothing to start; give the arguments of imagen_jax.train after --"
+need name zone
+need_train_args
+mapfile -t flags < <(given_flags name zone image)
+check "${flags[@]}" >/dev/null
 
-on_workers all start "${opt[image]}" "${rest[@]}"
+on_workers all start "${opt[image]}" "${train_args[@]}"

@@ -1,8 +1,8 @@
-"""Shows a run from any host that sees its workdir: step rate, last checkpoint, TensorBoard.
+"""Shows a run from any host that sees its workdir: step, rate, checkpoint, TensorBoard command.
 
     python -m launch.status --workdir=runs/demo
 
-Needs nothing but Python, starts nothing and disturbs nothing.
+Needs only Python's standard library, and does not disturb the run.
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ import sys
 import time
 from pathlib import Path
 
-# A run is called silent when a line is overdue by this factor, and by at least so many seconds.
+# A run counts as silent if its last line of metrics is older than OVERDUE times the usual interval
+# and older than PATIENCE seconds.
 OVERDUE, PATIENCE = 3.0, 120.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the summary; returns the exit code."""
+    """Prints the summary and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = fail
     parser.add_argument("--workdir", required=True, type=Path)
     workdir = parser.parse_args(argv).workdir
     if not (workdir / "config.json").exists():
-        fail(f"--workdir={workdir} holds no run: config.json is missing")
+        fail(f"--workdir={workdir} has no run: config.json is missing")
     for name, value in summary(workdir.absolute(), time.time()).items():
         print(f"{name:<12} {value}")
     return 0
 
 
 def fail(message: str) -> None:
-    """One line, exit code 2."""
+    """Prints a one-line error and exits with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def summary(workdir: Path, now: float) -> dict[str, str]:
-    """What there is to know of a run, by name.
+    """Summarizes a run as name -> value.
 
     Args:
-      workdir: as imagen_jax.train was given it.
+      workdir: the --workdir of imagen_jax.train.
       now: seconds since the epoch.
     """
     config = json.loads((workdir / "config.json").read_text())
@@ -63,7 +64,7 @@ def summary(workdir: Path, now: float) -> dict[str, str]:
 
 
 def progress(last: dict, config: dict, age: float) -> dict[str, str]:
-    """The rows about the newest line of metrics, written `age` seconds ago."""
+    """Returns the rows for the newest line of metrics, `age` seconds old."""
     step, end, seconds = last["step"], config["num_steps"], last["step_time"]
     out = {"step": f"{step:,} of {end:,} ({step / end:.1%}), written {duration(age)} ago"}
     rate = f"{1 / seconds:.3g} steps/s, {last['images_per_s']:.4g} images/s"
@@ -73,21 +74,24 @@ def progress(last: dict, config: dict, age: float) -> dict[str, str]:
     if step >= end:
         out["state"] = "done"
     elif age > max(PATIENCE, OVERDUE * seconds * config["log_every"]):
-        out["state"] = f"silent for {duration(age)}: stopped, or stuck"
+        out["state"] = f"silent for {duration(age)}: stopped or stuck"
     else:
-        out["state"] = f"running, {duration(seconds * (end - step))} to go"
+        out["state"] = f"running, {duration(seconds * (end - step))} left"
     out["loss"] = f"{last['loss']:.4f}"
     return out
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of metrics; the last may be half written."""
+    """Reads the lines of metrics, without a last line that is half written."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def newest(folder: Path, suffix: str, now: float) -> str:
-    """The step_N of the highest N, with its age; unfinished checkpoints have longer names."""
+    """Returns the path and age of the step_N with the highest N.
+
+    Unfinished checkpoints have longer names, so they do not match.
+    """
     name = re.compile(rf"step_(\d+){re.escape(suffix)}")
     found = {int(m[1]): p for p in folder.glob("*") if (m := name.fullmatch(p.name))}
     if not found:
@@ -97,7 +101,7 @@ def newest(folder: Path, suffix: str, now: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 3d04h, 1h02m, 3m05s or 12s."""
+    """Formats seconds as 3d04h, 1h02m, 3m05s or 12s."""
     minutes, s = divmod(max(0, int(seconds)), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Shows a live run: step rate, last checkpoint, TensorBoard directory, and what each worker does.
+# Shows a live run: the state of each worker, step, rate, last checkpoint and TensorBoard command.
 #
 #   launch/status.sh --name=pod --zone=us-central2-b --workdir=/mnt/share/base64
 #
-#   --project=PROJECT  by default gcloud's own
-#   --dry-run          print the commands, run nothing
+#   --project=PROJECT  Google Cloud project (default: the one gcloud is set to)
+#   --dry-run          print the commands without running them
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 opt+=([workdir]="")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Has all workers save a checkpoint of the same step and stop.
+# Makes all workers save a checkpoint of the same step and stop.
 #
 #   launch/stop.sh --name=pod --zone=us-central2-b
 #
-#   --project=PROJECT  by default gcloud's own
-#   --dry-run          print the commands, run nothing
+#   --project=PROJECT  Google Cloud project (default: the one gcloud is set to)
+#   --dry-run          print the commands without running them
 #
-# End launch/keep.sh first, or it starts the run again.
+# Stop launch/keep.sh first; it would start the run again.
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 parse "$@"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What the scripts beside it have done on each worker of a slice.
+# The part of the launch scripts that runs on each worker of a slice.
 #
-#   launch/worker.sh install IMAGE       set up the virtual environment, or pull IMAGE if not ""
-#   launch/worker.sh start IMAGE ARGS    start imagen_jax.train ARGS detached, in IMAGE if not ""
-#   launch/worker.sh stop                have it save and stop
-#   launch/worker.sh state               none, running, or exit and the code it ended with
-#   launch/worker.sh status WORKDIR      step rate, last checkpoint, TensorBoard directory
+#   launch/worker.sh install IMAGE       set up the virtual environment; pull IMAGE instead if not ""
+#   launch/worker.sh start IMAGE FLAGS   start imagen_jax.train FLAGS detached, in IMAGE if not ""
+#   launch/worker.sh stop                make training save and stop
+#   launch/worker.sh state               print none, running, or "exit CODE"
+#   launch/worker.sh status WORKDIR      print step, rate, last checkpoint and TensorBoard command
 #   launch/worker.sh log                 print the log
 #   launch/worker.sh follow              print the log as it grows
 #
-# The log and the state lie in ~/imagen_jax_run.
+# The log and the state are in ~/imagen_jax_run.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,7 +27,7 @@ install() {
     sudo docker pull --quiet "$1"
     return
   fi
-  # The VMs' own Python is older than this project needs.
+  # The Python of the VMs is too old for this project.
   python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --allow-existing --python 3.11 .venv
   python3 -m uv pip install --quiet --python $python --constraint constraints.txt --editable '.[tpu]'
@@ -41,19 +41,19 @@ state() {
   elif grep --quiet --text supervise "/proc/$(<"$state_dir/supervisor")/cmdline" 2>/dev/null; then
     echo running
   else
-    echo "exit 137" # the VM was restarted under it
+    echo "exit 137" # the VM restarted and killed the run
   fi
 }
 
 start() {
-  [[ $(state) != running ]] || die "a run is on already; launch/stop.sh ends it"
+  [[ $(state) != running ]] || die "a run is already active; launch/stop.sh stops it"
   mkdir -p "$state_dir"
   rm -f "$state_dir/exit"
   setsid nohup "$PWD/launch/worker.sh" supervise "$@" >>"$state_dir/train.log" 2>&1 </dev/null &
   echo $! >"$state_dir/supervisor"
 }
 
-# Runs training, and leaves its process id and then its exit code.
+# Runs training and records its process ID, then its exit code.
 supervise() {
   local image=$1 command=("$python" -u) code=0
   shift
@@ -69,12 +69,12 @@ supervise() {
 
 stop() {
   [[ $(state) == running ]] || return 0
-  # A container belongs to root.
+  # A container runs as root, so `kill` fails.
   kill -TERM "$(<"$state_dir/pid")" 2>/dev/null || sudo docker kill --signal=TERM "$container"
 }
 
 status() {
-  # Needs no package, so that it runs beside a container too.
+  # The VM's own Python suffices: launch.status needs no packages, which a container keeps to itself.
   python3 -m launch.status --workdir="$1"
 }
 

@@ -1,4 +1,4 @@
-"""Start-up of many processes, and how they stop together."""
+"""Joins the processes of a run and stops them together."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ DAY_MS = 24 * 60 * 60 * 1000
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """This process among those of a run.
+    """This process and the run it belongs to.
 
     Attributes:
       coordinator: host:port of process 0.
-      num_processes: processes in all.
-      process_id: this one, from 0.
+      num_processes: number of processes in the run.
+      process_id: number of this process, from 0.
+
+    Raises:
+      UserError: if a value is out of range.
     """
 
     coordinator: str
@@ -38,7 +41,7 @@ class Job:
     def __post_init__(self):
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise UserError(f"--coordinator is {self.coordinator!r}; it must be host:port")
+            raise UserError(f"--coordinator is {self.coordinator!r}; allowed: host:port")
         if self.num_processes < 1:
             raise UserError(f"--num_processes is {self.num_processes}; allowed: 1 or more")
         if not 0 <= self.process_id < self.num_processes:
@@ -47,15 +50,15 @@ class Job:
 
 
 def discover(timeout: int) -> Job:
-    """The job that JAX finds by itself: Cloud TPU VMs, GKE and JobSet, SLURM, Open MPI.
+    """Finds the job through JAX: on Cloud TPU VMs, GKE with or without JobSet, SLURM, Open MPI.
 
     Args:
-      timeout: seconds to wait for the name of process 0's host to be known.
+      timeout: seconds to wait until the name of process 0's host is known.
 
     Raises:
-      UserError: if this process is in none of them.
+      UserError: if this process is not part of such a job.
     """
-    # Private, for want of a public way to learn these three without joining at once.
+    # Private: JAX has no public way to find the job without joining it.
     from jax._src.clusters import ClusterEnv
 
     unset = (None,) * 5
@@ -65,22 +68,22 @@ def discover(timeout: int) -> Job:
         raise UserError(f"--distributed: {' '.join(str(e).split())}") from e
     if found[0] is None:
         raise UserError(
-            "--distributed found no Cloud TPU VM, GKE, SLURM or MPI job here; give --coordinator, "
+            "--distributed found no Cloud TPU VM, GKE, SLURM or MPI job; use --coordinator, "
             "--num_processes and --process_id instead"
         )
     return Job(*found[:3])
 
 
 def join(job: Job, settings: Mapping, join_timeout: int, heartbeat_timeout: int) -> None:
-    """Joins the processes of a run; must come before anything touches a device.
+    """Joins the processes of a run. Call this before anything uses a device.
 
     Args:
-      settings: what must be the same in all of them, see `rendezvous.meet`.
-      join_timeout: seconds to wait for the others.
-      heartbeat_timeout: seconds after which a silent process is taken for dead and all abort.
+      settings: settings that must be equal in all processes, see `rendezvous.meet`.
+      join_timeout: seconds to wait for the other processes.
+      heartbeat_timeout: seconds of silence after which a process counts as dead and all abort.
 
     Raises:
-      UserError: naming the processes that did not come, or the setting that differs.
+      UserError: naming the missing processes or the setting that differs.
     """
     for flag, seconds in (("join", join_timeout), ("heartbeat", heartbeat_timeout)):
         if seconds < 1:
@@ -94,17 +97,17 @@ def join(job: Job, settings: Mapping, join_timeout: int, heartbeat_timeout: int)
         heartbeat_timeout_seconds=heartbeat_timeout,
     )
     if job.process_id:
-        cli.log.setLevel(logging.WARNING)  # all would say the same
+        cli.log.setLevel(logging.WARNING)  # process 0 logs the same lines
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process has called it with this name, hours later if need be.
+    """Waits, for up to a day, until every process has called this with the same name.
 
-    Between devices there would be a limit: on CPUs a collective gives up on a process that comes
-    half a minute late.
+    A collective of the devices has a shorter limit: on CPUs it fails if a process is 30 seconds
+    late.
     """
     if jax.process_count() > 1:
-        # Private, for want of a public barrier that needs no devices.
+        # Private: JAX has no public barrier that does without devices.
         from jax._src.distributed import global_state
 
         global_state.client.wait_at_barrier(name, timeout_in_ms=DAY_MS)
@@ -112,10 +115,10 @@ def wait_for_all(name: str) -> None:
 
 @contextlib.contextmanager
 def failing_at_once() -> Iterator[None]:
-    """Among many processes, an error in the block ends this one now, with its message and code.
+    """With many processes, an error in the block ends this one at once, with its message and code.
 
-    At a usual exit JAX waits minutes for the other processes, which wait for this one, and then
-    aborts it: the exit code and the last line would be JAX's.
+    A normal exit would make JAX wait minutes for the other processes, which wait for this one. JAX
+    would then abort this process with its own exit code and last line.
     """
     try:
         yield
@@ -134,7 +137,7 @@ def failing_at_once() -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into "save and stop after this step", on every host."""
+    """Turns SIGTERM and the first Ctrl-C into a request to save and stop, on every host."""
 
     def __init__(self):
         self._signalled = False
@@ -148,11 +151,11 @@ class StopRequest:
             raise KeyboardInterrupt
         self._signalled = True
         if self._many:
-            # JAX has taken SIGTERM itself, to have all processes agree on the step.
+            # JAX handles SIGTERM: it makes all processes agree on the step to stop at.
             os.kill(os.getpid(), signal.SIGTERM)
 
     def __call__(self, step: int) -> bool:
-        """Whether to stop at `step`; every process gets the same answer."""
+        """Returns whether to stop after `step`, the same in every process."""
         if self._many:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._signalled

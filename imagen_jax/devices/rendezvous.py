@@ -1,9 +1,9 @@
-"""The processes of a run meet before JAX starts: who is missing, and do all mean the same run?
+"""Checks, before JAX starts, that all processes of a run are there and have equal settings.
 
-Where a process stays away, JAX aborts the others with a stack trace that names nobody, and where
-they differ in a key they hang or train nonsense. So each first sends its settings over a plain
-socket to process 0, which answers all of them alike and leaves the port to JAX's own coordinator.
-One line of JSON each way; this module needs no JAX.
+If a process is missing, JAX aborts the others with a stack trace that does not name it. If settings
+differ, the processes hang or train something meaningless. So each process first sends its settings
+to process 0 over a plain socket, one line of JSON. Process 0 sends the same answer to all, then
+frees the port for JAX's coordinator. This module does not import JAX.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from typing import Any
 
 from imagen_jax.common.errors import UserError
 
-# Seconds: between two tries to reach process 0, and for one message once connected.
+# Seconds between attempts to reach process 0, and seconds that one message may take.
 RETRY, MESSAGE = 0.3, 5.0
 
-# Nobody there, or something there that does not speak as a process of a run does.
-STRANGE = (OSError, ValueError, KeyError, TypeError)
+# No connection, or a peer that does not follow the protocol.
+BAD_PEER = (OSError, ValueError, KeyError, TypeError)
 
 
 def meet(
     address: str, num_processes: int, process_id: int, settings: Mapping, timeout: float
 ) -> None:
-    """Returns in every process once all are there and agree.
+    """Returns in every process once all have called it with equal settings.
 
     Args:
-      address: host:port where process 0 listens; free again afterwards.
-      settings: nested mappings of what must be the same everywhere; anything that JSON can hold.
-      timeout: seconds, counted in each process from its own call.
+      address: host:port where process 0 listens. The port is free again on return.
+      settings: nested mappings that must be equal in all processes; values must fit in JSON.
+      timeout: seconds to wait, counted in each process from its own call.
 
     Raises:
-      UserError: in every process that came, naming those that are missing or the first key that
+      UserError: in every process that called, naming the missing processes, or the first key that
         differs with both values.
     """
     host, _, port = address.rpartition(":")
-    # Through JSON, so that tuples and lists compare equal.
+    # JSON turns tuples into lists, so that both compare equal.
     flat = json.loads(json.dumps(dict(_flatten({"num_processes": num_processes, **settings}))))
     if process_id == 0:
         problem = _gather(address, int(port), num_processes, flat, timeout)
@@ -51,7 +51,7 @@ def meet(
 
 
 def _gather(address: str, port: int, num_processes: int, settings: dict, timeout: float) -> str:
-    """Process 0: hears the others until all came or time is up, and answers each the same."""
+    """In process 0: collects the settings of the others, and sends all of them the same answer."""
     deadline = time.monotonic() + timeout
     seen = {0: settings}
     with contextlib.ExitStack() as connections:
@@ -62,7 +62,7 @@ def _gather(address: str, port: int, num_processes: int, settings: dict, timeout
         waiting = []
         while len(seen) < num_processes and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
-            with contextlib.suppress(*STRANGE):
+            with contextlib.suppress(*BAD_PEER):
                 connection = connections.enter_context(server.accept()[0])
                 hello = _receive(connection, MESSAGE)
                 seen[hello["process_id"]] = hello["settings"]
@@ -72,7 +72,7 @@ def _gather(address: str, port: int, num_processes: int, settings: dict, timeout
             with contextlib.suppress(OSError):
                 connection.sendall(_line({"problem": problem}))
         for connection in waiting:
-            # The other side closes first: a socket closed here would hold the port for a while.
+            # Let the peer close first: the side that closes first blocks the port for a while.
             with contextlib.suppress(OSError):
                 connection.settimeout(MESSAGE)
                 connection.recv(1)
@@ -80,16 +80,16 @@ def _gather(address: str, port: int, num_processes: int, settings: dict, timeout
 
 
 def _report(address: tuple[str, int], hello: dict, timeout: float) -> str:
-    """Every other process: tells process 0 its settings and returns what that answers."""
+    """In every other process: sends the settings to process 0 and returns its answer."""
     deadline = time.monotonic() + timeout
     while True:
-        # Refused, reset or not understood: process 0 is not up yet, or is being restarted.
+        # Refused, reset or a bad answer: process 0 is not up yet or is restarting.
         with (
-            contextlib.suppress(*STRANGE),
+            contextlib.suppress(*BAD_PEER),
             socket.create_connection(address, timeout=MESSAGE) as connection,
         ):
             connection.sendall(_line(hello))
-            # Process 0 waits `timeout` from its own start, which may be as late as now.
+            # Process 0 may have started its own `timeout` just now.
             return _receive(connection, timeout + MESSAGE)["problem"]
         if time.monotonic() > deadline:
             return (
@@ -100,7 +100,7 @@ def _report(address: tuple[str, int], hello: dict, timeout: float) -> str:
 
 
 def _listen(port: int) -> socket.socket:
-    """A server on all interfaces, on IPv6 as well where the machine has it."""
+    """Listens on all interfaces, with IPv6 if the machine has it."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
@@ -117,7 +117,7 @@ def _receive(connection: socket.socket, timeout: float) -> dict:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """{"config": {"model": {"dim": 1}}} -> ("config.model.dim", 1)."""
+    """Flattens nested mappings: {"config": {"dim": 1}} yields ("config.dim", 1)."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
@@ -126,7 +126,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
 
 
 def _difference(seen: dict[int, dict]) -> str:
-    """One line on the first key in which a process differs from process 0, or ""."""
+    """Returns one line on the first key that differs from process 0, or ""."""
     for process_id, settings in sorted(seen.items()):
         for key in [*seen[0], *settings]:
             ours, theirs = seen[0].get(key), settings.get(key)
@@ -139,7 +139,7 @@ def _difference(seen: dict[int, dict]) -> str:
 
 
 def _missing(seen: dict[int, dict], num_processes: int, timeout: float) -> str:
-    """One line that lists who did not come, or ""."""
+    """Returns one line that lists the missing processes, or ""."""
     missing = [i for i in range(num_processes) if i not in seen]
     if not missing:
         return ""

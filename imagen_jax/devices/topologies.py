@@ -1,11 +1,14 @@
-"""Accelerators by the names that clouds sell them under: their figures, and devices to compile for.
+"""Accelerators by the names clouds rent them under: their figures, and devices to compile for.
 
-Figures of TPUs are those of Google's pages cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, except
-the memory, which is what libtpu's compiler lets a program use of it, and the clock: peak_flops over
-what the matrix units do in a cycle. Those pages say little of what leads out of a slice: the shares
-of the data center's network and of PCIe are estimates of jax-ml.github.io/scaling-book/tpus, 25
-GB/s a host and 15 GB/s a chip (v6e: twice that), and agree with the pages where they say something
-(v5e 6.4, v6e 25.6 Tbit/s for 256 chips).
+The TPU figures come from Google's pages cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, with three
+exceptions:
+
+- Memory is what libtpu's compiler lets a program use.
+- The clock is peak_flops divided by the operations of the matrix units in one cycle.
+- The pages say little about bandwidth out of a slice. The shares of the data center's network and
+  of PCIe are the estimates of jax-ml.github.io/scaling-book/tpus: 25 GB/s per host and 15 GB/s per
+  chip (v6e: twice both). They agree with the pages where those give a figure (v5e 6.4 and v6e 25.6
+  Tbit/s for 256 chips).
 """
 
 from __future__ import annotations
@@ -25,20 +28,23 @@ GIB = 2**30
 class Chip:
     """What one accelerator can do.
 
+    The bandwidths of link, network and host are those of one direction.
+
     Attributes:
-      name: as people write it, "v4".
-      hbm_bytes: memory that a program can use; 0 if that is the machine's, not the chip's.
-      peak_flops: dense bf16 FLOP/s; 0 if unknown, and then so is everything that takes time.
-      hbm_bytes_per_s: from and to that memory.
-      link_bytes_per_s: of one interconnect link, in one direction.
-      network_bytes_per_s: the chip's share of its host's way to other slices, in one direction.
-      host_bytes_per_s: between the chip and its host's memory, in one direction.
-      clock_hz: of the cycles in which the compiler estimates time.
-      cores: by which Cloud counts in the name of a slice: TensorCores for v4 and v5p.
-      libtpu: the compiler's name; "" if it has none.
-      config: how libtpu presents the chip: with "megacore" two cores are one device.
-      torus: sides that are multiples of it are rings, if all sides are; else lines.
-      kinds: jax.Device.device_kind of it.
+      name: common name, such as "v4".
+      hbm_bytes: memory a program can use; 0 for a CPU, which uses the machine's memory.
+      peak_flops: dense bf16 FLOP/s; 0 if unknown, and then all estimates of time are unknown.
+      hbm_bytes_per_s: bandwidth of that memory, reads and writes together.
+      link_bytes_per_s: bandwidth of one interconnect link.
+      network_bytes_per_s: the chip's share of its host's bandwidth to other slices.
+      host_bytes_per_s: bandwidth between the chip and its host's memory.
+      clock_hz: clock of the cycles in which the compiler estimates time.
+      cores: how many units a chip counts for in the name of a slice. Cloud counts TensorCores for
+        v4 and v5p, chips for v5e and v6e.
+      libtpu: the compiler's name for the chip; "" if libtpu does not compile for it.
+      config: the compiler's configuration; "megacore" makes one device of two cores.
+      torus: a side that is a multiple of this is a ring, in 3D only if all sides are; else a line.
+      kinds: values of jax.Device.device_kind for this chip.
     """
 
     name: str
@@ -77,8 +83,8 @@ CHIPS = {
         hbm_bytes=int(15.75 * GIB),  # of 16 GB
         peak_flops=197e12,
         hbm_bytes_per_s=819e9,
-        link_bytes_per_s=50e9,  # 400 GB/s both ways over 4 links
-        network_bytes_per_s=3.125e9,  # 8 chips a host
+        link_bytes_per_s=50e9,  # 400 GB/s over 4 links, both directions together
+        network_bytes_per_s=3.125e9,  # 8 chips per host
         host_bytes_per_s=15e9,
         clock_hz=1.5e9,
         libtpu="v5e",
@@ -87,10 +93,10 @@ CHIPS = {
     ),
     "v5p": Chip(
         "v5p",
-        hbm_bytes=int(95.74 * GIB),  # of 95 GB by the page
+        hbm_bytes=int(95.74 * GIB),  # of 95 GB according to the page
         peak_flops=459e12,
         hbm_bytes_per_s=2765e9,
-        link_bytes_per_s=100e9,  # 1200 GB/s both ways over 6 links
+        link_bytes_per_s=100e9,  # 1200 GB/s over 6 links, both directions together
         network_bytes_per_s=6.25e9,
         host_bytes_per_s=15e9,
         clock_hz=1.75e9,
@@ -105,7 +111,7 @@ CHIPS = {
         hbm_bytes=int(31.25 * GIB),  # of 32 GB
         peak_flops=918e12,
         hbm_bytes_per_s=1638e9,
-        link_bytes_per_s=100e9,  # 800 GB/s both ways over 4 links
+        link_bytes_per_s=100e9,  # 800 GB/s over 4 links, both directions together
         network_bytes_per_s=12.5e9,
         host_bytes_per_s=32e9,
         clock_hz=1.75e9,
@@ -113,7 +119,7 @@ CHIPS = {
         torus=16,
         kinds=("TPU v6 lite", "TPU v6e"),
     ),
-    # NVIDIA's data sheet of the H100 SXM; the H200 differs in memory, 141 GB at 4.8 TB/s.
+    # From NVIDIA's data sheet of the H100 SXM. The H200 differs only in memory: 141 GB, 4.8 TB/s.
     "gpu": Chip(
         "gpu",
         hbm_bytes=int(80e9),
@@ -121,14 +127,14 @@ CHIPS = {
         hbm_bytes_per_s=3.35e12,
         kinds=("NVIDIA H100 80GB HBM3", "NVIDIA H200"),
     ),
-    # Has no name to plan for; here for the MFU of runs on it.
+    # Not a topology to plan for; its peak gives the MFU of runs on it.
     "a100": Chip(
         "a100", peak_flops=312e12, kinds=("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB")
     ),
     "cpu": Chip("cpu"),
 }
 
-# Sides by number of chips. Cloud offers more shapes; these are what a name without a shape gives.
+# Number of chips -> sides. Cloud offers more shapes; these are the defaults for a name.
 SHAPES_3D = {
     4: (2, 2, 1),
     8: (2, 2, 2),
@@ -146,25 +152,25 @@ SHAPES_2D = {
     math.prod(sides): sides
     for sides in ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 }
-# By what stands before the number in a name.
+# Cloud's name of a slice without its number -> chip and shapes.
 FAMILIES = {
     "v4": (CHIPS["v4"], SHAPES_3D),
     "v5litepod": (CHIPS["v5e"], SHAPES_2D),
-    "v5e": (CHIPS["v5e"], SHAPES_2D),
     "v5p": (CHIPS["v5p"], SHAPES_3D),
     "v6e": (CHIPS["v6e"], SHAPES_2D),
 }
+ALIASES = {"v5e": "v5litepod"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of chips, all alike, or one CPU or GPU.
+    """One or more equal slices of a TPU pod, or one CPU or GPU.
 
     Attributes:
-      name: of one slice as Cloud writes it, "v4-512".
-      chip: its chips.
-      sides: how those of a slice are wired, in chips; their product is their number.
-      slices: how many slices, joined by the data center's network.
+      name: name of one slice as Cloud writes it, such as "v4-512".
+      chip: figures of one chip.
+      sides: shape of one slice in chips.
+      slices: number of slices, connected by the data center's network.
     """
 
     name: str
@@ -174,42 +180,43 @@ class Topology:
 
     @property
     def label(self) -> str:
-        """The name with the number of slices, "2 x v4-512"."""
+        """Name and number of slices, such as "2 x v4-512"."""
         return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     @property
     def slice_chips(self) -> int:
-        """Chips of one slice."""
+        """Number of chips in one slice."""
         return math.prod(self.sides)
 
     @property
     def num_chips(self) -> int:
-        """Chips of all slices, each one device to JAX."""
+        """Number of chips in all slices; each is one JAX device."""
         return self.slices * self.slice_chips
 
     @property
     def shape(self) -> str:
-        """The sides of a slice as Cloud writes them, "4x8x8"."""
+        """Shape of a slice as Cloud writes it, such as "4x8x8"."""
         return "x".join(map(str, self.sides))
 
     @property
     def host_bounds(self) -> tuple[int, int, int]:
-        """Sides of the part that one host has: 4 chips, but in 2D up to 8 if there is one host."""
+        """Shape of one host's chips: 2x2, or a whole two-dimensional slice of up to 8 chips."""
         if len(self.sides) < 3 and self.slice_chips <= 8:
             return (*self.sides, 1, 1)[:3]
         return (2, 2, 1)
 
     @property
     def num_hosts(self) -> int:
-        """Hosts of all slices, each one process to JAX."""
+        """Number of hosts in all slices; each is one JAX process."""
         return self.num_chips // math.prod(self.host_bounds)
 
     @property
     def links(self) -> int:
-        """Interconnect links that every chip has: two a side that is a ring, one a line (its ends).
+        """Interconnect links that every chip of a slice has.
 
-        Three-dimensional slices are wrapped if all sides are multiples of 4, others where a side is
-        16.
+        A side that is a ring gives every chip two links, a line at least one (at its ends), and a
+        side of one chip none. A three-dimensional slice has rings if all its sides are multiples of
+        4, a two-dimensional one along sides of 16.
         """
         unit = self.chip.torus
         rings = [side % unit == 0 for side in self.sides]
@@ -219,42 +226,59 @@ class Topology:
 
     @property
     def ici_bytes_per_s(self) -> float:
-        """Bytes a second that every chip can receive from its neighbours while it sends as many."""
+        """Bytes per second every chip can receive from its neighbors while sending as many."""
         return self.links * self.chip.link_bytes_per_s
 
 
 def lookup(name: str, slices: int = 1) -> Topology:
-    """The topology of a name such as v4-512 (256 chips: two cores each), v5litepod-16, cpu or gpu.
+    """Returns the topology of a name such as v4-512, v5litepod-16 (or v5e-16), cpu or gpu.
 
     Args:
-      slices: how many of them, joined by the data center's network.
+      name: for v4 and v5p its number counts cores, two per chip: v4-512 has 256 chips.
+      slices: number of slices, connected by the data center's network.
 
     Raises:
-      UserError: for a name that is none, with those that are; for slices of what has none.
+      UserError: if the name is unknown, or a CPU or GPU is to have several slices.
     """
     if name in ("cpu", "gpu"):
         if slices > 1:
             raise UserError(f"config.mesh.slice is {slices}; allowed on {name}: 1")
         return Topology(name, CHIPS[name])
+    return tpu_slice(name, slices, "config.mesh.topology", also=("cpu", "gpu"))
+
+
+def tpu_slice(
+    name: str, slices: int = 1, key: str = "--type", also: tuple[str, ...] = ()
+) -> Topology:
+    """Returns the topology of a TPU slice.
+
+    Args:
+      key: the flag or config key, for error messages.
+      also: further names that the key allows, for error messages.
+
+    Raises:
+      UserError: if Cloud has no such slice; the message lists the names it has.
+    """
     family, _, number = name.rpartition("-")
+    family = ALIASES.get(family, family)
     chip, shapes = FAMILIES.get(family, (None, {}))
     if chip and number.isdecimal():
         chips, rest = divmod(int(number), chip.cores)
         if chips in shapes and not rest:
-            return Topology(name, chip, shapes[chips], slices)
+            return Topology(f"{family}-{int(number)}", chip, shapes[chips], slices)
     if chip:
         allowed = ", ".join(f"{family}-{n * chip.cores}" for n in shapes)
     else:
-        families = ", ".join(f"{f}-N" for f in FAMILIES)
-        allowed = f"{families}, cpu, gpu (for example v4-512, v5litepod-256)"
-    raise UserError(f"the topology is {name!r}; allowed: {allowed}")
+        families = [f"{f}-N" for f in sorted({*FAMILIES, *ALIASES})]
+        allowed = f"{', '.join([*families, *also])} (for example v4-512, v5e-256)"
+    raise UserError(f"{key} is {name!r}; allowed: {allowed}")
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Devices to compile for, of a machine that need not be there; one of this CPU's for cpu, gpu.
+    """Returns devices to compile for without having them; for cpu and gpu, one CPU device.
 
     Raises:
-      UserError: if libtpu, TPUs' compiler, is not installed.
+      UserError: if libtpu, the TPU compiler, is not installed.
     """
     import jax
     from jax.experimental import topologies
@@ -267,7 +291,7 @@ def devices(topology: Topology) -> list[Any]:
             f"compiling for {topology.name} needs libtpu, which is not installed: "
             'pip install -c constraints.txt -e ".[plan]"'
         )
-    # It must neither look for a TPU VM around it nor keep a second compiler from starting.
+    # Keeps libtpu from looking for a TPU VM, and lets other processes use libtpu meanwhile.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     description = topologies.get_topology_desc(
@@ -281,7 +305,7 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def device_peak_flops() -> float:
-    """Peak bf16 FLOP/s of a device that is here; 0 where it is not known, as of a CPU."""
+    """Returns the peak bf16 FLOP/s of this machine's first device; 0 if unknown, as for a CPU."""
     import jax
 
     kind = jax.devices()[0].device_kind

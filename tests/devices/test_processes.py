@@ -1,4 +1,4 @@
-"""Processes of a run: they meet, agree, train as one process would, and stop together."""
+"""The processes of a run join, compare settings, train like one process, and stop together."""
 
 import concurrent.futures
 import json
@@ -29,12 +29,12 @@ from ml_collections import ConfigDict
 from imagen_jax.devices import sharding
 
 assert sharding.MIN_SHARDED_SIZE
-sharding.MIN_SHARDED_SIZE = 64  # so that every process holds a part of these small weights
+sharding.MIN_SHARDED_SIZE = 64  # so that these small weights are sharded too
 
 def get_config():
     return ConfigDict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
 """
-# Children compile little and have one device each, whatever this process has.
+# Child processes compile without optimization and have one device each.
 ENV = {
     **os.environ,
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
@@ -46,8 +46,8 @@ ENV = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def as_before():
-    """The config file is loaded in this process, too, where other tests come after."""
+def restore_min_sharded_size():
+    """This process loads the config file too, which changes MIN_SHARDED_SIZE for later tests."""
     size = sharding.MIN_SHARDED_SIZE
     yield
     sharding.MIN_SHARDED_SIZE = size
@@ -55,7 +55,7 @@ def as_before():
 
 @pytest.fixture(scope="module")
 def values(tiny_data):
-    """The config of one process; that of many differs in the mesh."""
+    """Config values of a run of one process; runs of many differ in the mesh."""
     values = shrink(load_config("demo")).to_dict()
     values["data"].update(dir=tiny_data, build=False)
     values["model"].update(image_size=16, channel_mult=(1,))
@@ -84,7 +84,7 @@ class StopAt:
 
 
 def meet(num_processes, present, settings=lambda i: {}, timeout=1.0):
-    """What each process that is present hears: None, or the one line."""
+    """Calls rendezvous.meet in the processes `present`; returns for each None or its error."""
     address = f"localhost:{local.free_port()}"
 
     def one(i):
@@ -102,7 +102,7 @@ def test_processes_that_agree_meet():
     assert meet(5, range(5), lambda i: same) == [None] * 5
 
 
-def test_who_is_missing_is_told_to_all_that_came():
+def test_every_process_names_the_missing_ones():
     lines = meet(6, [0, 2, 5])
     assert len(set(lines)) == 1
     assert lines[0] == (
@@ -115,7 +115,7 @@ def test_a_missing_process_0_is_named_with_its_address():
     assert re.match(r"process 0 did not answer at localhost:\d+ within --join_timeout=1 sec", line)
 
 
-def test_the_first_key_that_differs_is_told_to_all():
+def test_every_process_names_the_first_key_that_differs():
     def settings(i):
         return {"workdir": "w", "config": {"seed": 0, "model": {"embed_dim": 8 + 8 * (i == 1)}}}
 
@@ -124,17 +124,17 @@ def test_the_first_key_that_differs_is_told_to_all():
     assert "config.model.embed_dim is 8 on process 0 and 16 on process 1" in lines[0]
 
 
-def test_strangers_at_the_port_do_no_harm():
+def test_other_clients_of_the_port_are_ignored():
     import socket
 
     port = local.free_port()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(rendezvous.meet, f"localhost:{port}", 2, 0, {}, 20.0)
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process_id": 1}\n'):
+        for message in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process_id": 1}\n'):
             for _ in range(100):
                 try:
-                    with socket.create_connection(("localhost", port)) as stranger:
-                        stranger.sendall(words)
+                    with socket.create_connection(("localhost", port)) as client:
+                        client.sendall(message)
                     break
                 except OSError:
                     time.sleep(0.05)
@@ -142,7 +142,7 @@ def test_strangers_at_the_port_do_no_harm():
         first.result()
 
 
-def test_slurm_is_found_by_its_variables(monkeypatch):
+def test_a_slurm_job_is_found_from_its_variables(monkeypatch):
     names = ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")
     for name, value in zip(names, ("7", "node[003-005],x", "3", "1", "0"), strict=True):
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -151,7 +151,7 @@ def test_slurm_is_found_by_its_variables(monkeypatch):
     assert job.coordinator.startswith("node003:")
 
 
-def test_gke_is_found_by_its_variables(monkeypatch):
+def test_a_gke_job_is_found_from_its_variables(monkeypatch):
     from jax._src.clusters import cloud_tpu_cluster
 
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
@@ -167,21 +167,21 @@ def test_gke_is_found_by_its_variables(monkeypatch):
     ("changes", "words"),
     [
         ({"num_processes": 2}, "--num_processes is 2; it needs --coordinator"),
-        ({"coordinator": "here"}, "--coordinator is 'here'; it must be host:port"),
+        ({"coordinator": "here"}, "--coordinator is 'here'; allowed: host:port"),
         ({"coordinator": "here:1", "process_id": 1}, "--process_id is 1; allowed: 0 to 0"),
         ({"coordinator": "here:1", "join_timeout": 0}, "--join_timeout is 0; allowed: 1 second"),
-        ({"distributed": True}, "--distributed found no Cloud TPU VM, GKE, SLURM or MPI job here"),
+        ({"distributed": True}, "--distributed found no Cloud TPU VM, GKE, SLURM or MPI job;"),
         ({"workdir": "gs://bucket/run"}, "--workdir is 'gs://bucket/run'; it must be a path"),
     ],
     ids=["alone", "address", "id", "timeout", "nowhere", "bucket"],
 )
 def test_bad_flags_are_named(changes, words, config_file, tmp_path, monkeypatch):
-    given = {
+    flags = {
         "config": str(config_file), "set": [], "workdir": str(tmp_path), "distributed": False,
         "coordinator": "", "num_processes": 1, "process_id": 0, "join_timeout": 1,
         "heartbeat_timeout": 100, "profile_steps": "",
     }  # fmt: skip
-    monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(**{**given, **changes}))
+    monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(**{**flags, **changes}))
     with pytest.raises(UserError, match=re.escape(words)):
         train.main([])
 
@@ -216,7 +216,7 @@ def metrics(workdir, key="loss"):
 
 
 def children(pid):
-    """Processes that `pid` started, by their --process_id."""
+    """Returns the child processes of `pid` as process_id -> PID."""
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
@@ -228,7 +228,7 @@ def children(pid):
 def train_and_preempt(num_processes, config_file, workdir, *flags):
     """Trains with launch.local to step 4 or later, then sends SIGTERM to the last process.
 
-    Returns the step at which all stopped.
+    Returns the step at which all processes stopped.
     """
     command = [sys.executable, "-m", "launch.local", f"--num_processes={num_processes}", "--"]
     command += [f"--config={config_file}", f"--workdir={workdir}", *flags]
@@ -253,12 +253,12 @@ def train_and_preempt(num_processes, config_file, workdir, *flags):
 
 
 def check_against_one_process(values, workdir, reference, step):
-    """The run that many processes stopped at `step`, and one goes on with, is that of one alone."""
+    """Resumes the run that stopped at `step` in one process; it must equal a run of one process."""
     config = parse(values)
     for run in (workdir, reference):
         assert not train_run(config, run, StopAt(step + 1))
     assert metrics(workdir) == pytest.approx(metrics(reference), rel=0, abs=1e-5)
-    # A stop saves and does nothing else, so the evaluation of that step may be left out.
+    # Stopping skips a due evaluation of the same step.
     ours, theirs = metrics(workdir, "eval_loss"), metrics(reference, "eval_loss")
     assert 3 in ours
     assert ours == pytest.approx({k: theirs[k] for k in ours}, rel=0, abs=1e-5)
@@ -266,14 +266,16 @@ def check_against_one_process(values, workdir, reference, step):
     np.testing.assert_allclose(*grids, atol=1)
 
 
-def test_two_processes_train_as_one_and_stop_together(config_file, values, tmp_path):
+def test_two_processes_train_like_one_and_stop_together(config_file, values, tmp_path):
     step = train_and_preempt(2, config_file, tmp_path / "two")
     check_against_one_process(values, tmp_path / "two", tmp_path / "one", step)
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_four_processes_to_two_to_one(config_file, values, tmp_path):
-    # Two of them read the same rows each.
+def test_a_run_resumes_with_two_processes_after_four_and_with_one_after_two(
+    config_file, values, tmp_path
+):
+    # With tensor=2, two processes read the same rows.
     first = train_and_preempt(4, config_file, tmp_path / "many", "--config.mesh.tensor=2")
     second = train_and_preempt(2, config_file, tmp_path / "many")
     assert second > first

@@ -1,4 +1,4 @@
-"""Names of slices give their shapes; what is none is refused with those that are."""
+"""A slice's name gives its shape, and an unknown name is refused with the names that exist."""
 
 import importlib.util
 import os
@@ -29,6 +29,7 @@ EVERY = [
         ("v5p-128", "4x4x4", 64, 16),
         ("v5litepod-8", "2x4", 8, 1),
         ("v5e-256", "16x16", 256, 64),
+        ("v5litepod-256", "16x16", 256, 64),
         ("v6e-16", "4x4", 16, 4),
         ("cpu", "1", 1, 1),
         ("gpu", "1", 1, 1),
@@ -39,6 +40,17 @@ def test_a_name_gives_its_shape(name, shape, chips, hosts):
     assert (found.shape, found.num_chips, found.num_hosts) == (shape, chips, hosts)
 
 
+def test_both_names_of_a_v5e_are_one_topology():
+    found = topologies.lookup("v5e-16")
+    assert found == topologies.lookup("v5litepod-16") and found.name == "v5litepod-16"
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_only_a_tpu_slice_can_be_rented(name):
+    with pytest.raises(UserError, match=f"--type is '{name}'; allowed: v4-N.*v6e-N \\("):
+        topologies.tpu_slice(name)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_shape_multiplies_to_its_chips(name):
     found = topologies.lookup(name)
@@ -46,7 +58,7 @@ def test_every_shape_multiplies_to_its_chips(name):
     assert found.num_chips == 1 or found.links > 0
 
 
-def test_slices_are_so_many_of_the_same():
+def test_several_slices_of_one_kind():
     found = topologies.lookup("v4-512", 2)
     assert (found.label, found.shape, found.slice_chips) == ("2 x v4-512", "4x8x8", 256)
     assert (found.num_chips, found.num_hosts) == (512, 128)
@@ -68,12 +80,14 @@ def test_a_torus_has_more_links_than_a_mesh(name, links):
     [
         ("v4-500", "v4-512"),
         ("v4-7", "v4-8"),
-        ("v9-8", "v5litepod-N"),
+        ("v6e-512", "v6e-256"),
+        ("v5e-7", "v5litepod-8"),
+        ("v9-8", "v5e-N, v5litepod-N"),
         ("tpu", "v6e-N"),
         ("", "cpu"),
     ],
 )
-def test_an_unknown_name_is_told_what_there_is(name, allowed):
+def test_an_unknown_name_is_refused_with_those_that_exist(name, allowed):
     with pytest.raises(UserError, match=allowed) as e:
         topologies.lookup(name)
     assert repr(name) in str(e.value) and "\n" not in str(e.value)
@@ -89,7 +103,7 @@ def test_devices_without_the_compiler(monkeypatch):
     assert len(topologies.devices(topologies.lookup("gpu"))) == 1
 
 
-def test_devices_are_those_of_the_slice():
+def test_devices_match_the_slice():
     pytest.importorskip("libtpu")
     for name in EVERY:
         found = topologies.lookup(name)
@@ -99,14 +113,14 @@ def test_devices_are_those_of_the_slice():
 
 
 @pytest.mark.parametrize(("kind", "peak"), [("TPU v5 lite", 197e12), ("NVIDIA H200", 989e12)])
-def test_the_peak_of_the_devices_that_are_here(kind, peak, monkeypatch):
+def test_the_peak_of_local_devices(kind, peak, monkeypatch):
     assert topologies.device_peak_flops() == 0.0
     device = types.SimpleNamespace(device_kind=kind)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert topologies.device_peak_flops() == peak
 
 
-def test_every_chip_is_known_by_its_kind():
+def test_every_chip_has_its_device_kind():
     pytest.importorskip("libtpu")
     for name in ("v4-8", "v5p-8", "v5e-4", "v6e-4"):
         found = topologies.lookup(name)
@@ -120,7 +134,7 @@ def test_devices_of_several_slices():
     assert {d.slice_index for d in devices} == {0, 1, 2}
 
 
-def test_where_there_is_no_tpu_libtpu_is_silent():
+def test_libtpu_is_silent_without_a_tpu():
     pytest.importorskip("libtpu")
     code = "import jax; from imagen_jax import cli; cli.run(lambda argv: print(jax.devices()))"
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
