@@ -1,11 +1,11 @@
-"""Weak and strong scaling as the compiler predicts it: one plan a slice and a batch.
+"""Predicts weak and strong scaling with the compiler: one plan per slice and batch.
 
     python -m benchmarks.scaling --config=configs/base64.py --out=scaling
 
-Needs the extra `plan` and no TPU. For every slice there are two plans (docs/scaling.md): at a batch
-that grows with the chips, and at one that stays. Each runs in a process of its own, since a
-compilation of the base model takes up to 13 GiB; what was planned once comes from the plans' cache.
-Writes scaling.md, scaling.json and scaling.png.
+Needs the extra `plan` but no TPU. Plans every slice twice (docs/scaling-log.md): with a batch that
+grows with the number of chips (weak), and with a fixed batch (strong). Each plan runs in its own
+process, because compiling the base model takes up to 13 GiB. Repeated plans come from the cache of
+imagen_jax.plan. Writes scaling.md, scaling.json and scaling.png.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import make_folder, write_text
 from imagen_jax.devices import topologies
 from imagen_jax.devices.topologies import GIB
-from imagen_jax.plan import DOES_NOT_FIT
+from imagen_jax.planning.report import DOES_NOT_FIT
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    cli.define_config_flags("configs/base64.py", "The config that is planned.")
+    cli.define_config_flags("configs/base64.py", "Config file to plan.")
     names = "v4-8,v4-32,v4-64,v4-128,v4-256,v4-512,v4-1024,v4-2048,v4-4096"
-    flags.DEFINE_list("topologies", names.split(","), "Slices, from small to large.")
-    flags.DEFINE_integer("batch_per_chip", 8, "Examples a chip in weak scaling.", 1)
-    flags.DEFINE_integer("batch_size", 2048, "Examples a step in strong scaling.", 1)
+    flags.DEFINE_list("topologies", names.split(","), "Slices to plan, from small to large.")
+    flags.DEFINE_integer("batch_per_chip", 8, "Examples per chip in weak scaling.", 1)
+    flags.DEFINE_integer("batch_size", 2048, "Examples per step in strong scaling.", 1)
     flags.DEFINE_bool("fast", True, "Compile with the least effort; see imagen_jax.plan.")
-    flags.DEFINE_string("out", "scaling", "Folder of the plans, the tables and the picture.")
+    flags.DEFINE_string("out", "scaling", "Directory of the plans, tables and chart.")
 
 
 def main(argv: list[str]) -> None:
-    """Plans what is not there yet, prints two tables in Markdown."""
+    """Plans every slice and prints two tables in Markdown."""
     del argv
     slices = [topologies.lookup(name) for name in FLAGS.topologies]
     out = Path(FLAGS.out)
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
         for kind, sizes in batches.items()
     }
     titles = {
-        "weak": f"Weak scaling, {FLAGS.batch_per_chip} examples a chip",
-        "strong": f"Strong scaling, {FLAGS.batch_size:,} examples a step",
+        "weak": f"Weak scaling, {FLAGS.batch_per_chip} examples per chip",
+        "strong": f"Strong scaling, {FLAGS.batch_size:,} examples per step",
     }
     text = "\n".join(f"{titles[kind]}:\n\n{table(rows)}" for kind, rows in plans.items())
     print(text)
@@ -64,10 +64,10 @@ def main(argv: list[str]) -> None:
 
 
 def plan(topology: str, batch_size: int, out: Path) -> dict[str, Any]:
-    """The plan of one slice and batch, as imagen_jax.plan writes it.
+    """Runs imagen_jax.plan for one slice and batch, and returns its plan.json.
 
     Raises:
-      UserError: if it cannot be planned.
+      UserError: the command failed.
     """
     folder = out / f"{topology}-batch{batch_size}"
     command = [sys.executable, "-m", "imagen_jax.plan", f"--config={FLAGS.config}"]
@@ -82,9 +82,9 @@ def plan(topology: str, batch_size: int, out: Path) -> dict[str, Any]:
 
 
 def table(plans: list[dict[str, Any]]) -> str:
-    """A row a slice; the last column is images/s a chip, against the first slice's."""
+    """Returns a row per slice; the last column is images/s per chip relative to the first slice."""
     lines = [
-        "| slice | chips | batch | data x fsdp x tensor | microbatches | GiB a chip | s a step "
+        "| slice | chips | batch | data x fsdp x tensor | microbatches | GiB per chip | s per step "
         "| binds | MFU | images/s | efficiency |",
         "|---" * 11 + "|",
     ]
@@ -106,12 +106,12 @@ def table(plans: list[dict[str, Any]]) -> str:
 
 
 def per_chip(plan: dict[str, Any]) -> float:
-    """Images a second that one chip is predicted to train on."""
+    """Returns the predicted images/s of one chip."""
     return plan["pace"]["images_per_s"] / plan["topology"]["chips"]
 
 
 def plot(plans: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: Path) -> None:
-    """Images a second over chips, with the line on which twice the chips are twice as fast."""
+    """Plots images/s over chips, with a line for perfect scaling."""
     with pictures.chart(path, xlabel="chips", ylabel="images/s, predicted") as axes:
         axes.set_xscale("log", base=2)
         for kind, rows in plans.items():

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from data_pipelines.embeddings.store import create_store
 from imagen_jax.common import cli, typed_config
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
+from imagen_jax.common.intervals import wilson
 from imagen_jax.config import Config, parse
 from imagen_jax.evaluation.alignment import alignment
 from imagen_jax.stage import load
@@ -192,13 +192,6 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
             for category, row in by_group.items()
         },
     }
-
-
-def wilson(right: int, num: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns the Wilson (1927) interval of a share: inside [0, 1], not empty at 0 or 1."""
-    middle, scale = (right + z**2 / 2) / (num + z**2), 1 / (num + z**2)
-    half = z * scale * math.sqrt(right * (num - right) / num + z**2 / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

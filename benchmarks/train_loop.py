@@ -1,12 +1,13 @@
-"""What the training loop costs besides the step: the whole loop against the bare jitted step.
+"""Measures the overhead of the training loop: the whole loop against the bare jitted step.
 
     python -m benchmarks.train_loop --config=configs/demo.py
 
-The whole loop is `loop.run_loop`, with data, transfer, metrics and log lines; the bare step is
-called on one batch that lies on the device, and waited for at the end. They take turns of --steps
-steps in one run, so that a change of the machine's load meets both; printed are medians over the
-turns, and the ratio as the median over pairs of neighbours. The second table has what the host does
-for a step, measured alone; an accelerator hides it, a CPU shares its cores with it.
+The whole loop is `loop.run_loop` with data, transfer, metrics and log lines. The bare step runs on
+one batch that stays on the device, and the benchmark waits for it at the end. Both take turns of
+--steps steps in one process, so that changes of the machine's load affect both. The first table has
+medians over the turns; the overhead is the median over pairs of adjacent turns. The second table
+has the host's work for a step, measured alone. An accelerator overlaps with this work; a CPU shares
+its cores with it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from absl import flags
 
 from imagen_jax.common import cli, typed_config
 from imagen_jax.config import parse
+from imagen_jax.devices import compilation
 from imagen_jax.training import experiment as experiments
 from imagen_jax.training.profiling import Profile
 
@@ -37,23 +39,24 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 def define_flags() -> None:
     cli.define_config_flags("configs/demo.py", "Config file, as for imagen_jax.train.")
-    flags.DEFINE_integer("steps", 50, "Steps a turn; the config's log_every gives whole lines.", 2)
-    flags.DEFINE_integer("rounds", 7, "Turns of each.", lower_bound=1)
+    flags.DEFINE_integer("steps", 50, "Steps per turn; log_every gives whole log lines.", 2)
+    flags.DEFINE_integer("rounds", 7, "Number of turns of each.", lower_bound=1)
     flags.DEFINE_enum(
         "clock",
         "wall",
         list(CLOCKS),
-        "cpu counts this process alone, for a CPU shared with others.",
+        "Clock: wall, or cpu, which counts this process only, for a CPU shared with others.",
     )
-    flags.DEFINE_string("json", "", "Also write the figures to this file.")
+    flags.DEFINE_string("json", "", "File to also write the figures to.")
     cli.define_cache_flag()
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints two tables in Markdown."""
+    """Measures and prints two tables in Markdown."""
     del argv
+    compilation.use_cache(FLAGS.compilation_cache)
     config = parse(typed_config.load(FLAGS.config, FLAGS.set))
-    # Longer than this will run: the last step has all actions due.
+    # More steps than will run, because all actions are due at the last step.
     experiment = experiments.build(dataclasses.replace(config, num_steps=10**9))
     with cli.quiet_imports():
         from data_pipelines.reading.batches import Reader, build
@@ -77,29 +80,29 @@ def main(argv: list[str]) -> None:
     if FLAGS.json:
         settings = {key: FLAGS[key].value for key in ("config", "set", "steps", "rounds", "clock")}
         settings |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        figures = {"settings": settings, "seconds_a_step": seconds, "host_seconds": host}
+        figures = {"settings": settings, "seconds_per_step": seconds, "host_seconds": host}
         Path(FLAGS.json).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 class NoActions:
-    """Stands in for train.Actions: nothing is ever due, and what a stop would save is kept."""
+    """Replaces train.Actions: nothing is ever due, and `save` keeps the state in memory."""
 
     profile = Profile((), Path())
 
     def started(self, step: int, metrics: Any) -> None:
-        """Nothing to tell."""
+        """Does nothing."""
 
     def due(self, step: int) -> list:
-        """Nothing."""
+        """Returns no actions."""
         return []
 
     def save(self, step: int, state: Any) -> None:
-        """Keeps the state."""
+        """Keeps the state for the next turn."""
         self.state = state
 
 
 class Turns:
-    """The whole loop and the bare step, going on from each other's state."""
+    """Turns of the whole loop and the bare step; each continues from the state of the other."""
 
     def __init__(self, experiment: experiments.Experiment, batches: Any, logger: Any, clock: Clock):
         self._experiment, self._batches, self._logger, self._clock = (
@@ -112,10 +115,10 @@ class Turns:
         self._state, self._step = experiment.init(), 0
 
     def measure(self, steps: int, rounds: int) -> dict[str, list[float]]:
-        """Seconds a step, for each round, after one that is not counted."""
+        """Returns seconds per step for each round, after a warm-up round."""
         seconds = {"whole loop": [], "bare step": []}
         for turn in range(rounds + 1):
-            # In turn, too, which of them comes first.
+            # Which of the two comes first alternates as well.
             for name in sorted(seconds, reverse=turn % 2 == 0):
                 start = self._clock()
                 self._whole(steps) if name == "whole loop" else self._bare(steps)
@@ -139,7 +142,7 @@ class Turns:
             self._state, _ = self._experiment.step(self._state, self._resident)
 
     def measure_host(self, steps: int, rounds: int) -> dict[str, list[float]]:
-        """Seconds a step of each thing that the host does for it, with nothing else to do."""
+        """Returns seconds per step of each part of the host's work, measured alone."""
         experiment, logger = self._experiment, self._logger
         batch = next(self._batches)
         _, metrics = jax.block_until_ready(experiment.step(self._state, self._resident))
@@ -171,12 +174,12 @@ class Turns:
 
 
 def table(seconds: dict[str, list[float]], host: dict[str, list[float]], clock: str) -> str:
-    """Medians in ms, with quartiles; what the loop costs above the step in percent of it."""
+    """Returns medians in ms with quartiles; the loop's overhead is in percent of the step."""
     whole, bare = (np.array(seconds[name]) for name in ("whole loop", "bare step"))
-    lines = [f"| | {clock} ms a step | quartiles |", "|---|---|---|"]
+    lines = [f"| | {clock} ms per step | quartiles |", "|---|---|---|"]
     lines += [_row(name, np.array(values) * 1e3, "") for name, values in seconds.items()]
-    lines.append(_row("loop above step", (whole / bare - 1) * 100, "%"))
-    lines += ["", f"| the host's part, alone | {clock} ms a step | quartiles |", "|---|---|---|"]
+    lines.append(_row("overhead of the loop", (whole / bare - 1) * 100, "%"))
+    lines += ["", f"| the host's work, alone | {clock} ms per step | quartiles |", "|---|---|---|"]
     lines += [_row(name, np.array(values) * 1e3, "") for name, values in host.items()]
     return "\n".join(lines)
 

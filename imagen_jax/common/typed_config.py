@@ -57,6 +57,20 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     return values
 
 
+def run_name(spec: str) -> str:
+    """Returns the name of a run of a config, safe as a folder name.
+
+    "configs/base64.py:1b,v4-128" gives "base64_1b_v4-128". Every character other than an ASCII
+    letter, a digit, ".", "_" or "-" becomes "_".
+
+    Args:
+      spec: as `load` takes it.
+    """
+    path, _, words = spec.partition(":")
+    name = "_".join([Path(path).stem, *(word for word in words.split(",") if word)])
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+
+
 def _literal(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"

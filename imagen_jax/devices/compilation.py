@@ -1,4 +1,4 @@
-"""How programs are compiled, kept on disk from one run to the next, and what became of one."""
+"""Compiler options, the on-disk cache of compiled programs, and compiling before the first call."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from imagen_jax.common.files import probe_folder
 log = logging.getLogger("imagen_jax")
 
 DEFAULT = "~/.cache/imagen_jax/xla"
-# Set by JAX for each program that it reads instead of compiling, with the seconds that took.
+# JAX records this event, with the seconds it took, for each program it reads from the cache.
 READ = "/jax/compilation_cache/cache_retrieval_time_sec"
-# By platform, of the training step. A TPU else stands still while weights are gathered.
+# Options of the training step by platform. Without this one, a TPU idles during all-gathers.
 OPTIONS = {"tpu": {"xla_enable_async_all_gather": True}}
 UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
 
 
 def use_cache(folder: str | None) -> None:
-    """Has JAX keep in a folder what took a second or more to compile, and find it there.
+    """Makes JAX cache compiled programs in a folder, if compiling took a second or more.
 
-    A folder that cannot be written is told in the log, and the run goes on without.
+    If the folder cannot be written, logs a warning, and the run goes on without a cache.
 
     Args:
-      folder: None is JAX_COMPILATION_CACHE_DIR of the environment or else DEFAULT; "" is no cache.
+      folder: None means $JAX_COMPILATION_CACHE_DIR or else DEFAULT; "" means no cache.
     """
     if folder is None:
         folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT)
     if folder:
-        # XLA splits a CPU's loops over the cores that it sees, but leaves their number out of the
-        # key: a program made on one core would be found, and be slow, on all of them.
+        # XLA splits a CPU's loops over the available cores, but their number is not part of the
+        # cache key: a process with many cores would find and use a slow program made for one core.
         folder = os.path.join(os.path.expanduser(folder), f"cores_{_cores()}")
     if folder and "://" not in folder:
         folder = os.path.abspath(folder)
@@ -49,14 +49,14 @@ def use_cache(folder: str | None) -> None:
 
 
 def _cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _writable(folder: str) -> bool:
-    """Makes the folder if it is not there; says why if it cannot be written."""
+    """Creates the folder if missing; logs a warning and returns False if it cannot be written."""
     try:
         probe_folder(Path(folder))
     except OSError as e:
@@ -66,9 +66,9 @@ def _writable(folder: str) -> bool:
 
 
 def _replace_unreadable(folder: str) -> None:
-    """Drops entries that JAX warns of: a process killed while writing leaves half of one.
+    """Deletes cache entries that JAX cannot read, such as one half written by a killed process.
 
-    JAX compiles such a program anew, but never writes over what is there.
+    JAX recompiles such a program and warns, but never overwrites an existing entry.
     """
     show = warnings.showwarning
 
@@ -79,16 +79,16 @@ def _replace_unreadable(folder: str) -> None:
         for entry in Path(folder).glob(f"{found[1]}-*"):
             with contextlib.suppress(OSError):
                 entry.unlink()
-        log.warning("%s in %s cannot be read; it is compiled anew", found[1], folder)
+        log.warning("%s in %s cannot be read; recompiling it", found[1], folder)
 
     warnings.showwarning = drop
 
 
 def compile_ahead(lowered: jax.stages.Lowered) -> str:
-    """Compiles what `jit(f).lower(...)` gave, so that the first call of f need not.
+    """Compiles what `jit(f).lower(...)` returns, so that the first call of f does not.
 
     Returns:
-      Whether that was done or the program was found in the cache, and the time it took.
+      A line for the log: whether the program was compiled or found in the cache, and the time.
     """
     start = time.perf_counter()
     with _reads() as seconds:
@@ -101,7 +101,7 @@ def compile_ahead(lowered: jax.stages.Lowered) -> str:
 
 @contextlib.contextmanager
 def _reads() -> Iterator[list[float]]:
-    """Collects the seconds of each read from the cache."""
+    """Collects the seconds of each read from the compilation cache."""
     seconds = []
 
     def listen(event: str, duration: float, **_):

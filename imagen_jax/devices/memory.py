@@ -1,4 +1,4 @@
-"""Whether a run fits on its devices, and what is left to them and their memory to decide."""
+"""Checks that a run fits on its devices, and chooses what the config leaves to their memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jax
 from imagen_jax.common.errors import UserError
 from imagen_jax.devices import sharding
 
-# Bytes beside state and gradients in which a device takes Config.device_batch examples at once:
-# recomputing next to nothing, and recomputing every block (docs/scaling.md).
+# Free bytes, after state and gradients, that a device needs to run Config.device_batch examples at
+# once: with next to nothing recomputed ("kept") and with every block recomputed (docs/scaling.md).
 ROOM = {"kept": 11 * 2**30, "block": 7 * 2**30}
 
 
@@ -31,22 +31,23 @@ def check_fits(
     needed = sharding.bytes_per_device(state) + sharding.bytes_per_device(params) + activations
     if needed > available:
         raise UserError(
-            f"{num_params / 1e9:.2f}B parameters at batch {batch_size} need at least "
-            f"{needed / 2**30:.1f} GiB a device; each of {jax.device_count()} device(s) here has "
-            f"{available / 2**30:.1f} GiB: raise config.mesh.fsdp on more devices, lower "
-            "config.batch_size, or try the recipe small with --config=configs/base64.py:tiny"
+            f"{num_params / 1e9:.2f}B parameters at batch {batch_size} need at "
+            f"least {needed / 2**30:.1f} GiB per device; {jax.device_count()} device(s) here have "
+            f"{available / 2**30:.1f} GiB each: raise config.mesh.fsdp on more devices, lower "
+            "config.batch_size, or try the small recipe, --config=configs/base64.py:tiny"
         )
 
 
 def fill_tiles(
     config: sharding.MeshConfig, batch_size: int, microbatches: int, devices: list[jax.Device]
 ) -> sharding.MeshConfig:
-    """With tensor 0 replaced: up to 4 TPUs share examples if each had less than a tile's rows.
+    """Replaces tensor=0: up to 4 TPUs share examples if each would have fewer than a tile's rows.
 
-    A TPU lays the batch along those rows, and with fewer moves as many bytes (docs/scaling.md).
+    A TPU lays the batch out along those 8 rows, so fewer examples move as many bytes
+    (docs/scaling.md).
 
     Args:
-      microbatches: of the config; 0 if they are to be chosen.
+      microbatches: the config's; 0 if not yet chosen.
     """
     if config.tensor:
         return config
@@ -71,7 +72,7 @@ def choose(
     remat: str,
     scanned: bool,
 ) -> tuple[str, int]:
-    """The remat policy and the number of microbatches: the config's, or what memory allows.
+    """Returns the remat policy and the number of microbatches; memory decides what is left open.
 
     Args:
       mesh: the device mesh.
@@ -84,7 +85,7 @@ def choose(
       remat: of the config; "" leaves the policy to this function.
       scanned: whether the network scans its blocks.
     """
-    # Gradients twice: those of a microbatch, and their sum.
+    # Gradients count twice: those of one microbatch, and their sum.
     gradients = 2 * sharding.bytes_per_device(params)
     room = available - sharding.bytes_per_device(state) - gradients
     times = 1.0
@@ -97,13 +98,13 @@ def choose(
 
 
 def choose_remat(room: float, times: float, scanned: bool) -> str:
-    """The policy that recomputes least of those that a device has room for.
+    """Returns the policy that recomputes least among those that fit.
 
     Args:
-      room: bytes of a device beside state and gradients.
-      times: how many times Config.device_batch it takes at once.
-      scanned: whether blocks run in a scan, which stores all that its backward pass reads, a copy
-        a turn.
+      room: a device's free bytes after state and gradients.
+      times: examples that a device runs at once, as a multiple of Config.device_batch.
+      scanned: whether blocks run in a scan. A scan stores everything its backward pass reads, one
+        copy per iteration.
     """
     if room < ROOM["kept"] * times:
         return "block"
@@ -113,12 +114,11 @@ def choose_remat(room: float, times: float, scanned: bool) -> str:
 def count_microbatches(
     mesh: Any, batch_size: int, device_batch: int, room: float, remat: str
 ) -> int:
-    """As few equal parts of the batch as let a device take its share of one at once.
+    """Returns the smallest number of equal microbatches whose share fits on a device at once.
 
     Args:
-      device_batch: examples that a device takes at once in the ROOM for `remat`; in twice as much,
-        twice as many.
-      room: bytes of a device beside state and gradients.
+      device_batch: examples that fit in ROOM for `remat`; twice the room fits twice as many.
+      room: a device's free bytes after state and gradients.
     """
     times = max(room, 1.0) / ROOM["block" if remat == "block" else "kept"]
     most = max(1, int(device_batch * 2.0 ** math.floor(math.log2(times))))
@@ -127,11 +127,11 @@ def count_microbatches(
 
 
 def device_memory() -> float:
-    """Bytes of the memory of a device that is here; a CPU's devices share the machine's."""
+    """Returns the bytes of memory of one local device; CPU devices share the machine's memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit", physical_memory() / jax.local_device_count())
 
 
 def physical_memory() -> int:
-    """Bytes of this machine's own memory."""
+    """Returns the bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,8 +1,8 @@
-"""The mesh, and how weights and batches lie on it. The only module that knows jax.sharding.
+"""The device mesh and the shardings of weights and batches. The only user of jax.sharding.
 
-Weight shardings are inferred from shapes, outside the model. Every large weight is split over
-`fsdp`, with its EMA and optimizer state beside it (ZeRO-3), and over `tensor` along its output
-channels; the part that `fsdp` took away is gathered where the weight is used (`block_runner`).
+Weight shardings are inferred from shapes, outside the model. Every large weight, its EMA and its
+optimizer state are sharded over `fsdp` (ZeRO-3), and over `tensor` along the output channels. Each
+weight is all-gathered along `fsdp` where it is used (`block_runner`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from imagen_jax.common.typed_config import require
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
 
-# Rematerialization by name: what the backward pass finds of a block's forward pass. Where not all
-# of it, weights are gathered again.
+# Rematerialization policies by name: which activations of a block are saved for the backward pass.
+# Every policy but "none" gathers the weights again.
 _POLICIES = jax.checkpoint_policies
 REMAT: dict[str, Callable[..., Any]] = {
-    "none": _POLICIES.everything_saveable,  # block_runner then does without jax.checkpoint
+    "none": _POLICIES.everything_saveable,  # block_runner then skips jax.checkpoint
     "save_products": _POLICIES.save_only_these_names("conv", "attention", "statistics"),
     "save_attention": _POLICIES.save_only_these_names("attention"),
     "block": _POLICIES.nothing_saveable,
@@ -43,33 +43,33 @@ REMAT: dict[str, Callable[..., Any]] = {
 
 # A weight smaller than this is not worth a collective; it stays replicated.
 MIN_SHARDED_SIZE = 2**16
-# Rows and columns of a TPU's tile. Of a weight that is split finer XLA gathers no parts: it adds up
-# whole arrays of zeros around them.
+# Rows and columns of a TPU's tile. If a shard is smaller than a tile, XLA cannot all-gather it; it
+# zero-pads every shard to full size and sums them.
 TILE = (8, 128)
-# At 64 ways the 2B model's weights, EMA and optimizer state are 0.25 GiB a device, and a part of
-# its narrowest matrix, 512 rows, still is a tile. Where there are no more than 64, 8 do: split over
-# a whole slice, XLA exchanges activations (16 or 32 ways) or sums whole weights (docs/scaling.md).
+# Sharded 64 ways, the state of the 2B model takes 0.25 GiB per device, and a shard of its narrowest
+# matrix, 512 rows, is still a whole tile. Slices of up to 64 devices shard 8 ways: over a whole
+# slice, XLA exchanges activations or sums whole weights (docs/scaling-log.md).
 MOST_FSDP, FEW_FSDP = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Config section `mesh`: the size of each axis (-1 takes the devices that are left).
+    """Config section `mesh`: the size of each axis. -1 takes the remaining devices.
 
     Attributes:
-      topology: the TPU slice it is meant for, such as "v4-512"; "" is whatever is there.
-      slice: slices of TPUs, joined by the data center's network: one part of the batch each. With
-        a topology, how many such slices.
-      data: replicas of the model, each with its part of the batch.
-      fsdp: the batch and the weights are both split over this axis; 0 is MOST_FSDP devices, or if
-        a slice is no larger multiple of that, up to FEW_FSDP.
-      tensor: the output channels of weights, and with them heads, are split over this axis; 0 is
-        1, or on TPUs 2 or 4 where one would have fewer than 8 examples.
-      remat: what of a block is computed anew in the backward pass: "none" (nothing; activations
-        and gathered weights are kept), "save_products" (all but its convolutions, attention, and
-        norms' statistics: what costs little), "save_attention" (all but its attention), "block"
-        (all), or "offload" (as save_products, but products are kept in the host's memory). With ""
-        the device's memory decides, see fits.choose_remat.
+      topology: the TPU slice that the run needs, such as "v4-512"; "" accepts any devices.
+      slice: number of TPU slices joined by the data center's network; each takes an equal part of
+        the batch. With a topology, the number of such slices.
+      data: replicas of the model; each takes an equal part of the batch.
+      fsdp: devices that shard both the batch and the weights. 0 chooses: MOST_FSDP if the slice is
+        a larger multiple of it, otherwise up to FEW_FSDP.
+      tensor: devices that shard the output channels of weights, and so attention heads. 0 chooses:
+        1, or on TPUs 2 or 4 if a chip would have fewer than 8 examples.
+      remat: what the backward pass recomputes in each block: "none" nothing (activations and
+        gathered weights stay in memory), "save_products" all but convolutions, attention and the
+        statistics of norms, "save_attention" all but attention, "block" everything; "offload" is
+        save_products with the products in the host's memory. "" chooses by the device's memory
+        (fits.choose_remat).
     """
 
     topology: str = ""
@@ -85,27 +85,27 @@ class MeshConfig:
         for axis in AXES:
             size = getattr(self, axis)
             ok = size == -1 or size > 0 or (axis in ("fsdp", "tensor") and size == 0)
-            require(ok, f"mesh.{axis}", size, "-1 or a positive number; 0 of fsdp and tensor")
+            require(ok, f"mesh.{axis}", size, "-1, a positive number, or 0 for fsdp and tensor")
         sizes = [getattr(self, axis) for axis in AXES]
-        require(sizes.count(-1) <= 1, "mesh", tuple(sizes), "at most one axis of size -1")
+        require(sizes.count(-1) <= 1, "mesh", tuple(sizes), "at most one axis with size -1")
         known = not self.topology or self.slice > 0
-        require(known, "mesh.slice", self.slice, "with mesh.topology, the number of such slices")
+        require(known, "mesh.slice", self.slice, "a positive number when mesh.topology is set")
 
     def covers(self, num_devices: int) -> bool:
-        """Whether the sizes multiply to so many devices."""
+        """Whether the sizes multiply to `num_devices`."""
         try:
             return bool(self.sizes(num_devices))
         except UserError:
             return False
 
     def sizes(self, num_devices: int) -> dict[str, int]:
-        """The size of each axis on so many devices.
+        """Returns the size of each axis on `num_devices` devices.
 
         Raises:
-          UserError: if they do not multiply to that number.
+          UserError: if the sizes do not multiply to `num_devices`.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        sizes["tensor"] = sizes["tensor"] or 1  # as long as fits.fill_tiles has not chosen
+        sizes["tensor"] = sizes["tensor"] or 1  # unless fits.fill_tiles has chosen
         if self.fsdp == 0:
             others = math.prod(max(sizes[a], 1) for a in AXES if a != "fsdp")
             ways = max(num_devices // others, 1)
@@ -120,18 +120,18 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The device mesh with axes AXES: neighbours along `tensor`, then `fsdp`, are near each other.
+    """Makes the device mesh with axes AXES; devices along `tensor`, then `fsdp`, are closest.
 
     Raises:
-      UserError: if the sizes do not multiply to the devices, or these are of other than `slice`
-        slices.
+      UserError: if the sizes do not multiply to the number of devices, or the number of slices
+        differs from `slice`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = tuple(config.sizes(len(devices)).values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if devices[0].platform == "tpu" and slices != sizes[0]:
         raise UserError(
-            f"config.mesh.slice is {sizes[0]}; the {len(devices)} devices are of {slices} slice(s)"
+            f"config.mesh.slice is {sizes[0]}; the {len(devices)} devices form {slices} slice(s)"
         )
     if 1 < slices == sizes[0]:
         inner, outer = (1, *sizes[1:]), (sizes[0], 1, 1, 1)
@@ -144,17 +144,17 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts the batch is split."""
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch's rows this host reads, and how many shares there are.
+    """Returns the index of this host's share of a batch's rows, and the number of shares.
 
-    Hosts that are joined along `tensor` read the same.
+    Hosts joined along `tensor` read the same share.
 
     Raises:
-      UserError: if hosts would have only a part of their rows in common.
+      UserError: if two hosts would have some of their rows in common, but not all.
     """
     rows: dict[int, set[int]] = {}
     ways = batch_ways(mesh)
@@ -163,14 +163,14 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(each)) for each in rows.values()})
     if len(shares) * len(shares[0]) != ways:
         raise UserError(
-            f"config.mesh.tensor is {mesh.shape['tensor']}: hosts would share parts of their rows; "
-            "take the devices of a host, or a multiple or divisor of them"
+            f"config.mesh.tensor is {mesh.shape['tensor']}: hosts would share some of their rows; "
+            "allowed: the number of devices of a host, or a multiple or divisor of it"
         )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
-    """Raises UserError unless every device gets the same whole number of examples a microbatch."""
+    """Raises UserError unless every microbatch divides evenly over the devices."""
     ways = batch_ways(mesh)
     unit = ways * microbatches
     if batch_size <= 0 or batch_size % unit:
@@ -181,10 +181,10 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
 
 
 def _weight_spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
-    """How a weight is split, from its shape [..., in, out] alone.
+    """Returns a weight's PartitionSpec, inferred from its shape [..., in, out].
 
-    `tensor` takes the output channels. `fsdp` takes the largest of the other axes whose parts are
-    whole tiles, else the largest that it divides.
+    `tensor` shards the output channels. `fsdp` shards the largest of the other dimensions whose
+    shards are whole tiles; if there is none, the largest that it divides.
     """
     if not shape or math.prod(shape) < MIN_SHARDED_SIZE:
         return P()
@@ -202,46 +202,49 @@ def _weight_spec(mesh: Mesh, shape: tuple[int, ...]) -> P:
 
 
 def weight_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A NamedSharding for every array (or ShapeDtypeStruct) of a state, from its shape alone."""
+    """Returns a NamedSharding for every array (or ShapeDtypeStruct) of a state, by its shape."""
     return jax.tree.map(lambda x: NamedSharding(mesh, _weight_spec(mesh, x.shape)), tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over all devices that share the batch."""
+    """Shards the leading axis over all devices that share the batch."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """Puts the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def put_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This host's rows, its `batch_share` -> global arrays with the rows of all hosts."""
+    """Turns this host's rows, its `batch_share`, into global arrays with the rows of all hosts."""
     sharding = batch_sharding(mesh)
-    # In a run of many processes JAX takes this transfer, asked for here, for an accidental one.
+    # With several processes, JAX's transfer guard takes this transfer for an implicit one.
     with jax.transfer_guard_host_to_device("allow"):
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()}
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs that carry shardings, as checkpoints and AOT compilation want them."""
+    """Returns ShapeDtypeStructs with shardings, which checkpoints and AOT compilation need."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that one device holds of a tree of arrays, or of ShapeDtypeStructs with shardings."""
+    """Returns the bytes per device of a tree of arrays, or of ShapeDtypeStructs with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def gatherer(mesh: Mesh, dtype: Any) -> Callable[[jax.Array], jax.Array]:
-    """Weight -> the same with what `fsdp` split made whole, in `dtype`: half the bytes to send.
+    """Returns a function that all-gathers a weight along `fsdp`, cast first to halve the traffic.
 
-    Its gradient is added up and split in one go (reduce-scatter), which XLA only does if told where
-    the gradient is to lie.
+    The gradient is constrained to the weight's own sharding. Only then does XLA reduce-scatter it;
+    otherwise it sums whole gradients on every device.
+
+    Args:
+      dtype: type of the gathered weight, usually bfloat16.
     """
 
     def constrain(x, spec):
@@ -263,20 +266,20 @@ def gatherer(mesh: Mesh, dtype: Any) -> Callable[[jax.Array], jax.Array]:
 
 
 def block_runner(mesh: Mesh, remat: str, dtype: Any) -> Callable[..., Any]:
-    """Runs a model's block as `run(fn, params, *arrays)`, gathering its weights at use.
+    """Returns `run(fn, params, *arrays)`, which runs a model's block and gathers its weights.
 
-    With plain FSDP shardings XLA's partitioner un-shards the batch instead of the weights, which
-    does not fit on a chip. So a block's weights are constrained to be whole inside it (and inside
-    jax.checkpoint), and the activations at its border to lie as the batch does.
+    With plain FSDP shardings, XLA's partitioner unshards the batch instead of the weights, and the
+    program does not fit on a chip. So the runner constrains a block's weights to be whole inside
+    the block (and inside jax.checkpoint), and its inputs to the sharding of the batch.
 
     Args:
       remat: a key of REMAT.
-      dtype: of activations, in which weights are gathered.
+      dtype: type of the activations; weights are cast to it before they are gathered.
     """
     batch, gather = batch_sharding(mesh), gatherer(mesh, dtype)
     split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
-    def on_batch(x):  # everything but the dropout key, a scalar, has the batch first
+    def on_batch(x):  # only the dropout key, a scalar, has no leading batch axis
         return jax.lax.with_sharding_constraint(x, batch) if x.ndim else x
 
     def gathered(fn, params, *arrays):
@@ -286,10 +289,10 @@ def block_runner(mesh: Mesh, remat: str, dtype: Any) -> Callable[..., Any]:
         return fn(params, *arrays)
 
     def run(fn, params, *arrays):
-        if remat == "none":  # else jax.checkpoint rounds all that is kept, one pass over it more
+        if remat == "none":  # jax.checkpoint rounds everything it saves, an extra pass over it
             return gathered(fn, params, *arrays)
-        # Barriers keep XLA from undoing the recomputation of products. Where those are kept, they
-        # would only have it store, in float32, what it can compute from its neighbour on the way.
+        # Barriers (prevent_cse) keep XLA from merging recomputed products with the originals. With
+        # products saved, barriers only make XLA store, in float32, activations that it could fuse.
         step = jax.checkpoint(
             gathered,
             static_argnums=(0,),

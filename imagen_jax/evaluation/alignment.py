@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from imagen_jax.common.intervals import wilson
 
 Example = dict[str, Any]
 # (image uint8 [H, W, 3], example) -> (groups that the example counts in, verdict of each claim).
@@ -24,7 +25,7 @@ def alignment(
 
     Returns:
       {group: {"claims": share of satisfied claims, "fully": share of pictures that satisfy all
-      of theirs, "half_width": 95% half-width of the latter, "num": number of pictures}}.
+      of theirs, "low" and "high": its 95% Wilson interval, "num": number of pictures}}.
     """
     verdicts = defaultdict(list)
     for image, example in zip(images, examples, strict=True):
@@ -34,11 +35,13 @@ def alignment(
     out = {}
     for row in sorted(verdicts, key=lambda r: (r == "all", r == "one object", r)):
         oks = verdicts[row]
-        fully = float(np.mean([all(o) for o in oks]))
+        fully = [all(o) for o in oks]
+        low, high = wilson(sum(fully), len(oks))
         out[row] = {
             "claims": float(np.mean([ok for o in oks for ok in o])),
-            "fully": fully,
-            "half_width": 1.96 * math.sqrt(fully * (1 - fully) / len(oks)),
+            "fully": float(np.mean(fully)),
+            "low": low,
+            "high": high,
             "num": len(oks),
         }
     return out

@@ -1,1 +1,1 @@
-"""The parts of `imagen_jax.plan`: compiling ahead of time, reading HLO, rooflines, the report."""
+"""Plans a run: compiles ahead of time, reads HLO, bounds the time of a step, writes a report."""

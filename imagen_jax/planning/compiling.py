@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation, remembered on disk; a program too large for the chip is an answer."""
+"""Compiles ahead of time and caches results on disk. A program too large for a chip is a result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from imagen_jax.common.files import replacing
 COST_KEYS = ("flops", "bytes accessed", "optimal_seconds")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _AMOUNT = r"([\d.]+)([KMGT]?)"
-# XLA says it in one of two ways, by whether the temporaries alone are too much.
+# XLA has two messages: one for the whole program, one for temporaries that alone are too large.
 _TOO_LARGE = (
     re.compile(rf"Used {_AMOUNT} of {_AMOUNT} hbm"),
     re.compile(rf"\({_AMOUNT}\) exceeds available HBM \({_AMOUNT}\)"),
@@ -29,16 +29,16 @@ _TOO_LARGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What is kept of a compiled program.
+    """The part of a compiled program that a plan needs.
 
     Attributes:
-      memory: bytes on one device: arguments, outputs, aliased (outputs that lie where arguments
-        did), temporaries, code. Empty if the program is too large.
+      memory: bytes on one device: arguments, outputs, aliased (outputs that reuse the memory of
+        arguments), temporaries, code. Empty if the program is too large.
       cost: the scalars COST_KEYS of XLA's cost analysis.
-      text: the optimized HLO.
-      needed: bytes on one device in all; if the program is too large, as the compiler says.
-      seconds: that compiling took.
-      cached: whether it was, at another time.
+      text: the optimized HLO; empty if the program is too large.
+      needed: total bytes on one device; from the compiler's error if the program is too large.
+      seconds: time that compiling took.
+      cached: whether the result comes from the cache.
     """
 
     memory: dict[str, int]
@@ -50,7 +50,7 @@ class Compiled:
 
 
 def effort(fast: bool) -> dict[str, Any]:
-    """Compiler options: with `fast` those of the least effort, by this JAX's name for it."""
+    """Returns compiler options: none, or with `fast` this JAX version's option for low effort."""
     if not fast:
         return {}
     if jax.__version_info__ >= (0, 12):
@@ -59,19 +59,22 @@ def effort(fast: bool) -> dict[str, Any]:
 
 
 def compile_step(lowered: Any, target: str, options: dict[str, Any], cache: Path) -> Compiled:
-    """Compiles a lowered program, or finds in `cache` what compiling it once gave.
+    """Compiles a lowered program, or reads the result from the cache.
 
     Args:
-      lowered: from `jitted.lower(...)`, on devices to compile for.
-      target: the topology's name.
-      options: of the compiler.
-      cache: a folder, made if it is not there.
+      lowered: from `jitted.lower(...)`, for the devices to compile for.
+      target: name of the topology.
+      options: compiler options.
+      cache: folder of results; created if missing.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler fails for a reason other than memory.
     """
     path = cache / f"{_key(lowered, target, options)}.json.gz"
     if path.exists():
         with contextlib.suppress(OSError, ValueError, TypeError):
-            kept = json.loads(gzip.decompress(path.read_bytes()))
-            return dataclasses.replace(Compiled(**kept), cached=True)
+            saved = json.loads(gzip.decompress(path.read_bytes()))
+            return dataclasses.replace(Compiled(**saved), cached=True)
     compiled = _compile(lowered, options)
     cache.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -80,13 +83,13 @@ def compile_step(lowered: Any, target: str, options: dict[str, Any], cache: Path
 
 
 def _key(lowered: Any, target: str, options: dict[str, Any]) -> str:
-    """A hash of all that the result depends on."""
+    """Hashes everything that the result depends on."""
     parts = [target, jax.__version__, compiler_version(), json.dumps(options)]
     return hashlib.sha256("\n".join([*parts, lowered.as_text()]).encode()).hexdigest()[:32]
 
 
 def compiler_version() -> str:
-    """The version of libtpu, "" if it is not installed."""
+    """Returns the version of libtpu, "" if it is not installed."""
     try:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
@@ -112,12 +115,12 @@ def _compile(lowered: Any, options: dict[str, Any]) -> Compiled:
         "code": stats.generated_code_size_in_bytes,
     }
     needed = sum(memory.values()) - 2 * memory["aliased"]
-    kept = {key: float(cost[key]) for key in COST_KEYS if key in cost}
-    return Compiled(memory, kept, compiled.as_text(), needed, seconds)
+    scalars = {key: float(cost[key]) for key in COST_KEYS if key in cost}
+    return Compiled(memory, scalars, compiled.as_text(), needed, seconds)
 
 
 def too_large(message: str) -> float | None:
-    """The bytes that a program wanted, from the compiler's error; None if it is another error."""
+    """Returns the bytes a program needs, parsed from an out-of-memory error; else None."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     for pattern in _TOO_LARGE:

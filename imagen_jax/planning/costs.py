@@ -1,8 +1,8 @@
-"""What a compiled program computes, moves and sends, counted in its HLO with loops as they run.
+"""Counts a compiled program's FLOPs, memory traffic and collectives from its HLO text.
 
-XLA's own analysis counts the body of a loop once, and says nothing of collectives. FLOPs and bytes
-are counted by its rules (xla/service/hlo_cost_analysis.cc), for what matters: convolutions and
-matrix products, and what each operation reads and writes.
+XLA's own analysis counts a loop body once and leaves out collectives; here every operation counts
+as often as it runs. FLOPs and bytes follow XLA's rules (xla/service/hlo_cost_analysis.cc), but
+FLOPs cover only convolutions and matrix products.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ import re
 from imagen_jax.planning.hlo import Computation, Instruction, Program, arrays
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What libtpu has its runtime do, on the hosts and over the data center's network.
+# All-reduces between slices, which libtpu's runtime does on the hosts, over the network.
 BETWEEN_SLICES = "between-slices"
-# The memory space of what is offloaded.
+# Memory space of offloaded arrays.
 HOST_MEMORY = "S(5)"
-# They move nothing: names of what is there, and what is counted where it was started or goes on.
+# Opcodes that move nothing: they name existing data, or their parts are counted elsewhere.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "call"}
 FREE |= {"while", "conditional", "partition-id", "async-start", "async-update", "async-done"}
-# Custom calls that move nothing: they name what lies side by side already.
+# Custom calls that move nothing: they name adjacent arrays as one.
 FREE_CALLS = ("ConcatBitcast",)
-# Where the compiler has no estimate it writes the largest number that it can.
+# Larger cycle counts are the compiler's placeholder for no estimate.
 NO_ESTIMATE = 10**15
 
 
 @dataclasses.dataclass
 class Operation:
-    """One operation that runs `times` times a step, on every device.
+    """One operation, which every device runs `times` times per step.
 
     Attributes:
-      flops: of the convolutions and matrix products in it.
-      bytes: read and written, on-chip memory included.
-      cycles: that the compiler thinks it takes; 0 where it does not say.
-      waits_for: bytes from other devices, which this one does nothing but wait for; collectives
-        that are started first and awaited later have none.
+      times: runs per step.
+      flops: FLOPs of its convolutions and matrix products, per run.
+      bytes: bytes read and written per run, including on-chip memory.
+      cycles: the compiler's estimate of its cycles per run; 0 if there is none.
+      waits_for: bytes received from other devices while this one is idle; 0 for asynchronous
+        collectives.
     """
 
     times: int
@@ -52,10 +53,10 @@ class Costs:
     """A program's costs on one device.
 
     Attributes:
-      operations: all that run.
-      collectives: of each kind, how many ("count") and the bytes that a device receives ("bytes").
-      host_bytes: that go to the host's memory and come back.
-      unknown_loops: loops counted as one turn, because their number of turns was not found.
+      operations: every operation with a cost.
+      collectives: for each kind, their number ("count") and the bytes a device receives ("bytes").
+      host_bytes: bytes copied to the host's memory and back.
+      unknown_loops: number of loops whose trip count is unknown; each counts as one iteration.
     """
 
     operations: list[Operation]
@@ -65,19 +66,19 @@ class Costs:
 
 
 def count(program: Program) -> Costs:
-    """Counts a program's costs."""
+    """Counts a program's costs on one device."""
     operations, unknown, host_bytes = [], 0, 0.0
     table = {kind: {"count": 0, "bytes": 0.0} for kind in (*COLLECTIVES, BETWEEN_SLICES)}
     for where, i, times, fused in program.walk():
         unknown += i.opcode == "while" and program.turns(where, i) is None
         if i.opcode == "copy-start" and HOST_MEMORY in i.shape:
-            host_bytes += times * _first_size(i.shape)  # of source and destination, which are equal
+            host_bytes += times * _first_size(i.shape)  # source and destination have the same size
         if not fused:
             operations.append(Operation(times, 0.0, _moved(program, where, i), _cycles(i)))
-        # What is fused comes after the fusion that it is in.
+        # A fusion's instructions follow the fusion itself.
         operations[-1].flops += _flops(where, i)
         kind = i.opcode.removesuffix("-start")
-        if kind == "all-reduce" and fused:  # with the slice of it that a device keeps
+        if kind == "all-reduce" and fused:  # fused with the slice that a device keeps
             kind = "reduce-scatter"
         if kind == "recv" and "megascale" in i.rest:
             kind = BETWEEN_SLICES
@@ -93,13 +94,13 @@ def count(program: Program) -> Costs:
 
 
 def received(program: Program, where: Computation, i: Instruction, kind: str) -> float:
-    """Bytes that a device gets from others in a collective, by the best algorithm on a ring.
+    """Returns the bytes a device receives in a collective, by the best algorithm on a ring.
 
-    Of a gathered array all but its own part; of a reduced and scattered one every other device's
-    contribution to its part; an all-reduce is both, one after the other.
+    An all-gather receives every shard but its own; a reduce-scatter receives every other device's
+    contribution to its own shard; an all-reduce does both in turn.
 
     Args:
-      kind: one of COLLECTIVES, which need not be the instruction's own, or BETWEEN_SLICES.
+      kind: one of COLLECTIVES, which may differ from the instruction's opcode, or BETWEEN_SLICES.
     """
     if kind == BETWEEN_SLICES:
         return _received_from_slices(i)
@@ -114,17 +115,17 @@ def received(program: Program, where: Computation, i: Instruction, kind: str) ->
 
 
 def _received_from_slices(i: Instruction) -> float:
-    """What a device gets from other slices; they are written {1,2} before the devices of each."""
+    """Returns the bytes a device receives from other slices; the target attribute lists those."""
     slices = i.attribute(r'_xla_megascale_target="\{([\d,]+)\}').count(",") + 1
     reduced = i.attribute(r'_xla_megascale_transfer_type="(\w+)"') == "ALL_REDUCE"
     return _first_size(i.shape) * (2 * (slices - 1) / slices if reduced else 1)
 
 
 def group_size(i: Instruction, num_devices: int) -> int:
-    """How many devices take part in each instance of a collective.
+    """Returns the number of devices in each group of a collective.
 
-    Groups are written as lists {{0,1},{2,3}}, as [groups,size]<=[devices], or as a mesh and those
-    of its axes that take part: mesh['x'=2,'y'=4] {'y'}.
+    HLO writes groups in one of three ways: lists, {{0,1},{2,3}}; [groups,size]<=[devices]; or a
+    mesh and the participating axes, mesh['x'=2,'y'=4] {'y'}.
     """
     if first := i.attribute(r"replica_groups=\{\{([\d,]+)\}"):
         return len(first.split(","))
@@ -134,7 +135,7 @@ def group_size(i: Instruction, num_devices: int) -> int:
     if not mesh:
         return num_devices
     sides = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    # A part of an axis is written 'x':(before)size.
+    # Part of an axis is written 'x':(before)size.
     axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
     return math.prod(int(part or sides[axis]) for axis, part in axes)
 
@@ -169,13 +170,13 @@ def _flops(where: Computation, i: Instruction) -> float:
         sides = (left[lhs.index(d)], right[rhs.index(d)], out[result.index(d)])
         places *= _valid_places(*sides, *_window(window, int(d)))
     groups = int(i.attribute(r"batch_group_count=(\d+)") or 1)
-    # The kernel's input features are those of one feature group already.
+    # The kernel's input features already exclude other feature groups.
     features = right[rhs.index("i")] * right[rhs.index("o")]
     return 2.0 * places * features * left[lhs.index("b")] / groups
 
 
 def _window(text: str, d: int) -> tuple[int, int, int, int]:
-    """Of one spatial dimension: stride, padding before, dilation of the input and the kernel."""
+    """Returns one spatial dimension's stride, low padding, input dilation and kernel dilation."""
     words = dict(part.split("=") for part in text.split())
 
     def get(key: str) -> str:
@@ -189,16 +190,16 @@ def _window(text: str, d: int) -> tuple[int, int, int, int]:
 def _valid_places(
     size: int, kernel: int, out: int, stride: int, pad: int, dilation: int, kernel_dilation: int
 ) -> int:
-    """Pairs of a place of the output and of the kernel that meet a pixel, not padding or a hole."""
+    """Counts pairs of output and kernel positions that meet a pixel, not padding or a hole."""
     reach = (size - 1) * dilation
     at = (o * stride + k * kernel_dilation - pad for o in range(out) for k in range(kernel))
     return sum(0 <= place <= reach and place % dilation == 0 for place in at)
 
 
 def _moved(program: Program, where: Computation, i: Instruction) -> float:
-    """Bytes that an operation reads and writes: of an array that it slices, the slice alone."""
+    """Returns the bytes an operation reads and writes; a sliced array counts as its slice."""
     if i.opcode in FREE or i.opcode.endswith(("-start", "-done")):
-        return 0.0  # what is copied ahead of its use counts where it is used
+        return 0.0  # an array copied ahead of its use counts where it is used
     if i.attribute(r'custom_call_target="(\w+)"') in FREE_CALLS:
         return 0.0
     operands = [_size(where[name].shape) if name in where else 0.0 for name in i.operands]
@@ -220,7 +221,7 @@ def _moved(program: Program, where: Computation, i: Instruction) -> float:
         if used and all(u.opcode == "dynamic-slice" and u.operands[0] == p.name for u in used):
             operands[number] = sum(_size(u.shape) for u in used)
         elif used and all(_updates(u, p.name) for u in used):
-            # In place: the array stays where it is, but for what is updated.
+            # An update in place touches only the updated part.
             updates = sum(_size(inside[u.operands[1]].shape) for u in used)
             written += updates - _size(p.shape)
             operands[number] = 0.0

@@ -1,4 +1,4 @@
-"""Every figure of a plan, as nested dicts that JSON can hold. Bytes and FLOPs are plain numbers."""
+"""Computes all figures of a plan as nested dicts for JSON. Bytes and FLOPs are plain numbers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from imagen_jax.devices.topologies import Topology
 from imagen_jax.planning import costs, hlo, roofline
 from imagen_jax.planning.compiling import Compiled
 
-# A caption of the web has about as many tokens; what is stored and read is not padded.
+# About the length of a caption from the web; embeddings are stored and read without padding.
 TOKENS_READ = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is to be trained, however it is compiled.
+    """The properties of a run that do not depend on the compiler.
 
     Attributes:
-      num_params: of the network.
-      state: bytes on one device, by kind: weights, ema, optimizer, gradients, batch.
-      checkpoint_bytes: weights, EMA and optimizer state of all devices, each part once.
-      model_flops: of one step of the whole batch, forward and backward, nothing computed twice.
-      image_bytes, text_bytes, token_bytes: of one example as it goes to the devices, and of one
-        token of its caption.
+      num_params: parameters of the network.
+      state: bytes on one device by kind: weights, ema, optimizer, gradients, batch.
+      checkpoint_bytes: weights, EMA and optimizer state, unsharded.
+      model_flops: FLOPs of one step of the whole batch, forward and backward, without
+        recomputation.
+      batch_size: examples in one step.
+      num_steps: steps in the run.
+      image_bytes: one example's image as sent to the devices.
+      text_bytes: one example's padded text and mask as sent to the devices.
+      token_bytes: the embedding of one token.
     """
 
     num_params: int
@@ -40,10 +44,11 @@ class Run:
 def figures(
     run: Run, topology: Topology, compiled: Compiled | None, fast: bool, memory: int
 ) -> dict[str, Any]:
-    """The plan of a run on a topology.
+    """Returns the plan of a run on a topology.
 
     Args:
-      compiled: None where there is no compiler for it; then memory and time are lower bounds.
+      compiled: None if the topology has no compiler; memory and time are then lower bounds.
+      fast: whether the program was compiled with the least effort.
       memory: bytes that a program can use on one chip.
     """
     chips = topology.num_chips
@@ -68,6 +73,16 @@ def figures(
     return out
 
 
+def dollars(pace: dict[str, Any], price_per_chip_hour: float) -> dict[str, float]:
+    """Returns the cost of the whole run and of 1,000 steps; extends the section "pace"."""
+    total = pace["chip_hours"] * price_per_chip_hour
+    return {
+        "price_per_chip_hour": price_per_chip_hour,
+        "dollars": total,
+        "dollars_per_1000_steps": total / pace["num_steps"] * 1000,
+    }
+
+
 def _memory(run: Run, compiled: Compiled | None, available: int) -> dict[str, Any]:
     needed = compiled.needed if compiled else sum(run.state.values())
     return {
@@ -89,7 +104,11 @@ def _compiled_flops(run: Run, chips: int, per_chip: float) -> dict[str, float]:
 
 
 def _pace(run: Run, topology: Topology, step_s: float, flops: float) -> dict[str, Any]:
-    """What follows from the time of a step; flops are those of one chip, with recomputation."""
+    """Returns what follows from the time of a step.
+
+    Args:
+      flops: those of one chip in one step, with recomputation.
+    """
     chips, peak = topology.num_chips, topology.chip.peak_flops
     per_host = run.batch_size / step_s / topology.num_hosts
     read = run.image_bytes + TOKENS_READ * run.token_bytes

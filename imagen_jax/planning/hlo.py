@@ -1,4 +1,4 @@
-"""Reads the HLO text of a compiled program, and says how often each of its instructions runs."""
+"""Parses the HLO text of a compiled program and finds how often each instruction runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = shape opcode(operands), rest`; rest begins with the operands' text."""
+    """One line, `name = shape opcode(operands), ...`; `rest` is all text after "opcode("."""
 
     name: str
     shape: str
@@ -23,36 +23,42 @@ class Instruction:
     is_root: bool = False
 
     def attribute(self, pattern: str) -> str:
-        """The first group of a pattern in what follows the opcode, "" if it is not there."""
+        """Returns the first group of the first match of `pattern` in `rest`, or ""."""
         found = re.search(pattern, self.rest)
         return found[1] if found else ""
 
     def number(self, before: str) -> int:
-        """The number after `before`; "^" is the start, where a parameter has its position."""
+        """Returns the number after `before` in `rest`. For a parameter, "^" gives its position."""
         return int(self.attribute(rf"{before}(\d+)"))
 
 
-# By name, in order.
+# Instructions by name, in order.
 Computation = dict[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A parsed module: its computations by name, the one that runs, and the number of devices."""
+    """A parsed module.
+
+    Attributes:
+      computations: by name.
+      entry: name of the computation that runs.
+      num_partitions: number of devices.
+    """
 
     computations: dict[str, Computation]
     entry: str
     num_partitions: int
 
     def called(self, instruction: Instruction, role: str) -> Computation:
-        """The computation that an instruction names as `role`, such as "body" or "calls"."""
+        """Returns the computation that an instruction names as `role`, e.g. "body" or "calls"."""
         return self.computations.get(instruction.attribute(rf"\b{role}=%?([\w.\-]+)"), {})
 
     def walk(self) -> Iterator[tuple[Computation, Instruction, int, bool]]:
-        """Each instruction that runs, with its computation, its number of times, if it is fused.
+        """Yields (computation, instruction, number of runs, whether it is fused) for each one.
 
-        A fused instruction is part of a fusion, which is walked as well. A loop whose number of
-        turns cannot be read is taken to turn once (see `turns`).
+        Yields a fusion first, then the instructions in it, which are fused. A loop with an unknown
+        trip count (see `turns`) counts as one iteration.
         """
         yield from self._walk(self.computations[self.entry], 1, False)
 
@@ -74,9 +80,9 @@ class Program:
                     yield from self._walk(self.computations[name], times, fused)
 
     def turns(self, where: Computation, loop: Instruction) -> int | None:
-        """How often the body of a `while` runs, or None if it does not count to a constant.
+        """Returns the trip count of a `while`, or None if it does not count up to a constant.
 
-        jax.lax.scan counts an element of the loop's state from 0 up to its length.
+        jax.lax.scan counts one element of the loop's state from 0 to the scan's length.
         """
         if known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
             return int(known)
@@ -94,12 +100,12 @@ class Program:
             return constant(condition, name)
 
         first, last = map(value, found[1])
-        if not known:  # the loop is all of a computation that is called: a scan counts from 0
+        if not known:  # the loop is a whole called computation; a scan counts from 0
             first = 0
         return None if first is None or last is None else max(last - first, 0)
 
     def _comparison(self, condition: Computation) -> tuple[str, list[str]] | None:
-        """The direction and the two names of a condition's comparison, which may be fused."""
+        """Returns the direction and both operands of a condition's comparison, fused or not."""
         for i in condition.values():
             if i.opcode == "compare":
                 return i.attribute(r"direction=(\w+)"), list(i.operands)
@@ -111,7 +117,7 @@ class Program:
 
 
 def constant(where: Computation, name: str) -> int | None:
-    """The value of an integer constant, or of a copy of one; None if it is something else."""
+    """Returns the value of an integer constant or of a copy of one, else None."""
     found = where.get(name)
     while found and found.opcode in ("copy", "bitcast"):
         found = where.get(found.operands[0])
@@ -120,7 +126,7 @@ def constant(where: Computation, name: str) -> int | None:
 
 
 def parse(text: str) -> Program:
-    """Reads what `compiled.as_text()` returns."""
+    """Parses the text that `compiled.as_text()` returns."""
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -137,7 +143,7 @@ def parse(text: str) -> Program:
 
 
 def arrays(shape: str) -> list[tuple[float, tuple[int, ...]]]:
-    """The arrays of a shape, which may be a tuple's: bytes of an element, and dimensions."""
+    """Returns (bytes per element, dimensions) of each array in a shape, which may be a tuple."""
     return [
         (
             1.0 if kind == "pred" else int(bits or 0) / 8,

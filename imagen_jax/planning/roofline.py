@@ -1,9 +1,14 @@
-"""How long a step takes at the least, by what it computes, moves and sends; and how long it may.
+"""Bounds and predicts the time of a training step.
 
-Bounds: all FLOPs at the chip's peak, all bytes at its memory's bandwidth, all that comes from other
-chips at the bandwidth of its links; where there is any, also what comes from other slices at the
-chip's share of the network, and what goes to the host's memory and back at that of PCIe. The
-compiler's own estimate stands beside them.
+| lower bound | amount | rate |
+|---|---|---|
+| compute | FLOPs | the chip's peak |
+| memory | bytes read and written | bandwidth of the chip's memory |
+| interconnect | bytes received from chips of the slice | bandwidth of all links of the chip |
+| network | bytes received from other slices, if any | the chip's share of its host's bandwidth |
+| host | bytes offloaded to the host and back, if any | bandwidth of PCIe |
+
+The prediction uses the compiler's own estimate where there is a plausible one.
 """
 
 from __future__ import annotations
@@ -20,21 +25,19 @@ class Estimate:
     """One training step on one chip. Times are in seconds.
 
     Attributes:
-      flops: with recomputation, by XLA's count, loops counted as often as they run.
-      bytes: read and written, by the same count.
-      collectives: of each kind, how many, and the bytes that the chip receives.
-      host_bytes: that go to the host's memory and come back.
-      bounds: the least time for "compute", "memory" and "interconnect", for "network" between
-        slices and for "host".
-      binds: the largest of them, the roofline.
-      compiler_s: the compiler's estimate of what the chip itself does, or None if it has no sane
-        one.
-      source: what that is, "cycles" or "optimal_seconds".
-      exposed_s: in collectives during which the chip does nothing else; what is started ahead
-        counts as hidden, though a little of it may not be.
-      step_s: the prediction: the compiler's estimate, or else the bound of computing and memory,
-        and what is exposed; no less than all that leaves the chip takes.
-      unknown_loops: loops that were counted as one turn for want of their number.
+      flops: FLOPs including recomputation, by XLA's count scaled for loops.
+      bytes: bytes read and written, by the same count.
+      collectives: for each kind, their number and the bytes the chip receives.
+      host_bytes: bytes copied to the host's memory and back.
+      bounds: lower bounds by name, see the module's table.
+      binds: name of the largest bound, the roofline.
+      compiler_s: the compiler's estimate of the chip's own work; None if it has no plausible one.
+      source: where compiler_s comes from, "cycles" or "optimal_seconds"; "" if it is None.
+      exposed_s: time in synchronous collectives, while the chip is idle. Asynchronous ones count
+        as hidden, although a small part may not be.
+      step_s: the prediction: compiler_s (or the larger of the compute and memory bounds) plus
+        exposed_s, but at least the interconnect, network and host bounds.
+      unknown_loops: number of loops whose trip count is unknown; each counts as one iteration.
     """
 
     flops: float
@@ -51,18 +54,18 @@ class Estimate:
 
     @property
     def roofline_s(self) -> float:
-        """The least time that a step can take."""
+        """The largest lower bound."""
         return self.bounds[self.binds]
 
 
 def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool) -> Estimate:
-    """Estimates a step.
+    """Estimates a training step.
 
     Args:
       costs: counted in the program's text.
-      xla: the scalars of `compiled.cost_analysis()`, in which the body of a loop counts once.
-      fast: compiled with low effort. Then the compiler has not tuned its kernels, and its cycles
-        are those of kernels that nobody should run: the optimum that it gives is nearer.
+      xla: the scalars of `compiled.cost_analysis()`, which count a loop body once.
+      fast: whether the program was compiled with low effort. The compiler then does not tune its
+        kernels, so its cycles are far too many, and `optimal_seconds` is closer to training.
     """
     chip = topology.chip
     flops = xla["flops"] * _repeats(costs, lambda o: o.flops)
@@ -82,12 +85,12 @@ def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool
     binds = max(bounds, key=bounds.get)
     optimal = xla.get("optimal_seconds", 0.0) * _repeats(costs, lambda o: _seconds(o, topology))
     cycles = 0.0 if fast else _cycle_seconds(costs, topology)
-    # An operation whose time XLA does not know counts as minus one second in its optimum, which is
-    # then below what the FLOPs alone take.
+    # XLA counts an operation of unknown time as minus one second, which makes optimal_seconds
+    # smaller than the compute bound: such an estimate is not plausible.
     sane = [(s, n) for s, n in ((cycles, "cycles"), (optimal, "optimal_seconds")) if s > 0]
     compiler, source = next((c for c in sane if c[0] >= bounds["compute"]), (None, ""))
     waits_for = sum(o.times * o.waits_for for o in costs.operations)
-    if fast:  # the least effort starts nothing ahead; training's program starts these
+    if fast:  # low effort makes every collective synchronous; training's all-gathers are not
         waits_for = max(0.0, waits_for - received.get("all-gather", 0.0))
     exposed = waits_for / topology.ici_bytes_per_s
     outside = (bounds.get(kind, 0.0) for kind in ("interconnect", "network", "host"))
@@ -109,7 +112,7 @@ def estimate(costs: Costs, xla: dict[str, float], topology: Topology, fast: bool
 
 
 def _repeats(costs: Costs, of: Callable[[Operation], float]) -> float:
-    """By how much more a cost is, because of loops, than with each operation counted once."""
+    """Returns the ratio of a cost with loops counted as they run to the same counted once."""
     once = sum(of(o) for o in costs.operations)
     return sum(o.times * of(o) for o in costs.operations) / once if once else 1.0
 
@@ -119,9 +122,9 @@ def _seconds(o: Operation, topology: Topology) -> float:
 
 
 def _cycle_seconds(costs: Costs, topology: Topology) -> float:
-    """The compiler's cycles, one operation after the other; the roofline where it has none.
+    """Returns the sum of the compiler's cycles over operations, in seconds; 0 if it has none.
 
-    Without the collectives that the chip waits for.
+    An operation without cycles takes its roofline time. Synchronous collectives are left out.
     """
     clock = topology.chip.clock_hz
     if not any(o.cycles for o in costs.operations):

@@ -1,4 +1,4 @@
-"""Which other settings are worth compiling, to find the fastest that fits, or one that fits."""
+"""Chooses which settings to compile next: to find the fastest one that fits, or any that fits."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-MICROBATCHES = (1, 2, 4)  # times those of the start
+MICROBATCHES = (1, 2, 4)  # multiples of the start's number
 FSDP, TENSOR = (8, 64), (1, 2)
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What may change without changing what is learned.
+    """The config keys that may change without changing what the model learns.
 
     Attributes:
       remat: config.mesh.remat.
-      fsdp: config.mesh.fsdp; the data axis takes the devices that are left.
+      fsdp: config.mesh.fsdp; the data axis takes the remaining devices.
       tensor: config.mesh.tensor.
       microbatches: config.microbatches.
     """
@@ -28,7 +28,7 @@ class Setting:
     microbatches: int
 
     def __str__(self) -> str:
-        """As flags."""
+        """Returns the setting as flags."""
         return (
             f"--config.mesh.remat={self.remat} --config.mesh.data=-1 "
             f"--config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
@@ -39,18 +39,21 @@ class Setting:
 def search(
     start: Setting, remats: Iterable[str], chips: int, attempt: Callable[[Setting], Row]
 ) -> list[Row]:
-    """Attempts one thing after the other, since each takes minutes: the mesh, then what it keeps.
+    """Searches one key at a time, because each attempt takes minutes: the mesh, then remat.
 
-    First `start`, then its policy on every mesh, then all other policies on the fastest of these
-    meshes, with more microbatches where these do not fit; and of the fastest of all half as many,
-    as long as that is faster.
+    1. Attempt `start`.
+    2. Attempt the policy of `start` on every mesh.
+    3. Attempt every other policy on the fastest of these meshes.
+    4. Halve the microbatches of the fastest setting as long as that is faster.
+
+    Steps 2 and 3 raise the number of microbatches while a setting does not fit.
 
     Args:
-      chips: of one slice.
-      attempt: a setting's row; its step_s is None unless it fits.
+      chips: number of chips in one slice.
+      attempt: returns a setting's row; its step_s is None unless the setting fits.
 
     Returns:
-      The rows in the order of their attempts.
+      The rows in the order of the attempts.
     """
     rows: dict[Setting, Row] = {}
 
@@ -83,24 +86,24 @@ def search(
 
 
 def seconds(row: Row) -> float:
-    """The predicted step of a row, infinite if it does not fit."""
+    """Returns a row's predicted seconds per step; infinity if it does not fit."""
     return float("inf") if row["step_s"] is None else row["step_s"]
 
 
 def meshes(chips: int) -> list[tuple[int, int]]:
-    """Sizes of fsdp and tensor that are worth attempting on a slice of so many chips."""
+    """Returns the (fsdp, tensor) sizes worth attempting on a slice of `chips` chips."""
     sizes = [(min(f, chips // t), t) for t in TENSOR for f in FSDP if chips % t == 0]
     return [(f, t) for f, t in dict.fromkeys(sizes) if chips % (f * t) == 0]
 
 
 def nearest(tried: Setting, most_fsdp: int, split: bool) -> list[Setting]:
-    """Settings that need less memory than one that does not fit, from the least to the most change.
+    """Returns settings that need less memory than `tried`, the smallest change first.
 
-    First recompute every block, then split the state over all devices that help, both, then smaller
-    parts of the batch at a time.
+    The order: recompute every block; shard the state over `most_fsdp` devices; both; both with 2,
+    4 and 8 times the microbatches.
 
     Args:
-      split: whether the state is so large that splitting it is worth an attempt.
+      split: whether the state is large enough that sharding it further is worth an attempt.
     """
     fsdp = max(tried.fsdp, most_fsdp) if split else tried.fsdp
     block = dataclasses.replace(tried, remat="block")

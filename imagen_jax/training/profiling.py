@@ -17,10 +17,10 @@ log = logging.getLogger("imagen_jax")
 
 
 def parse_steps(text: str, num_steps: int) -> range:
-    """The steps that --profile_steps=FIRST:LAST asks for, both included; none for "".
+    """Parses --profile_steps=FIRST:LAST, both included; "" gives no steps.
 
     Raises:
-      UserError: anything else, or a LAST that a run of `num_steps` does not reach.
+      UserError: the text has another form, or LAST is beyond `num_steps`.
     """
     if not text:
         return range(0)
@@ -35,19 +35,19 @@ def parse_steps(text: str, num_steps: int) -> range:
 
 
 class Profile:
-    """Traces `steps` into `folder`, each process its own file of one session.
+    """Traces `steps` into `folder`; every process writes its own file of the same session.
 
-    Starting and stopping wait for the devices, so that the trace holds these steps whole.
+    Starting and stopping wait for the devices, so the trace holds complete steps.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path):
         self._steps, self._folder = steps, Path(folder)
-        # Processes on one host would write a file of the same name.
+        # JAX names the file after the host, so processes on one host need separate folders.
         self._own = self._folder / f".process_{jax.process_index()}"
         self._running = False
 
     def starts(self, step: int) -> bool:
-        """Whether `step`, not yet begun, is the first to trace; in a resumed run maybe a later."""
+        """Whether tracing must start before `step`; a resumed run may start within `steps`."""
         return step in self._steps and not self._running
 
     def ends(self, step: int) -> bool:
@@ -55,14 +55,14 @@ class Profile:
         return self._running and step == self._steps[-1]
 
     def start(self, state: Any) -> None:
-        """Begins the trace, once `state` is there."""
+        """Starts the trace once `state` is ready."""
         jax.block_until_ready(state)
         shutil.rmtree(self._own, ignore_errors=True)
         jax.profiler.start_trace(self._own)
         self._running = True
 
     def stop(self, step: int, state: Any) -> None:
-        """Ends the trace after `step`, once `state` is there, and writes it."""
+        """Stops the trace after `step` once `state` is ready, and writes it."""
         jax.block_until_ready(state)
         self.close()
         log.info(
@@ -70,7 +70,7 @@ class Profile:
         )
 
     def close(self) -> None:
-        """Ends a trace that still runs."""
+        """Stops and writes the trace if it is still running."""
         if not self._running:
             return
         self._running = False

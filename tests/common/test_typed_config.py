@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.common.typed_config import load, require, typed
+from imagen_jax.common.typed_config import load, require, run_name, typed
 from imagen_jax.config import parse
 
 
@@ -70,3 +70,16 @@ def test_the_argument_names_a_size_a_topology_or_both(argument, width, topology)
 def test_an_override_of_the_topology_wins():
     values = load(str(ROOT / "configs/base64.py:v4-8"), ["mesh.topology=v4-64"])
     assert values["mesh"]["topology"] == "v4-64"
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("configs/base64.py", "base64"),
+        ("configs/base64.py:tiny", "base64_tiny"),
+        ("configs/base64.py:1b,v4-128", "base64_1b_v4-128"),
+        ("/a b/my config.py:x/../y,", "my_config_x_.._y"),
+    ],
+)
+def test_a_run_is_named_after_its_config(spec, name):
+    assert run_name(spec) == name

@@ -1,4 +1,4 @@
-"""The compilation cache: the same results with it, and never the reason that a run fails."""
+"""The compilation cache keeps results bit for bit, and its failures never stop a run."""
 
 import os
 import subprocess
@@ -19,12 +19,12 @@ from imagen_jax.training.experiment import build
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch):
-    """Leaves JAX's settings, and the cache that the other tests share, as they were."""
+    """Restores JAX's settings and the cache that all tests share."""
     keys = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {key: getattr(jax.config, key) for key in keys}
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax_cache.reset_cache()
-    # Once for each place, as in a program; here warnings are errors.
+    # Show each warning once, as a program does; in tests, warnings are errors.
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         yield
@@ -34,14 +34,15 @@ def own_cache(monkeypatch):
 
 
 @pytest.fixture
-def said(monkeypatch):
+def warned(monkeypatch):
+    """The lines logged as warnings."""
     lines = []
     monkeypatch.setattr(compilation.log, "warning", lambda text, *args: lines.append(text % args))
     return lines
 
 
 def compile_small():
-    """A new function each time, so that JAX's own memory does not know it."""
+    """Compiles a new function each time, so that JAX's in-memory cache misses."""
     return compilation.compile_ahead(
         jax.jit(lambda x: jnp.tanh(x @ x)).lower(np.ones((4, 4), "f4"))
     )
@@ -64,8 +65,8 @@ def test_a_step_from_the_cache_is_the_same_bit_for_bit(tiny_config, tmp_path):
             experiment.init(), experiment.stage.put(random_batch(tiny_config))
         )
         states.append(jax.tree.leaves((state, metrics)))
-    for fresh, found in zip(*states, strict=True):
-        assert np.asarray(fresh).tobytes() == np.asarray(found).tobytes()
+    for fresh, cached in zip(*states, strict=True):
+        assert np.asarray(fresh).tobytes() == np.asarray(cached).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_the_flag_wins_over_the_environment(flag, variable, folder, tmp_path, mo
         assert found.startswith(folder.format(home=tmp_path))
 
 
-def test_a_program_for_other_cores_is_not_taken(tmp_path, monkeypatch):
+def test_a_program_for_another_number_of_cores_is_not_used(tmp_path, monkeypatch):
     for cores in (1, 2):
         monkeypatch.setattr(compilation, "_cores", lambda cores=cores: cores)
         compilation.use_cache(str(tmp_path))
@@ -103,7 +104,7 @@ def test_a_program_for_other_cores_is_not_taken(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 99])
-def test_a_damaged_entry_is_told_and_replaced(damage, tmp_path, said):
+def test_a_damaged_entry_is_logged_and_replaced(damage, tmp_path, warned):
     compilation.use_cache(str(tmp_path))
     compile_small()
     before = entries(tmp_path)
@@ -111,21 +112,21 @@ def test_a_damaged_entry_is_told_and_replaced(damage, tmp_path, said):
     for path, content in before.items():
         path.write_bytes(damage(content))
     assert compile_small().startswith("compiled in")
-    assert any("jit__lambda in" in line and "compiled anew" in line for line in said)
-    said.clear()
+    assert any("jit__lambda in" in line and "recompiling it" in line for line in warned)
+    warned.clear()
     assert compile_small().startswith("compiled program found")
-    assert not said
+    assert not warned
 
 
 @pytest.mark.parametrize("folder", ["/proc/no", __file__], ids=["unwritable", "file"])
-def test_a_folder_that_cannot_be_written_is_one_line(folder, said):
+def test_an_unwritable_folder_logs_one_line(folder, warned):
     compilation.use_cache(folder)
     assert compile_small().startswith("compiled in")
-    (line,) = said
+    (line,) = warned
     assert line.startswith(f"no compilation cache: {folder}/cores_") and "\n" not in line
 
 
-def test_a_folder_that_goes_away_does_no_harm(tmp_path):
+def test_a_deleted_folder_does_no_harm(tmp_path):
     warnings.simplefilter("ignore")
     compilation.use_cache(str(tmp_path / "gone"))
     compile_small()

@@ -1,4 +1,4 @@
-"""Every stage trains to the same losses on every mesh, however its weights and heads are split."""
+"""Every mesh trains to the same losses; a topology chooses mesh, remat and batch."""
 
 import dataclasses
 import functools
@@ -35,12 +35,13 @@ def name(mesh):
     return "-".join(f"{k}{v}" for k, v in mesh.items())
 
 
-def stage(config_name, **mesh):
+def config_of(config_name, **mesh):
     config = parse(STAGES[config_name](load_config(config_name)))
     return dataclasses.replace(config, mesh=MeshConfig(**mesh), device_batch=0, microbatches=1)
 
 
 def losses(config, devices=None):
+    """Losses of the first steps, and the experiment."""
     experiment = build(config, devices)
     state, out = experiment.init(), []
     for step in range(STEPS):
@@ -51,17 +52,17 @@ def losses(config, devices=None):
 
 @functools.cache
 def on_one_device(config_name):
-    return losses(stage(config_name), jax.devices()[:1])[0]
+    return losses(config_of(config_name), jax.devices()[:1])[0]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=name)
 @pytest.mark.parametrize(
     "config_name", ["base64", *(pytest.param(s, marks=slow) for s in ("sr256", "sr1024"))]
 )
-def test_losses_are_those_of_one_device(config_name, mesh, monkeypatch):
-    # Otherwise nothing of a tiny model is worth sharding.
+def test_losses_match_those_of_one_device(config_name, mesh, monkeypatch):
+    # Every weight of a tiny model is below the default size.
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 1)
-    found, experiment = losses(stage(config_name, **mesh))
+    found, experiment = losses(config_of(config_name, **mesh))
     np.testing.assert_allclose(found, on_one_device(config_name), rtol=1e-5)
     assert len(set(found.tolist())) == STEPS
     specs = {axis for x in jax.tree.leaves(experiment.abstract_state) for axis in x.sharding.spec}
@@ -74,10 +75,10 @@ def spec(shape, **axes):
     return tuple(weight_shardings(make_mesh(MeshConfig(data=1, **axes)), x).spec)
 
 
-def test_output_channels_go_to_tensor_and_whole_tiles_of_the_rest_to_fsdp():
+def test_tensor_shards_output_channels_and_fsdp_shards_whole_tiles():
     assert spec((3, 3, 512, 1024), fsdp=4, tensor=2) == (None, None, "fsdp", "tensor")
     assert spec((3, 3, 512, 1024), fsdp=8) == (None, None, None, "fsdp")
-    # 960 columns would be split into less than the 128 of a tile; 128 rows are 16 each.
+    # A shard of 960 columns is narrower than a tile, 128; a shard of 128 rows has 16.
     assert spec((128, 960), fsdp=8) == ("fsdp", None)
     assert spec((24, 3072), fsdp=8) == (None, "fsdp")
     # Too small, or not divisible.
@@ -85,7 +86,7 @@ def test_output_channels_go_to_tensor_and_whole_tiles_of_the_rest_to_fsdp():
     assert spec((3, 3, 3, 9999), fsdp=8) == (None,) * 4
 
 
-def test_fsdp_of_0_is_64_or_up_to_8():
+def test_fsdp_0_becomes_64_or_up_to_8():
     def sizes(devices, **axes):
         return tuple(MeshConfig(fsdp=0, **axes).sizes(devices).values())
 
@@ -104,14 +105,14 @@ def test_fsdp_of_0_is_64_or_up_to_8():
     [("tpu", 256, 2048, 1), ("tpu", 512, 2048, 2), ("tpu", 1024, 2048, 4), ("tpu", 2048, 2048, 4),
      ("tpu", 2, 1, 2), ("tpu", 1, 4, 1), ("gpu", 8, 8, 1)],
 )  # fmt: skip
-def test_tensor_of_0_fills_the_tiles_of_tpus(platform, devices, batch, ways):
+def test_tensor_0_fills_the_tiles_of_tpus(platform, devices, batch, ways):
     several = [types.SimpleNamespace(platform=platform)] * devices
     found = memory.fill_tiles(MeshConfig(tensor=0), batch, 0, several)
     assert found == MeshConfig(tensor=ways)
     assert memory.fill_tiles(MeshConfig(tensor=8), batch, 0, several).tensor == 8
 
 
-def test_tensor_of_0_leaves_room_for_the_axes_that_are_given():
+def test_tensor_0_leaves_room_for_axes_of_a_fixed_size():
     def tensor(batch=2048, microbatches=0, **axes):
         several = [types.SimpleNamespace(platform="tpu")] * 512
         return memory.fill_tiles(MeshConfig(tensor=0, **axes), batch, microbatches, several).tensor
@@ -121,7 +122,7 @@ def test_tensor_of_0_leaves_room_for_the_axes_that_are_given():
     assert tensor(data=4, fsdp=64) == 2 and tensor(slice=256) == 2
 
 
-def test_a_slice_with_few_examples_a_chip_shares_them():
+def test_chips_of_a_large_slice_share_examples():
     pytest.importorskip("libtpu")
     config = parse(load_config("base64"))
     mesh = dataclasses.replace(config.mesh, topology="v4-1024")
@@ -141,7 +142,7 @@ def test_a_slice_with_few_examples_a_chip_shares_them():
         (0.1, "none", 64),
     ],
 )
-def test_a_device_with_more_room_takes_more_examples_at_once(room, remat, count):
+def test_a_device_with_more_room_runs_more_examples_at_once(room, remat, count):
     mesh = make_mesh(MeshConfig())
     found = memory.count_microbatches(mesh, 512, 8, room * memory.ROOM["kept"], remat)
     assert found == count
@@ -156,7 +157,7 @@ def test_microbatches_divide_the_batch():
     ("config_name", "topology", "remat", "microbatches"),
     [
         ("base64", "v4-8", "none", 2048 // 4 // 16),
-        ("base64", "v5e-4", "block", 2048 // 4 // 8),  # of 16 GiB, state and gradients take 8
+        ("base64", "v5e-4", "block", 2048 // 4 // 8),  # state and gradients take 8 of 16 GiB
         ("base64", "v5e-8", "none", 2048 // 8 // 8),
         ("base64:1b", "v5e-8", "none", 2048 // 8 // 8),
         ("sr256", "v5e-8", "none", 2048 // 8 // 16),
@@ -171,21 +172,21 @@ def test_a_topology_sets_mesh_remat_and_microbatches(config_name, topology, rema
     assert experiment.mesh.shape["fsdp"] == chips
 
 
-def test_a_topology_must_be_there():
+def test_a_topology_must_match_the_number_of_devices():
     with pytest.raises(UserError, match="'v4-512', 256 chips; here are 8 device"):
-        build(stage("base64", topology="v4-512"))
+        build(config_of("base64", topology="v4-512"))
     with pytest.raises(UserError, match="v4-7"):
-        build(stage("base64", topology="v4-7"))
+        build(config_of("base64", topology="v4-7"))
 
 
-def test_a_topology_must_be_of_the_chips_that_are_there():
+def test_a_topology_must_match_the_kind_of_chip():
     pytest.importorskip("libtpu")
     devices = topologies.devices(topologies.lookup("v5e-4"))
     with pytest.raises(UserError, match="is 'v4-8', of TPU v4; here are TPU v5 lite"):
-        build(stage("base64", topology="v4-8"), devices)
+        build(config_of("base64", topology="v4-8"), devices)
 
 
-def test_more_at_once_than_a_device_has_room_for_recomputes_blocks():
+def test_too_many_examples_at_once_recompute_blocks():
     config = parse(load_config("base64"))
     mesh = dataclasses.replace(config.mesh, topology="v4-8")
     for parts, remat in ((64, "none"), (16, "block")):
@@ -194,13 +195,13 @@ def test_more_at_once_than_a_device_has_room_for_recomputes_blocks():
         assert (experiment.remat, experiment.microbatches) == (remat, parts)
 
 
-def test_a_topology_of_several_slices_must_be_there():
-    experiment = build(stage("base64", topology="v4-8", slice=2, fsdp=0))
+def test_several_slices_must_match_the_number_of_devices():
+    experiment = build(config_of("base64", topology="v4-8", slice=2, fsdp=0))
     assert tuple(experiment.mesh.shape.values()) == (2, 1, 4, 1)
     with pytest.raises(UserError, match=r"'v4-8' and config.mesh.slice 4, 16 chips; here are 8"):
-        build(stage("base64", topology="v4-8", slice=4))
-    with pytest.raises(UserError, match=r"config.mesh.slice is -1; allowed: with mesh.topology"):
-        stage("base64", topology="v4-8", slice=-1, data=1)
+        build(config_of("base64", topology="v4-8", slice=4))
+    with pytest.raises(UserError, match=r"config.mesh.slice is -1; allowed: a positive number"):
+        config_of("base64", topology="v4-8", slice=-1, data=1)
 
 
 @pytest.fixture
@@ -209,18 +210,18 @@ def two_slices():
     return topologies.devices(topologies.lookup("v4-16", 2))
 
 
-def test_slices_lie_along_their_axis(two_slices):
+def test_the_slice_axis_separates_slices(two_slices):
     mesh = make_mesh(MeshConfig(slice=2, fsdp=0), two_slices)
     for index, devices in enumerate(mesh.devices):
         assert {d.slice_index for d in devices.flat} == {index}
     for slices in (1, 4):
-        words = f"config.mesh.slice is {slices}; the 16 devices are of 2 slice"
+        words = f"config.mesh.slice is {slices}; the 16 devices form 2 slice"
         with pytest.raises(UserError, match=words):
             make_mesh(MeshConfig(slice=slices), two_slices)
 
 
 @pytest.mark.parametrize(("tensor", "shares"), [(1, 4), (2, 4), (4, 4), (8, 2)])
-def test_hosts_joined_by_tensor_read_the_same_rows(tensor, shares, two_slices, monkeypatch):
+def test_hosts_along_tensor_read_the_same_rows(tensor, shares, two_slices, monkeypatch):
     mesh = make_mesh(MeshConfig(slice=2, tensor=tensor), two_slices)
     found = []
     for host in range(4):

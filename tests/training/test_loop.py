@@ -200,10 +200,14 @@ def test_evaluation_reports_by_category(finished, tmp_path):
     evaluate.evaluate(finished, [1.0, 2.0], split="heldout", num=4)
     report = json.loads((finished / "evaluation" / "alignment.json").read_text())
     assert set(report["guidance"]) == {"1.0", "2.0", "true renders"}
-    assert report["guidance"]["1.0"]["all"]["num"] == 4
+    found = report["guidance"]["1.0"]["all"]
+    assert found["num"] == 4 and found["low"] <= found["fully"] <= found["high"]
+    assert found["high"] > found["low"] >= 0
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert all(c in page for c in report["guidance"]["1.0"])
+    shares = [100 * found[key] for key in ("fully", "low", "high", "claims")]
+    assert "{:.0f}% ({:.0f}-{:.0f}%), claims {:.0f}%".format(*shares) in page
 
 
 def run(module, *args):

@@ -1,4 +1,4 @@
-"""The parts of the time to the first step sum to the whole, from the start of the process on."""
+"""The parts of the time to the first step sum to the time since the process started."""
 
 import re
 import subprocess
@@ -21,19 +21,19 @@ def test_every_moment_belongs_to_one_part():
     wall = time.perf_counter() - before
     assert list(startup.seconds) == ["imports", "data opening"]
     assert startup.seconds["data opening"] >= 0.02
-    told = startup.metrics()
-    assert told["startup/total"] == pytest.approx(100 + wall, abs=0.02)
-    assert told["startup/imports"] + told["startup/data_opening"] == told["startup/total"]
+    metrics = startup.metrics()
+    assert metrics["startup/total"] == pytest.approx(100 + wall, abs=0.02)
+    assert metrics["startup/imports"] + metrics["startup/data_opening"] == metrics["startup/total"]
 
 
-def test_the_line_leaves_out_what_took_no_time():
+def test_the_summary_leaves_out_parts_that_took_no_time():
     startup = Startup(age=2.0)
     for part in ("imports", "nothing"):
         startup.done(part)
     assert startup.summary() == "first step done after 2.0 s: imports 2.0"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is CPU time")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="without /proc it is CPU time")
 def test_the_age_of_a_process_counts_from_its_start():
     code = "import time; time.sleep(1); from imagen_jax.training.startup import process_age as age;"
     code += "print(age(), time.perf_counter())"
@@ -41,4 +41,4 @@ def test_the_age_of_a_process_counts_from_its_start():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     wall = time.perf_counter() - before
     assert re.match(r"\d", done.stdout), done.stderr
-    assert 1.0 < float(done.stdout.split()[0]) < wall + 0.02  # of the clock's ticks
+    assert 1.0 < float(done.stdout.split()[0]) < wall + 0.02  # the age is in ticks of 0.01 s
