@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     if not config.unet.low_res:
         raise UserError(f"--config={FLAGS.config} is no super-resolution config")
     with cli.quiet_imports():
-        from data_pipelines.reading.batches import build
+        from data_pipelines.reading.reader import build
     build(config)
     common = {key: getattr(config.unet, key) for key in ("low_res", "dtype", "text_dim")}
     networks = {
@@ -95,7 +95,7 @@ class Run:
 
     def __init__(self, config: Config):
         with cli.quiet_imports():
-            from data_pipelines.reading.batches import Reader
+            from data_pipelines.reading.reader import Reader
 
         self.experiment, reader = experiment.build(config), Reader(config)
         self._state = self.experiment.init()

@@ -65,7 +65,7 @@ def _sampler(stage, params, seeds, cond) -> Callable[..., np.ndarray]:
 def _prompts(config) -> dict[str, np.ndarray]:
     """The text of the first held-out captions."""
     with cli.quiet_imports():
-        from data_pipelines.reading.batches import Reader, stack_text
+        from data_pipelines.reading.reader import Reader, stack_text
 
     return stack_text(Reader(config).examples(config.data.sample_split, FLAGS.num))
 

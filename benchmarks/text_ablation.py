@@ -72,10 +72,10 @@ def main(argv: list[str]) -> None:
         if name not in SETTINGS:
             raise UserError(f"--settings has {name!r}; allowed: {', '.join(SETTINGS)}")
     with cli.quiet_imports():
-        from data_pipelines.reading import batches
+        from data_pipelines.reading.reader import build
     out = Path(FLAGS.out).absolute()
     base = read_config({})
-    batches.build(base)
+    build(base)
     results = {name: run(base, out, name) for name in FLAGS.settings}
     text = table(results)
     print(text)
@@ -108,7 +108,7 @@ def run(base: Config, out: Path, name: str) -> dict[str, Any]:
         cli.log.info("%s: already done", name)
         return result
     cli.log.info("%s", name)
-    from data_pipelines.reading.batches import Reader
+    from data_pipelines.reading.reader import Reader
     from imagen_jax.training import loop
 
     loop.train(experiment.build(config), Reader(config), out / name, lambda step: False)
@@ -169,7 +169,7 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
     The alignment has the number of images, those right in every claim, and the share of correct
     claims. The category "all" covers all images.
     """
-    from data_pipelines.reading.batches import Reader, stack_text
+    from data_pipelines.reading.reader import Reader, stack_text
     from data_pipelines.scenes.check import check_example
 
     reader = Reader(config)

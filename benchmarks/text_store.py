@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir is not set; pass the directory of a run (see --help)")
     stage, params = load(Path(FLAGS.workdir).absolute())
     with cli.quiet_imports():
-        from data_pipelines.reading.batches import Reader
+        from data_pipelines.reading.reader import Reader
 
     config = dataclasses.replace(stage.config, batch_size=BATCH, eval_batches=FLAGS.batches)
     rows = Reader(config).examples(config.data.sample_split, FLAGS.captions)

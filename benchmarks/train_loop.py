@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     # More steps than will run, because all actions are due at the last step.
     experiment = experiments.build(dataclasses.replace(config, num_steps=10**9))
     with cli.quiet_imports():
-        from data_pipelines.reading.batches import Reader, build
+        from data_pipelines.reading.reader import Reader, build
         from imagen_jax.training import metrics
 
     build(config)

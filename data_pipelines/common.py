@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Skip(NamedTuple):
-    """A candidate that becomes no record: its name, a reason to count by, and what was wrong."""
+    """What happened to a candidate: its name, a reason to count by, and the details."""
 
     name: str
     reason: str
@@ -17,7 +17,7 @@ class Skip(NamedTuple):
 
 
 def summary(skipped: Sequence[Skip]) -> str:
-    """The reasons for what was skipped, with their counts, the most frequent first."""
+    """Returns the reasons with their counts on one line, the most frequent first."""
     counts = Counter(skip.reason for skip in skipped)
     return ", ".join(f"{reason} {count}" for reason, count in counts.most_common()) or "nothing"
 

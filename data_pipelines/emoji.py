@@ -1,10 +1,11 @@
-r"""Makes records of the emoji of a color font, with their Unicode names as captions.
+r"""Prepares the emoji of a color font, with their Unicode names as captions.
 
     python -m data_pipelines.emoji --data_dir=data
 
-Needs the Noto Color Emoji font (Debian: fonts-noto-color-emoji). With Unicode's emoji-test.txt
-(Debian: unicode-data) the captions are its short names, some 3,600 with flags, families and skin
-tones; without it, the names of some 1,200 single characters that Python knows.
+Needs the Noto Color Emoji font (Debian package fonts-noto-color-emoji). With Unicode's
+emoji-test.txt (package unicode-data) it draws about 3,600 emoji, among them flags, families and
+skin tones, captioned by their short names. Without it, it draws about 1,200 single characters,
+captioned by the names in Python's Unicode database.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from imagen_jax.common.errors import UserError
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"
-# The one size of the font's bitmaps, and the box that each of them fills.
+# The only size of the font's bitmaps, and the box each of them fills.
 POINTS = 109
 BOX = (0, 0, 136, 128)
 
 
 class Emoji(NamedTuple):
-    """A character or sequence, its name, and the group it belongs to."""
+    """A character or sequence, its name and its group."""
 
     text: str
     name: str
@@ -39,7 +40,7 @@ class Emoji(NamedTuple):
 
 
 def read_emoji_test(path: str) -> list[Emoji]:
-    """The fully qualified emoji of Unicode's emoji-test.txt (UTS #51)."""
+    """Reads the fully qualified emoji of Unicode's emoji-test.txt (UTS #51)."""
     found, group = [], ""
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if line.startswith("# group:"):
@@ -56,15 +57,15 @@ def read_emoji_test(path: str) -> list[Emoji]:
 
 
 def single_characters(font: ImageFont.FreeTypeFont) -> Iterator[Emoji]:
-    """The symbols of the font that are one character, by their names in Unicode."""
+    """Yields the font's symbols of one character, named by Python's Unicode database."""
     for character in map(chr, range(0x2000, 0x20000)):
         if unicodedata.category(character) == "So" and font.getbbox(character) == BOX:
             yield Emoji(character, unicodedata.name(character).lower(), "")
 
 
 def draw(text: str, font: ImageFont.FreeTypeFont, resolution: int) -> Image.Image | None:
-    """An emoji on white, [resolution, resolution]; None if the font has no one glyph for it."""
-    if font.getbbox(text) != BOX:  # without a glyph the box is empty, with several it is wider
+    """Draws an emoji on white, [resolution, resolution]; None if the font has no one glyph."""
+    if font.getbbox(text) != BOX:  # empty without a glyph, wider with several
         return None
     side = max(BOX)
     image = Image.new("RGB", (side, side), "white")
@@ -73,9 +74,9 @@ def draw(text: str, font: ImageFont.FreeTypeFont, resolution: int) -> Image.Imag
 
 
 def load_record(emoji: Emoji, *, font_path: str, resolution: int) -> dict[str, Any] | dataset.Skip:
-    """One emoji as a record."""
+    """Makes a record of an emoji."""
     codes = "-".join(f"{ord(character):x}" for character in emoji.text)
-    # Opened anew, because a font is not for several threads; it costs less than drawing.
+    # Fonts are not thread-safe; opening one costs less than drawing.
     image = draw(emoji.text, open_font(font_path), resolution)
     if image is None:
         return dataset.Skip(codes, "no glyph in the font", emoji.name)
@@ -89,24 +90,24 @@ def load_record(emoji: Emoji, *, font_path: str, resolution: int) -> dict[str, A
 
 
 def open_font(path: str) -> ImageFont.FreeTypeFont:
-    """The font at the size of its bitmaps.
+    """Opens the font at the size of its bitmaps.
 
     Raises:
-      UserError: no such file, or not a font with bitmaps of that size.
+      UserError: the file is missing, or has no bitmaps of that size.
     """
     if not Path(path).is_file():
         raise UserError(
-            f"--font={path} is not there; install the Debian package fonts-noto-color-emoji, or "
-            "name another copy of NotoColorEmoji.ttf"
+            f"--font={path} does not exist; install the Debian package fonts-noto-color-emoji, or "
+            "give the path of NotoColorEmoji.ttf"
         )
     try:
         return ImageFont.truetype(path, POINTS)
     except OSError as e:
-        raise UserError(f"--font={path} is no font with bitmaps of {POINTS} pixels: {e}") from e
+        raise UserError(f"--font={path} has no bitmaps of {POINTS} pixels: {e}") from e
 
 
 class EmojiBuilder(dataset.RecordsBuilder):
-    """The emoji of a font; those held out for validation depend on their names and the seed."""
+    """Builds a dataset from the emoji of a font; `hold_out` chooses the validation split."""
 
     name = "emoji"
 
@@ -125,14 +126,10 @@ class EmojiBuilder(dataset.RecordsBuilder):
         found = read_emoji_test(emoji_test) if emoji_test else list(single_characters(opened))
         if not found:
             raise UserError(f"--font={font} has no emoji with bitmaps of {BOX[2]}x{BOX[3]}")
-        train, validation = writing.hold_out(found, validation_fraction, seed)
         load = partial(load_record, font_path=font, resolution=resolution)
         super().__init__(
             data_dir=data_dir,
-            splits={
-                "train": dataset.Split(train, load),
-                "validation": dataset.Split(validation, load),
-            },
+            splits=partial(writing.hold_out, found, load, validation_fraction, seed),
             encoder=encoder,
             settings={
                 "font": hashlib.sha256(Path(font).read_bytes()).hexdigest()[:8],
@@ -145,17 +142,23 @@ class EmojiBuilder(dataset.RecordsBuilder):
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("font", FONT, "Noto Color Emoji, in its form with bitmaps.")
+    flags.DEFINE_string("font", FONT, "Path of Noto Color Emoji, the version with bitmaps.")
     flags.DEFINE_string(
         "emoji_test",
         EMOJI_TEST if Path(EMOJI_TEST).is_file() else "",
-        f"Unicode's emoji-test.txt, by default {EMOJI_TEST} if it is there; empty for the names "
-        "that Python knows.",
+        f"Path of Unicode's emoji-test.txt (default: {EMOJI_TEST} if it exists); empty for the "
+        "names in Python's Unicode database.",
     )
     flags.DEFINE_integer(
-        "resolution", 64, f"Height and width of the images; the font has {max(BOX)}.", 1
+        "resolution", 64, f"Side of the images in pixels; the font's is {max(BOX)}.", 1
     )
-    flags.DEFINE_float("validation_fraction", 0.02, "Share of emoji held out.", 0, 0.5)
+    flags.DEFINE_float(
+        "validation_fraction",
+        0.02,
+        f"Share of emoji held out, but at least {writing.GRID} and at most half; 0 for none.",
+        0,
+        0.5,
+    )
     flags.adopt_module_key_flags(writing)
 
 
@@ -163,7 +166,7 @@ def main(argv: list[str]) -> None:
     del argv
     options = ("data_dir", "font", "emoji_test", "resolution", "validation_fraction", "seed")
     if flags.FLAGS.emoji_test and not Path(flags.FLAGS.emoji_test).is_file():
-        raise UserError(f"--emoji_test={flags.FLAGS.emoji_test} is not there")
+        raise UserError(f"--emoji_test={flags.FLAGS.emoji_test} does not exist")
     open_font(flags.FLAGS.font)  # before the encoder is loaded
     builder = EmojiBuilder(
         **{name: flags.FLAGS[name].value for name in options},

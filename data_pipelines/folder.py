@@ -1,10 +1,10 @@
-r"""Makes records of your own images and captions.
+r"""Prepares a folder of your own images and captions for training.
 
-    python -m data_pipelines.folder --images=photos --data_dir=data
+    python -m data_pipelines.folder --images=photos
 
 Takes every jpg, png, webp and bmp below --images that has a caption: in a metadata.jsonl, else in
 a captions.csv, else in a text file of the same name (see records/captions.py for the formats).
-What was skipped, and why, is summed up at the end and listed in full next to the records.
+A summary counts what was skipped by reason; report.json beside the records lists every file.
 """
 
 from __future__ import annotations
@@ -28,28 +28,33 @@ from imagen_jax.common.errors import UserError
 def load_record(
     item: captions.Captioned, *, folder: str, resolution: int, min_size: int
 ) -> dict[str, Any] | dataset.Skip:
-    """One captioned image as a record: upright, on white, RGB, its center square resized."""
+    """Makes a record of an image: upright, RGB on white, its center square at `resolution`."""
     name = item.file.encode("utf-8", errors="replace").decode()
     try:
         with Image.open(Path(folder) / item.file) as image:
+            size = f"{image.width}x{image.height}"
             if min(image.size) < min_size:
-                detail = f"{image.width}x{image.height}"
-                return dataset.Skip(name, f"smaller than --min_size={min_size}", detail)
+                flag = "resolution" if min_size == resolution else "min_size"
+                return dataset.Skip(name, f"smaller than --{flag}={min_size}", size)
+            enlarged = min(image.size) < resolution
             lossy, upright = image.format == "JPEG", ImageOps.exif_transpose(image)
             image = square(to_rgb(upright), resolution)
     except Exception as e:  # a broken file makes decoders raise anything
         return dataset.Skip(name, "unreadable image", f"{type(e).__name__}: {e}")
-    return {
+    record = {
         "id": name,
         "image": _jpeg_bytes(image) if lossy else dataset.png_bytes(image),
         "caption": item.caption,
         "category": "",
         "scene": "",
     }
+    if enlarged:
+        record["change"] = dataset.Skip(name, f"enlarged to --resolution={resolution}", size)
+    return record
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency becomes white, 16-bit gray loses its low byte."""
+    """Converts any mode to RGB: transparency becomes white, 16-bit gray loses its low byte."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -59,12 +64,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image, resolution: int) -> Image.Image:
-    """The center square at the resolution; antialiased where it shrinks."""
+    """Resizes the center square to `resolution`, antialiased when it shrinks."""
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
 
 
 def _jpeg_bytes(image: Image.Image) -> bytes:
-    """For images that were JPEG anyway: a third of the bytes, and faster to decode."""
+    """Encodes an image that was a JPEG: a third of the bytes of a PNG, and faster to decode."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling="4:4:4")
     return buffer.getvalue()
@@ -72,24 +77,28 @@ def _jpeg_bytes(image: Image.Image) -> bytes:
 
 def fit_captions(
     found: Sequence[captions.Captioned], encoder, truncate: bool
-) -> tuple[list[captions.Captioned], list[dataset.Skip], list[str]]:
-    """The images whose captions the encoder takes, the others, and the names of those cut short."""
+) -> tuple[list[captions.Captioned], list[dataset.Skip], list[dataset.Skip]]:
+    """Truncates or skips captions that are too long for the encoder.
+
+    Returns:
+      The images whose captions fit, the skipped ones, and those with a truncated caption.
+    """
     fitting, skipped, truncated = [], [], []
     for item in found:
         tokens = encoder.num_tokens(item.caption)
         if tokens <= encoder.max_tokens:
             fitting.append(item)
         elif truncate:
-            truncated.append(item.file)
+            truncated.append(dataset.Skip(item.file, "caption truncated", f"{tokens} tokens"))
             fitting.append(item._replace(caption=_truncate(item.caption, encoder)))
         else:
-            reason = f"caption longer than {encoder.max_tokens} tokens"
+            reason = f"caption longer than --max_tokens={encoder.max_tokens}"
             skipped.append(dataset.Skip(item.file, reason, f"{tokens} tokens"))
     return fitting, skipped, truncated
 
 
 def _truncate(caption: str, encoder) -> str:
-    """The longest beginning that fits, of whole words unless the first alone is too long."""
+    """Returns the longest prefix of whole words that fits; of letters if no word does."""
     length, end = 0, len(caption)  # caption[:length] fits, caption[:end] does not
     while end - length > 1:
         middle = (length + end) // 2
@@ -102,7 +111,14 @@ def _truncate(caption: str, encoder) -> str:
 
 
 class Folder(dataset.RecordsBuilder):
-    """The captioned images of a folder; validation images are drawn by their names and the seed."""
+    """Builds a dataset from a folder of captioned images; `hold_out` chooses the validation split.
+
+    Args:
+      min_size: images whose shorter side is less are skipped; None for `resolution`.
+
+    Raises:
+      UserError: the folder does not exist, or has no image with a usable caption.
+    """
 
     def __init__(
         self,
@@ -111,25 +127,22 @@ class Folder(dataset.RecordsBuilder):
         images: str,
         encoder,
         resolution: int = 256,
-        min_size: int = 64,
+        min_size: int | None = None,
         validation_fraction: float = 0.02,
         truncate_captions: bool = False,
         seed: int = 0,
     ):
+        min_size = resolution if min_size is None else min_size
         found, skipped = captions.find(images)
         fitting, too_long, truncated = fit_captions(found, encoder, truncate_captions)
-        report = {"skipped": skipped + too_long, "truncated_captions": truncated}
+        skipped += too_long
         if not fitting:
-            reasons = dataset.summary(report["skipped"])
-            raise UserError(f"--images={images} holds no image with a usable caption: {reasons}")
+            reasons = dataset.summary(skipped)
+            raise UserError(f"--images={images} has no image with a usable caption: {reasons}")
         load = partial(load_record, folder=images, resolution=resolution, min_size=min_size)
-        train, validation = writing.hold_out(fitting, validation_fraction, seed)
         super().__init__(
             data_dir=data_dir,
-            splits={
-                "train": dataset.Split(train, load),
-                "validation": dataset.Split(validation, load),
-            },
+            splits=partial(writing.hold_out, fitting, load, validation_fraction, seed),
             encoder=encoder,
             settings={
                 "images": _fingerprint(images, fitting),
@@ -138,12 +151,13 @@ class Folder(dataset.RecordsBuilder):
                 "validation_fraction": validation_fraction,
                 "seed": seed,
             },
-            report=report,
+            changed=truncated,
+            skipped=skipped,
         )
 
 
 def _fingerprint(folder: str, found: Sequence[captions.Captioned]) -> str:
-    """Changes with the names, sizes and captions of the images."""
+    """Summarizes the names, sizes and captions of the images, to notice a changed folder."""
     digest = hashlib.sha256()
     for item in found:
         entry = (item.file, (Path(folder) / item.file).stat().st_size, item.caption)
@@ -156,22 +170,34 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "resolution",
         256,
-        "Records are squares of this size, cut from the center of an image and resized so that its "
-        "short side fits: at least what the largest model trained on them draws.",
+        "Side of the stored square images in pixels, at least config.data.image_size (or "
+        "config.model.image_size) of every model trained on them. The default fits "
+        "configs/folder.py and its :sr; for small images, 64 fits the base model.",
         1,
     )
     flags.DEFINE_integer(
-        "min_size", 64, "Images whose short side is less are skipped; others are enlarged.", 1
+        "min_size",
+        None,
+        "Skip images whose shorter side is less (default: --resolution). Those that a lower value "
+        "lets in are enlarged, and so blurred; the summary counts them.",
+        1,
     )
-    flags.DEFINE_float("validation_fraction", 0.02, "Share of images held out.", 0, 0.5)
+    flags.DEFINE_float(
+        "validation_fraction",
+        0.02,
+        f"Share of images held out, but at least {writing.GRID} and at most half; 0 for none.",
+        0,
+        0.5,
+    )
     flags.DEFINE_bool(
-        "truncate_captions", False, "Cut captions longer than --max_tokens instead of skipping."
+        "truncate_captions", False, "Truncate captions longer than --max_tokens, not skip them."
     )
     flags.adopt_module_key_flags(writing)
 
 
 def main(argv: list[str]) -> None:
     del argv
+    captions.check_folder(flags.FLAGS.images)  # before the encoder is loaded
     options = ("data_dir", "images", "resolution", "min_size", "validation_fraction", "seed")
     builder = Folder(
         **{name: flags.FLAGS[name].value for name in (*options, "truncate_captions")},

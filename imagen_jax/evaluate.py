@@ -71,7 +71,7 @@ def evaluate(
     """Draws `num` captions of a split at each guidance weight, checks the pictures, and reports."""
     stage, params = load(workdir, step)
     with cli.quiet_imports():  # TensorFlow takes long; a wrong workdir should fail before it
-        from data_pipelines.reading.batches import Reader, stack_text
+        from data_pipelines.reading.reader import Reader, stack_text
         from data_pipelines.scenes.check import check_example
 
     if not stage.config.data.task.startswith("scenes"):

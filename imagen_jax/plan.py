@@ -146,7 +146,7 @@ def measured_input(config: Config) -> str:
     if not Path(config.data.dir).is_dir():
         return f"not measured: config.data.dir is {config.data.dir!r}, which does not exist here"
     with cli.quiet_imports():
-        from data_pipelines.reading.batches import Reader
+        from data_pipelines.reading.reader import Reader
     few = dataclasses.replace(config, batch_size=min(config.batch_size, 64))
     try:
         return describe_rate(Reader(few).train_batches(0))

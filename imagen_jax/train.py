@@ -106,14 +106,14 @@ def run(config: Config, workdir: Path, startup: Startup, profiled: Sequence[int]
     startup.done("network")
     # TensorFlow is most of a cold start, so a bad config must fail before this import.
     with cli.quiet_imports():
-        from data_pipelines.reading import batches
+        from data_pipelines.reading.reader import Reader, build
         from imagen_jax.training import loop
     startup.done("imports")
     if jax.process_index() == 0:
-        batches.build(config)
+        build(config)
     processes.wait_for_all("data")
     startup.done("data building")
-    reader = batches.Reader(config)
+    reader = Reader(config)
     startup.done("data opening")
     stop = processes.StopRequest()
     return loop.train(experiment, reader, workdir, stop, startup, profiled)

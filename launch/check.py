@@ -200,12 +200,12 @@ def check_topology(config: Config, topology: topologies.Topology | None) -> None
 
 
 def check_dataset(config: Config) -> bool:
-    """Opens the dataset if this machine has config.data.dir; returns whether it did."""
+    """Checks the dataset if this machine has config.data.dir; returns whether it did."""
     if config.data.build or not Path(config.data.dir).is_dir():
         return False
-    with cli.quiet_imports():
-        from data_pipelines.reading import batches
-    batches.open_task(config)
+    from data_pipelines.reading import check
+
+    check.check_dataset(config)
     return True
 
 

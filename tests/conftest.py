@@ -130,7 +130,7 @@ def tiny_data(tmp_path_factory):
 
 def train_run(config, workdir, stop=lambda step: False, **kwargs):
     """Trains as `python -m imagen_jax.train` does, without its flags."""
-    from data_pipelines.reading.batches import Reader, build
+    from data_pipelines.reading.reader import Reader, build
     from imagen_jax.training import experiment, loop
 
     build(config)

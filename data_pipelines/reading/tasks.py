@@ -1,9 +1,14 @@
-"""The SeqIO tasks, and the source they read: records by index, in an order that is a formula.
+"""The SeqIO tasks and their source, which reads records by index in a computed order.
 
-A task yields, in addition to the strings id, caption, category and scene, image uint8 [H, W, 3],
-text_embeddings bfloat16 [n, dim] without padding, and position, int64, where in the stream it is;
-with several stores of embeddings, those of the others as text_embeddings_1 and so on. It is opened
-where its records are:
+A task yields
+
+  id, caption, category, scene   strings
+  image                          uint8 [H, W, 3]
+  text_embeddings                bfloat16 [n, dim], not padded
+  text_embeddings_1, ...         the same from further stores of embeddings, if there are several
+  position                       int64, the global position in the stream
+
+Its source is replaced by one at the data's directory:
 
     task = seqio.get_mixture_or_task("scenes_32")
     task = task.replace(source=task.source.at(data_dir="data", start=0))
@@ -20,47 +25,39 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from data_pipelines.embeddings.store import Store, open_store
+from data_pipelines.reading import check
 from data_pipelines.records import dataset
 from imagen_jax.common.errors import UserError
 
-_TASKS = {
-    "scenes_32": "scenes/32",
-    "scenes_64": "scenes/64",
-    "scenes_256": "scenes/256",
-    "scenes_1024": "scenes/1024",
-    "emoji": "emoji",
-    "folder": "folder",
-}
-_SPLITS = ("train", "validation", "heldout")
-# How many at a time are computed: of one alone, it takes as long as parsing its record.
+# Positions computed at a time. Computing one alone takes as long as parsing its record.
 _POSITIONS = 64
 
 
 def names() -> list[str]:
-    """The names of the tasks that this module registers."""
-    return list(_TASKS)
+    """Returns the names of the tasks that this module registers."""
+    return list(check.TASKS)
 
 
 def embedding_keys(num: int) -> list[str]:
-    """Where a record has the embeddings of `num` encoders."""
+    """Returns the features with the embeddings of `num` encoders."""
     return ["text_embeddings", *(f"text_embeddings_{i}" for i in range(1, num))]
 
 
 class RecordsSource(seqio.DataSource):
-    """Records in an index-based order, so that the position of the data is one integer.
+    """Reads records in a computed order, so the position in the data is one integer.
 
-    Global positions count from 0 for ever. Shuffled, position g is record perm(g % n) of an epoch
-    g // n with its own permutation, and the stream is endless; in order, it is record g, for one
-    pass. Shards take blocks of positions in turn, so what the shards have read together depends on
-    neither their number nor the size of a block.
+    Global positions count up from 0. Shuffled, the stream is endless: position g is record
+    perm(g % n), where each epoch g // n has its own permutation. In order, position g is record g,
+    and the stream ends after one pass. Shards take blocks of positions in turn, so together they
+    read the same records whatever their number and the block size.
 
     Args:
       name: the dataset, such as "scenes/32".
-      data_dir: where datasets live.
-      start: the first global position; where to resume.
-      block: how many consecutive positions a shard takes at a time.
-      stores: the paths of stores to take embeddings from; none for those in the records.
-      categories: the records are those of these categories alone; () is all.
+      data_dir: directory of the datasets.
+      start: the first global position; a resumed run passes its saved one.
+      block: consecutive positions that a shard takes at a time.
+      stores: paths of stores of embeddings; () for the embeddings in the records.
+      categories: read only records of these categories; () is all.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class RecordsSource(seqio.DataSource):
         categories: Sequence[str] = (),
     ):
         super().__init__(
-            splits=_SPLITS,
+            splits=check.SPLITS,
             caching_permitted=False,  # SeqIO's cache cannot hold images and bfloat16
             performs_internal_shuffling=True,
         )
@@ -81,7 +78,7 @@ class RecordsSource(seqio.DataSource):
         self.stores, self.categories = tuple(stores), tuple(categories)
 
     def at(self, data_dir: str, **settings) -> RecordsSource:
-        """The same dataset in `data_dir`, with other settings; see the class."""
+        """Returns a source of the same dataset in `data_dir`, with the class's other arguments."""
         return RecordsSource(self.name, data_dir, **settings)
 
     @property
@@ -92,7 +89,7 @@ class RecordsSource(seqio.DataSource):
         return [f"{self.name}:{split}"]
 
     def num_input_examples(self, split: str) -> int:
-        """How many records of the wanted categories there are."""
+        """Counts the records of the wanted categories."""
         return len(self._kept(dataset.open_dataset(self.data_dir, self.name).info, split))
 
     def get_dataset(
@@ -103,11 +100,11 @@ class RecordsSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused,
     ) -> tf.data.Dataset:
-        """The records of this shard, decoded; endless if `shuffle`. No seed is seed 0.
+        """Returns the decoded records of this shard, endless if `shuffle`; seed None is 0.
 
         Raises:
-          UserError: there is no such dataset in data_dir, it has no such category, or the store
-            lacks one of its captions.
+          UserError: data_dir has no such dataset, the dataset lacks a category, or a store lacks a
+            caption.
         """
         info = dataset.open_dataset(self.data_dir, self.name).info
         kept = self._kept(info, split)
@@ -134,7 +131,7 @@ class RecordsSource(seqio.DataSource):
             embeds.append(_in_store(store, where))
         embeds = embeds or [_in_record]
 
-        # One map for everything: for small records a stage costs as much as its work.
+        # One map does everything: for small records, a stage costs as much as its work.
         def row(g: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
             record = read(index)
             embedded = [embed(record, index) for embed in embeds]
@@ -145,10 +142,12 @@ class RecordsSource(seqio.DataSource):
         return positions.map(row, tf.data.AUTOTUNE)
 
     def _kept(self, info: tfds.core.DatasetInfo, split: str) -> np.ndarray:
-        """Indices of the records that are of the wanted categories."""
+        """Returns the indices of the records of the wanted categories."""
         if not self.categories:
             return np.arange(info.splits[split].num_examples)
         found = np.array(list(dataset.strings(info, split, "category")))
+        if not any(found):
+            raise check.no_categories(self.name)
         if unknown := set(self.categories) - set(found):
             raise UserError(
                 f"config.data.categories has {min(unknown)!r}; {self.name}:{split} has: "
@@ -159,9 +158,9 @@ class RecordsSource(seqio.DataSource):
     def order(
         self, n: int, seed: int | None, shard_info: seqio.ShardInfo | None = None
     ) -> tf.data.Dataset:
-        """This shard's global positions and which of n records is at each: pairs of int64.
+        """Yields this shard's global positions and the record, of n, at each: pairs of int64.
 
-        Endless and shuffled; without a seed (None), the records in order, once.
+        Shuffled and endless; if the seed is None, in order and once.
         """
         shard = shard_info or seqio.ShardInfo(0, 1)
         first = self.start + self.block * shard.index
@@ -177,8 +176,9 @@ class RecordsSource(seqio.DataSource):
 
 
 def _shuffled(g: tf.Tensor, n: int, seed: int) -> tf.Tensor:
-    """The records at global positions g [k]: each epoch and seed permutes range(n) anew."""
-    # tf.random.experimental.index_shuffle puts this before a seed, but not before one of each row.
+    """Returns the records at global positions g [k]; each epoch and seed is a permutation."""
+    # The constant that tf.random.experimental.index_shuffle prepends to a seed. It takes one seed
+    # for all rows, where we need one for each.
     first = tf.fill(tf.shape(g), tf.constant(498247692, tf.int64))
     seeds = tf.stack([first, tf.fill(tf.shape(g), tf.constant(seed, tf.int64)), g // n], axis=1)
     last = tf.constant(n - 1, g.dtype)
@@ -186,33 +186,33 @@ def _shuffled(g: tf.Tensor, n: int, seed: int) -> tf.Tensor:
 
 
 def _read_record(path: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
-    """The record of a TFRecord file that starts at byte `offset`.
+    """Reads the record of a TFRecord file that starts at byte `offset`.
 
-    In TensorFlow alone, because dropping an iterator while tf.data calls into Python can hang: it
-    waits for the call while it holds the interpreter's lock, which the call waits for.
+    This is TensorFlow only. If tf.data calls into Python, dropping its iterator can deadlock: it
+    holds the interpreter's lock and waits for the call, which waits for the lock.
     """
     from_there = tf.raw_ops.TFRecordDatasetV2(
         filenames=[path],
         compression_type="",
-        buffer_size=tf.constant(0, tf.int64),  # nothing of the records behind it
+        buffer_size=tf.constant(0, tf.int64),  # do not read ahead
         byte_offsets=[offset],
     )
     dataset = tf.data.experimental.from_variant(from_there, tf.TensorSpec([], tf.string))
     return dataset.take(1).get_single_element()
 
 
-# From a record and its index to the embedding of its caption, bfloat16 [n, dim].
+# Maps a record and its index to the embedding of its caption, bfloat16 [n, dim].
 Embed = Callable[[dict[str, tf.Tensor], tf.Tensor], tf.Tensor]
 
 
 def _in_record(record: dict[str, tf.Tensor], index: tf.Tensor) -> tf.Tensor:
-    """The embedding that the record brings itself; an `Embed`."""
+    """Returns the embedding stored in the record; an `Embed`."""
     flat = tf.io.decode_raw(record["text_embeddings"], tf.bfloat16)
     return tf.reshape(flat, [record["text_tokens"], -1])
 
 
 def _in_store(store: Store, where: np.ndarray) -> Embed:
-    """What takes it out of a store; `where` is what store.locate says of all records."""
+    """Returns an `Embed` that reads from a store; `where` is store.locate of all records."""
     paths = tf.constant([str(store.file(i, ".tfrecord")) for i in range(store.num_shards)])
     where = tf.constant(where)
 
@@ -229,14 +229,14 @@ def _unpack_int8(stored: tf.Tensor, dim: int) -> tf.Tensor:
     return tf.cast(tf.cast(tokens[:, 4:], tf.float32) * scales[:, None], tf.bfloat16)
 
 
-# What the `unpack` of FORMS does, in TensorFlow.
+# `unpack` of FORMS, in TensorFlow.
 _UNPACK = {
     "bfloat16": lambda stored, dim: tf.reshape(tf.io.decode_raw(stored, tf.bfloat16), [-1, dim]),
     "int8": _unpack_int8,
 }
 
 
-for _name, _dataset in _TASKS.items():
+for _name, _dataset in check.TASKS.items():
     seqio.TaskRegistry.add(
         _name,
         source=RecordsSource(_dataset),
@@ -249,5 +249,5 @@ for _name, _dataset in _TASKS.items():
                 seqio.PassThroughVocabulary(0), add_eos=False, dtype=tf.bfloat16, rank=2
             ),
         },
-        shuffle_buffer_size=None,  # the source has shuffled indices; tensors would cost memory
+        shuffle_buffer_size=None,  # the source shuffles indices, which takes less memory
     )

@@ -1,10 +1,11 @@
-"""Pairs the images of a folder with their captions, and says of every file left out why.
+"""Pairs the images in a folder with their captions, and gives a reason for every file left out.
 
-Captions come, the first that names an image winning, from
+An image takes its caption from the first of these that has one:
   1. metadata.jsonl: {"file_name": ..., "text" or "caption": ...} on each line,
   2. captions.csv with the columns file_name and caption (or text),
-  3. a text file of the image's name: photo.txt beside photo.jpg.
-The two lists may lie in any folder; file names are relative to it. White space is collapsed.
+  3. a text file with the image's name: photo.txt beside photo.jpg.
+The two lists may be in any folder; their file names are relative to it. Runs of white space become
+one space.
 """
 
 from __future__ import annotations
@@ -26,28 +27,33 @@ CAPTION_KEYS = ("text", "caption")
 
 
 class Captioned(NamedTuple):
-    """An image file, relative to the folder, with its caption."""
+    """An image file, as a path relative to the folder, and its caption."""
 
     file: str
     caption: str
 
 
+def check_folder(folder: str) -> None:
+    """Raises a UserError unless `folder` exists."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--images={folder} is not a folder")
+
+
 def find(folder: str) -> tuple[list[Captioned], list[Skip]]:
-    """The captioned images below `folder`, sorted by name, and everything else there.
+    """Returns the captioned images below `folder`, sorted by name, and every file left out.
 
     Raises:
-      UserError: no such folder, or a captions.csv without the columns it needs.
+      UserError: the folder does not exist, or a captions.csv lacks a column.
     """
+    check_folder(folder)
     root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"--images={folder} is not a folder")
     files, skipped = _walk(root)
     captions: dict[str, str] = {}
     for file, caption, where in _listed(root, files):
         if file is None:
-            skipped.append(Skip(where, "entry not readable", caption))
+            skipped.append(Skip(where, "unreadable entry", caption))
         elif file not in files or Path(file).suffix.lower() not in IMAGE_SUFFIXES:
-            skipped.append(Skip(where, "file named in a list but missing", file))
+            skipped.append(Skip(where, "listed file missing", file))
         elif file in captions:
             skipped.append(Skip(where, "duplicate entry", file))
         else:
@@ -75,29 +81,29 @@ def find(folder: str) -> tuple[list[Captioned], list[Skip]]:
             if _stem(file) not in stems:
                 skipped.append(Skip(_printable(file), "caption without an image"))
         elif Path(file).name not in LISTS:
-            skipped.append(Skip(_printable(file), "not a type of image that is read"))
+            skipped.append(Skip(_printable(file), "unsupported file type"))
     return sorted(found), skipped
 
 
 def _walk(root: Path) -> tuple[set[str], list[Skip]]:
-    """Every file below `root` that is not hidden, relative to it; and folders not entered."""
+    """Returns the paths of all files below `root` but hidden ones, and folders not searched."""
     files: set[str] = set()
     skipped: list[Skip] = []
 
     def unreadable(error: OSError) -> None:
-        skipped.append(Skip(_printable(str(error.filename)), "folder not readable", str(error)))
+        skipped.append(Skip(_printable(str(error.filename)), "unreadable folder", str(error)))
 
     for top, folders, names in os.walk(root, onerror=unreadable):
         here = Path(top).relative_to(root)
         for name in folders:
             if (Path(top) / name).is_symlink():
-                skipped.append(Skip(_printable(str(here / name)), "link to a folder, not followed"))
+                skipped.append(Skip(_printable(str(here / name)), "link to a folder"))
         files.update((here / name).as_posix() for name in names if not name.startswith("."))
     return files, skipped
 
 
 def _listed(root: Path, files: set[str]) -> Iterator[tuple[str | None, str, str]]:
-    """(file, caption, where it was listed) of every entry; file is None for one that is broken."""
+    """Yields (file, caption, line) of every entry of the lists; an unreadable one has file None."""
     for name, read in zip(LISTS, (_read_jsonl, _read_csv), strict=True):
         for path in sorted(f for f in files if Path(f).name == name):
             for line, entry in read(_read(root / path), path):
@@ -134,7 +140,7 @@ def _read_csv(text: str, path: str) -> Iterator[tuple[int, dict]]:
 
 
 def _read(path: Path) -> str:
-    """The text of a file; bytes that are not UTF-8 stay recognizable as lone surrogates."""
+    """Reads a text file; bytes that are not UTF-8 become lone surrogates."""
     return path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
 
 

@@ -1,12 +1,12 @@
-"""The records that every dataset of this project is made of, how they are written, and found again.
+"""The records of a dataset: how they are written, and how one is found by its index.
 
-A record is an image, its caption, and the caption's embedding by a frozen text encoder, computed
-once here so that training never runs the encoder. Each dataset is a tfds builder whose files are at
-<data_dir>/<name>[/<config>]/<version>, and tfds reads it as it reads any other. Next to the files
-lies where in them each record starts, so that a record can be read by its index: index i is the
-i-th candidate that was not skipped (see tasks.RecordsSource).
+A record is an image, its caption, and the caption's embedding by a frozen text encoder. The
+embedding is computed here, once, so training never runs the encoder. Each dataset is a tfds dataset
+at <data_dir>/<name>[/<config>]/<version>. Beside its files are the byte offsets of all records, so
+a record can be read by its index (see tasks.RecordsSource): index i is the i-th candidate that was
+not skipped.
 
-SeqIO and TensorFlow are not imported here: command lines answer --help without them.
+This module imports neither SeqIO nor TensorFlow, so commands answer --help without them.
 """
 
 from __future__ import annotations
@@ -25,42 +25,34 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.common import Skip, caption_key, summary
+from data_pipelines.records import prepared
 from imagen_jax.common.errors import UserError
 
-VERSION = "1.0.0"
-REPORT = "report.json"  # next to the records: what was taken, and each thing skipped
-INFO = "dataset_info.json"  # what tfds writes last
+REPORT = "report.json"  # beside the records: every candidate changed or skipped, and why
 _OFFSETS = "offsets-{split}.npy"
 _KEYS = "captions-{split}.npy"
 SHARD = 2048  # candidates per file, and captions per call of the encoder
 
-_COMMANDS = {
-    "scenes": "python -m data_pipelines.scenes --data_dir={data_dir} --resolution={config}",
-    "folder": "python -m data_pipelines.folder --data_dir={data_dir} --images=FOLDER",
-    "emoji": "python -m data_pipelines.emoji --data_dir={data_dir}",
-}
-
 
 class Split(NamedTuple):
-    """The candidates of a split, in order, and what makes a record of one.
+    """The candidates of a split, in order, and a function that makes a record of one.
 
-    `load(item)` returns a Skip or a dict of id, image (PNG or JPEG bytes), caption, category (""
-    if none) and scene (JSON, "" if none). It runs in threads.
+    `load(item)` runs in threads. It returns a Skip, or a dict of
+
+      id       the record's name
+      image    PNG or JPEG bytes
+      caption
+      category of the caption; "" if none
+      scene    JSON; "" if none
+      change   optional: a Skip for the report that says how the image or caption was altered
     """
 
     items: Sequence[Any]
     load: Callable[[Any], dict[str, Any] | Skip]
 
 
-class DatasetInfo(NamedTuple):
-    """What a reader needs to know of a prepared dataset."""
-
-    num_examples: dict[str, int]
-    text_identity: dict[str, Any]
-
-
 def png_bytes(image: np.ndarray | Image.Image) -> bytes:
-    """Encodes uint8 [H, W, 3] or an RGB image, without loss."""
+    """Encodes uint8 [H, W, 3] or an RGB image losslessly."""
     buffer = io.BytesIO()
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(buffer, "PNG")
@@ -71,33 +63,34 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Writes records in the order of their candidates, in bounded memory.
 
     Args:
-      data_dir: where datasets live.
-      splits: the candidates by the split's name.
+      data_dir: directory of the datasets.
+      splits: returns the candidates of each split; called once, when writing starts.
       encoder: a TextEncoder; its identity is stored with the records.
-      settings: JSON-able, all else that the records depend on; what writing.prepare compares.
-      config: which of the class's BUILDER_CONFIGS, if it has any.
-      report: JSON-able, what was decided before the candidates were read; "skipped" lists Skips.
+      settings: JSON-able; everything else the records depend on. writing.prepare compares it.
+      config: one of the class's BUILDER_CONFIGS, if it has any.
+      changed, skipped: entries of the report from before the candidates are loaded.
     """
 
-    VERSION = tfds.core.Version(VERSION)
-    # Nothing is downloaded; looking for checksums, tfds imports a package that it does not require.
+    VERSION = tfds.core.Version(prepared.VERSION)
+    # There are no downloads. If tfds looks for checksums, it imports an undeclared dependency.
     url_infos: ClassVar[dict] = {}
 
     def __init__(
         self,
         *,
         data_dir: str,
-        splits: Mapping[str, Split],
+        splits: Callable[[], Mapping[str, Split]],
         encoder,
         settings: Mapping[str, Any],
         config: str | None = None,
-        report: Mapping[str, Any] | None = None,
+        changed: Sequence[Skip] = (),
+        skipped: Sequence[Skip] = (),
     ):
-        self._splits = splits
+        self._make_splits = splits
         self._encoder = encoder
         self._keys: dict[tuple[str, int], list[bytes]] = {}
         self.metadata = {"text_identity": dict(encoder.identity), "settings": dict(settings)}
-        self.report = {"skipped": [], **(report or {})}
+        self.report = {"changed": list(changed), "skipped": list(skipped)}
         super().__init__(data_dir=data_dir, config=config)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -111,8 +104,8 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     "caption": tfds.features.Text(),
                     "category": tfds.features.Text(),
                     "scene": tfds.features.Text(),
-                    # Little-endian bfloat16 [n, dim]: tfds has no ragged bfloat16, and raw bytes
-                    # parse 100x faster than lists of floats.
+                    # Little-endian bfloat16 [n, dim] as bytes: tfds has no ragged bfloat16, and
+                    # bytes parse 100x faster than lists of floats.
                     "text_embeddings": tfds.features.Text(),
                     "text_tokens": np.int32,
                 }
@@ -137,6 +130,8 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             loaded = list(pool.map(split.load, split.items[start : start + SHARD]))
         self.report["skipped"] += [record for record in loaded if isinstance(record, Skip)]
         made = [record for record in loaded if not isinstance(record, Skip)]
+        changes = [record.pop("change", None) for record in made]
+        self.report["changed"] += [change for change in changes if change]
         self._bar.update(len(loaded) - len(made))
         self._keys[name, start] = [caption_key(record["caption"]) for record in made]
         embeddings = self._encoder.encode(
@@ -158,6 +153,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             self._bar.update()
 
     def _download_and_prepare(self, dl_manager, download_config=None):
+        self._splits = self._make_splits()
         total = sum(len(split.items) for split in self._splits.values())
         with tqdm(total=total, desc=self._name(), unit=" records", mininterval=0.5) as self._bar:
             super()._download_and_prepare(dl_manager, download_config)
@@ -165,9 +161,9 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         if not num_examples.get("train"):
             reasons = summary(self.report["skipped"])
             raise UserError(f"no usable example for {self._name()}: {reasons}")
-        report = {"records": num_examples, **self.report}
-        report["skipped"] = [skip._asdict() for skip in report["skipped"]]
-        # data_path is tfds' unfinished folder here: all that is in it appears at once, complete.
+        entries = {what: [entry._asdict() for entry in self.report[what]] for what in self.report}
+        report = {"records": num_examples, **entries}
+        # data_path is a temporary folder here; tfds renames it once it is complete.
         (self.data_path / REPORT).write_text(json.dumps(report, indent=1))
         for name, split in self.info.splits.items():
             with (self.data_path / _OFFSETS.format(split=name)).open("wb") as file:
@@ -181,7 +177,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 def _find_records(paths: Sequence[epath.Path]) -> np.ndarray:
-    """Where each record of TFRecord files starts: int64 [n, 2], the file's number and the byte."""
+    """Finds the start of each record of TFRecord files: int64 [n, 2], file number and byte."""
     starts = []
     for number, path in enumerate(paths):
         with path.open("rb") as file:
@@ -192,16 +188,16 @@ def _find_records(paths: Sequence[epath.Path]) -> np.ndarray:
 
 
 def record_offsets(info: tfds.core.DatasetInfo, split: str) -> tuple[list[str], np.ndarray]:
-    """The files of a split; and for each record, int64 [n, 2], the file's number and its byte."""
+    """Returns the files of a split, and where its records start: int64 [n, 2], file and byte."""
     with (epath.Path(info.data_dir) / _OFFSETS.format(split=split)).open("rb") as file:
         return [str(path) for path in info.splits[split].filepaths], np.load(file)
 
 
 def caption_keys(info: tfds.core.DatasetInfo, split: str) -> np.ndarray:
-    """The keys of a split's captions in the order of its records, S16 [n]; see embeddings.
+    """Returns embeddings.caption_key of every caption in record order: S16 [n].
 
     Raises:
-      UserError: the dataset is older than such keys.
+      UserError: the dataset was written by a version that stored no keys.
     """
     path = epath.Path(info.data_dir) / _KEYS.format(split=split)
     if not path.exists():
@@ -211,7 +207,7 @@ def caption_keys(info: tfds.core.DatasetInfo, split: str) -> np.ndarray:
 
 
 def strings(info: tfds.core.DatasetInfo, split: str, feature: str) -> Iterator[str]:
-    """A feature of a split, "caption" or "category", in the order of its records."""
+    """Yields a feature, "caption" or "category", of every record in order."""
     from tensorflow.train import Example
 
     for path in info.splits[split].filepaths:
@@ -223,25 +219,9 @@ def strings(info: tfds.core.DatasetInfo, split: str, feature: str) -> Iterator[s
 
 
 def open_dataset(data_dir: str, name: str) -> tfds.core.DatasetBuilder:
-    """The prepared dataset `name` ("scenes/32", "folder", "emoji") as a tfds builder for reading.
+    """Opens a prepared dataset ("scenes/32", "folder", "emoji") for reading.
 
     Raises:
-      UserError: it is not there; the message has the command that makes it.
+      UserError: it does not exist; the message has the command that makes it.
     """
-    path = epath.Path(data_dir) / name / VERSION
-    if not (path / INFO).exists():
-        dataset, _, config = name.partition("/")
-        command = _COMMANDS[dataset].format(data_dir=data_dir, config=config)
-        raise UserError(f"data.dir={data_dir} holds no dataset {name!r}; make it with: {command}")
-    return tfds.builder_from_directory(path)
-
-
-def dataset_info(data_dir: str, name: str) -> DatasetInfo:
-    """The sizes of a prepared dataset's splits and the identity of the encoder of its captions.
-
-    Raises:
-      UserError: it is not there; the message has the command that makes it.
-    """
-    info = open_dataset(data_dir, name).info
-    num_examples = {split: s.num_examples for split, s in info.splits.items()}
-    return DatasetInfo(num_examples, info.metadata["text_identity"])
+    return tfds.builder_from_directory(prepared.find(data_dir, name))

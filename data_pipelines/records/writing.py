@@ -1,4 +1,4 @@
-"""What the commands that write records share: flags, held-out splits, and preparing just once."""
+"""What the commands that write records share: flags, held-out splits, and preparing only once."""
 
 from __future__ import annotations
 
@@ -7,74 +7,115 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import flags
 from etils import epath
 
-from data_pipelines.records import dataset
+from data_pipelines.records import dataset, prepared
+from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
+
+GRID = 16  # images in a sample grid, the default of config.num_samples
 
 
 def define_flags() -> None:
-    """Defines the flags that every command line writing records has."""
-    flags.DEFINE_string("data_dir", "data", "Folder that the datasets are written to.")
-    flags.DEFINE_integer("seed", 0, "What is drawn at random depends on this alone.")
+    """Defines the flags shared by all commands that write records."""
+    flags.DEFINE_string("data_dir", "data", "Directory of the datasets; created if missing.")
+    flags.DEFINE_integer("seed", 0, "Seed of every random choice.")
     flags.DEFINE_string(
-        "encoder", "byte-tiny", "Text encoder: a bundled one's name, or a folder with its weights."
+        "encoder",
+        "byte-tiny",
+        "Text encoder that embeds the captions: the name of a bundled one, or a folder with its "
+        "weights (docs/text.md).",
     )
-    flags.DEFINE_integer("max_tokens", 192, "The longest caption, in tokens, that is encoded.", 1)
+    flags.DEFINE_integer(
+        "max_tokens",
+        192,
+        "Longest caption in tokens. A run's config.text.max_tokens must be at least as large.",
+        1,
+    )
     flags.DEFINE_bool(
-        "overwrite", False, "Replace the dataset that is there, once this is complete."
+        "overwrite", False, "Replace an existing dataset once the new one is complete."
     )
 
 
 def encoder_from_flags():
-    """The text encoder that --encoder and --max_tokens ask for."""
+    """Loads the text encoder that --encoder and --max_tokens name."""
     from imagen_jax.text import load_encoder  # imports JAX, which --help does not need
 
     return load_encoder(flags.FLAGS.encoder, flags.FLAGS.max_tokens)
 
 
-def hold_out(items: Sequence[tuple], fraction: float, seed: int) -> tuple[list[tuple], list[tuple]]:
-    """Splits tuples that start with a name into (train, validation), keeping their order.
+def hold_out(
+    items: Sequence[tuple],
+    load: Callable[[Any], dict[str, Any] | dataset.Skip],
+    fraction: float,
+    seed: int,
+) -> dict[str, dataset.Split]:
+    """Splits candidates into train and validation, each in the given order.
 
-    Those whose names have the lowest hashes are held out, so that adding some moves few. Of two or
-    more there is at least one in each, unless the fraction is 0.
+    Validation gets `fraction` of the candidates but at least GRID, all of them usable: each is
+    loaded before it is chosen. Candidates are tried in the order of a hash of the seed and their
+    name, so adding some moves few. At most half of them are tried, so that train gets the rest.
+
+    Args:
+      items: tuples that start with a name.
+      load: as in dataset.Split.
+      fraction: share to hold out; 0 holds out nothing.
     """
     ranked = sorted(
         items, key=lambda item: hashlib.sha256(ascii((seed, item[0])).encode()).digest()
     )
-    count = max(round(len(items) * fraction), int(fraction > 0 and len(items) > 1))
-    held_out = set(ranked[:count])
-    train = [item for item in items if item not in held_out]
-    return train, [item for item in items if item in held_out]
+    ranked = ranked[: len(items) // 2]
+    wanted = max(round(len(items) * fraction), GRID) if fraction else 0
+    held_out: set[tuple] = set()
+    with ThreadPoolExecutor() as pool:
+        while ranked and len(held_out) < wanted:
+            missing = wanted - len(held_out)
+            tried, ranked = ranked[:missing], ranked[missing:]
+            loaded = zip(tried, pool.map(load, tried), strict=True)
+            held_out.update(item for item, record in loaded if not isinstance(record, dataset.Skip))
+    if len(held_out) < min(wanted, GRID):
+        print(
+            f"holding out only {len(held_out)} of {len(items)} examples: a grid of {GRID} samples "
+            f"takes {2 * GRID} usable examples",
+            file=sys.stderr,
+        )
+    return {
+        "train": dataset.Split([item for item in items if item not in held_out], load),
+        "validation": dataset.Split([item for item in items if item in held_out], load),
+    }
 
 
 def prepare(builder: dataset.RecordsBuilder, *, overwrite: bool = False) -> epath.Path:
-    """Writes the dataset, or finds it already written with the same settings.
+    """Writes the dataset, unless it already exists with the same settings.
 
-    Nothing half-written is ever found at the dataset's place, and a dataset that is to be replaced
-    stays until its replacement is complete.
+    The dataset appears complete or not at all, and one that is replaced stays until then.
 
     Returns:
       The folder of the records.
 
     Raises:
-      UserError: a dataset with other settings is there and not `overwrite`, or nothing was usable.
+      UserError: a dataset with other settings exists and `overwrite` is not set, or no candidate
+        was usable.
     """
     path = epath.Path(builder.data_path)
-    if (path / dataset.INFO).exists() and not overwrite:
-        differing = _differing(_stored_metadata(path), json.loads(json.dumps(builder.metadata)))
-        if differing:
+    if (path / prepared.INFO).exists() and not overwrite:
+        # Not builder.info.metadata, where the builder's own metadata replace the stored ones.
+        stored, wanted = prepared.read_metadata(path), json.loads(json.dumps(builder.metadata))
+        if differing := _differing(stored, wanted):
             raise UserError(
                 f"{path} was prepared with {'; '.join(differing)}. Choose another --data_dir "
                 "(in a config, data.dir), or --overwrite to replace it"
             )
         print(f"{path} is already prepared with these settings", file=sys.stderr)
         return path
+    with cli.quiet_imports():
+        import tensorflow  # noqa: F401, tfds imports it, and it reports missing accelerators
     tfds.disable_progress_bar()
     with _set_aside(path), contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()
@@ -86,16 +127,16 @@ def _print_summary(builder: dataset.RecordsBuilder, path: epath.Path) -> None:
     taken = ", ".join(f"{name} {split.num_examples}" for name, split in builder.info.splits.items())
     size = sum(file.stat().length for file in path.iterdir()) / 2**20
     print(f"wrote {path}: {taken} ({size:.1f} MiB)", file=sys.stderr)
-    if skipped := builder.report["skipped"]:
-        reasons = dataset.summary(skipped)
-        print(
-            f"skipped {len(skipped)}: {reasons}; listed in {path / dataset.REPORT}", file=sys.stderr
-        )
+    for what in ("changed", "skipped"):
+        if entries := builder.report[what]:
+            print(f"{what} {len(entries)}: {dataset.summary(entries)}", file=sys.stderr)
+    if builder.report["changed"] or builder.report["skipped"]:
+        print(f"listed in {path / dataset.REPORT}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _set_aside(path: epath.Path) -> Iterator[None]:
-    """Moves what is at `path` away while it is rewritten; back if that fails."""
+    """Renames `path` while it is rewritten, and renames it back if that fails."""
     old = path.with_name(path.name + ".replaced")
     if path.exists():
         path.rename(old)
@@ -109,13 +150,8 @@ def _set_aside(path: epath.Path) -> Iterator[None]:
         old.rmtree()
 
 
-def _stored_metadata(path: epath.Path) -> dict[str, Any]:
-    # Not builder.info.metadata: tfds lets what the code says win over what was stored.
-    return json.loads((path / "metadata.json").read_text())
-
-
 def _differing(stored: Any, wanted: Any, key: str = "") -> list[str]:
-    """The leaves that differ, as "key=stored (now wanted)"."""
+    """Lists the leaves that differ, as "key=stored (now wanted)"."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
         keys = sorted(stored.keys() | wanted.keys())
         return [d for k in keys for d in _differing(stored.get(k), wanted.get(k), k)]

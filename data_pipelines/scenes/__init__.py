@@ -1,1 +1,1 @@
-"""Procedural captioned vector scenes: sampling, drawing, and a checker that reads pictures back."""
+"""Captioned vector scenes: sampling, drawing, and checking images against their captions."""

@@ -1,9 +1,9 @@
-r"""Writes the scenes dataset at one resolution.
+r"""Draws the scenes dataset at one resolution.
 
     python -m data_pipelines.scenes --data_dir=data --resolution=32 --num_train=20000
 
-The same seed gives the same scenes at every resolution, so that the stages of a cascade can be
-trained on the same pictures. The heldout split has combinations that the others never show.
+A seed gives the same scenes at every resolution, so all stages of a cascade can train on the same
+images. The heldout split has pairs of shape and color that the other splits never show.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 from absl import flags
 
 from data_pipelines.records import writing
-from data_pipelines.scenes.builder import RESOLUTIONS, SPLITS, Scenes
+from data_pipelines.scenes.builder import RESOLUTIONS, Scenes
+from data_pipelines.scenes.vocabulary import SPLITS
 from imagen_jax.common import cli
 
 
 def define_flags() -> None:
     resolutions = [str(r) for r in RESOLUTIONS]
-    flags.DEFINE_enum("resolution", "32", resolutions, "Height and width of the images.")
+    flags.DEFINE_enum("resolution", "32", resolutions, "Side of the images in pixels.")
     for split, default in zip(SPLITS, (20_000, 500, 500), strict=True):
         flags.DEFINE_integer(
             f"num_{split}", default, f"Scenes in the {split} split.", int(split == "train")

@@ -1,4 +1,4 @@
-"""The scenes as a tfds dataset: the scene of an index depends on the seed and the split alone."""
+"""The scenes as a tfds dataset. A scene depends only on the seed, the split and its index."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import tensorflow_datasets as tfds
 from data_pipelines.records import dataset, writing
 from data_pipelines.scenes.draw import render
 from data_pipelines.scenes.grammar import CATEGORIES, sample_scene
+from data_pipelines.scenes.vocabulary import SPLITS
 from imagen_jax.common.errors import UserError
 
 RESOLUTIONS = (32, 64, 256, 1024)
-SPLITS = ("train", "validation", "heldout")
 
 
 def scene_record(
@@ -27,9 +27,9 @@ def scene_record(
     encoder,
     categories: Sequence[str] = (),
 ) -> dict[str, Any] | dataset.Skip:
-    """Scene `index` of a split as a record; at every resolution it is the same scene.
+    """Makes a record of scene `index` of a split, the same scene at every resolution.
 
-    One whose caption is longer than the encoder takes is skipped.
+    Skips it if its caption is too long for the encoder.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = sample_scene(rng, split, categories)
@@ -46,10 +46,15 @@ def scene_record(
 
 
 class Scenes(dataset.RecordsBuilder):
-    """Scenes at one of RESOLUTIONS; `counts` gives the number of each of SPLITS.
+    """Builds a dataset of scenes at one resolution.
+
+    Args:
+      resolution: one of RESOLUTIONS.
+      counts: scenes in each of SPLITS.
+      categories: of captions; () is all.
 
     Raises:
-      UserError: one of `categories` is not the grammar's. () is all of them.
+      UserError: the grammar lacks one of `categories`.
     """
 
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=str(r)) for r in RESOLUTIONS]
@@ -66,14 +71,14 @@ class Scenes(dataset.RecordsBuilder):
     ):
         if unknown := set(categories) - set(CATEGORIES):
             allowed = ", ".join(CATEGORIES)
-            raise UserError(f"a category of scenes is {min(unknown)!r}; allowed: {allowed}")
+            raise UserError(f"scenes have no category {min(unknown)!r}; allowed: {allowed}")
         settings = {"seed": seed, **{f"num_{split}": n for split, n in counts.items()}}
         if categories:
             settings["categories"] = list(categories)
         super().__init__(
             data_dir=data_dir,
             config=str(resolution),
-            splits={
+            splits=lambda: {
                 split: dataset.Split(
                     range(count),
                     functools.partial(
@@ -101,22 +106,22 @@ def prepare(
     max_tokens: int,
     categories: Sequence[str] = (),
 ) -> None:
-    """Writes the scenes that a SeqIO task reads, or finds them already written.
+    """Draws the scenes that a SeqIO task reads, unless they already exist.
 
     Args:
-      task: scenes_ with one of RESOLUTIONS.
-      data_dir: the folder that holds datasets.
-      num_train: scenes of the train split; the others have 500 each.
-      encoder, max_tokens: as text.load_encoder takes them.
+      task: scenes_ and one of RESOLUTIONS.
+      data_dir: directory of the datasets.
+      num_train: scenes in the train split; the other splits have 500 each.
+      encoder, max_tokens: arguments of text.load_encoder.
       categories: of captions; () is all.
 
     Raises:
-      UserError: the task is not one of scenes, or other scenes are there.
+      UserError: the task has no scenes, or different ones exist.
     """
     from imagen_jax.text import load_encoder  # imports JAX
 
     if not task.startswith("scenes_"):
-        raise UserError(f"config.data.build is True; data.task={task} is not a scenes task")
+        raise UserError(f"config.data.build is True, but data.task={task} has no scenes to draw")
     builder = Scenes(
         data_dir=data_dir,
         resolution=int(task.removeprefix("scenes_")),

@@ -1,4 +1,4 @@
-"""Chooses what a scene shows and where: attributes by the split's rule, places without overlap."""
+"""Chooses the things in a scene, by the split's rule, and places them without overlap."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from data_pipelines.scenes.scene import Thing, Word
 from data_pipelines.scenes.vocabulary import (
     BACKGROUNDS,
     COLORS,
-    CONTRASTING,
     HELD_OUT,
     RADII,
     SHAPES,
     TEXTURED_SHAPES,
     USUAL_COLORS,
     WORDS,
+    contrasting,
 )
 
 MARGIN = 0.025
 GAP = 0.055
-# How far apart across its axis the two things of a relation may be.
+# Largest offset of the two things of a relation across its axis.
 MAX_DRIFT = 0.1
 
 
 class Stuck(Exception):
-    """No background contrasts with these colors, or the objects found no room: draw again."""
+    """No background contrasts with the colors, or the objects do not fit: sample again."""
 
 
 def pick(rng: np.random.Generator, options: Sequence):
-    """One of `options`, all equally likely."""
+    """Picks one of `options`, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
 def is_usual(shape: str, color: str) -> bool:
-    """Whether people would not wonder at this shape in this color."""
+    """Returns whether a shape is usually seen in a color."""
     return color in USUAL_COLORS.get(shape, COLORS)
 
 
@@ -60,8 +60,8 @@ _PAIRS = {
 
 def _pair(rng: np.random.Generator, held_out: bool, conflicting: bool) -> tuple[str, str]:
     pairs = _PAIRS["heldout" if held_out else "train", conflicting]
-    # Shapes have from one to eleven colors. Starting half of the time from the shape, half
-    # from the color, makes neither rare.
+    # A shape has one to eleven colors. Picking the shape first half of the time, and the color
+    # first otherwise, makes no shape and no color rare.
     first = int(rng.integers(2))
     value = pick(rng, sorted({pair[first] for pair in pairs}))
     return pick(rng, [pair for pair in pairs if pair[first] == value])
@@ -70,9 +70,9 @@ def _pair(rng: np.random.Generator, held_out: bool, conflicting: bool) -> tuple[
 def cast(
     rng: np.random.Generator, split: str, kinds: int, *, conflicting: bool = False
 ) -> list[Thing]:
-    """So many plain things of normal size, no two with the same shape and color.
+    """Picks `kinds` plain things of normal size, no two with the same shape and color.
 
-    In the heldout split the first is a held-out pair; the other splits never show one.
+    In the heldout split the first is a held-out pair; other splits have none.
     """
     chosen: list[tuple[str, str]] = []
     while len(chosen) < kinds:
@@ -83,25 +83,25 @@ def cast(
 
 
 def recolored(rng: np.random.Generator, thing: Thing) -> Thing:
-    """The same shape in any color in which train shows it as usual."""
+    """Picks another of the shape's usual colors in train."""
     colors = [color for shape, color in _PAIRS["train", False] if shape == thing.shape]
     return dataclasses.replace(thing, color=pick(rng, colors))
 
 
 def vary_texture(rng: np.random.Generator, thing: Thing, chance: float) -> Thing:
-    """The thing, by chance striped or dotted, if it has room for that."""
+    """Makes a thing striped or dotted, with probability `chance`, if a pattern fits on it."""
     if thing.shape not in TEXTURED_SHAPES or rng.random() > chance:
         return thing
     return dataclasses.replace(thing, texture=pick(rng, ("striped", "dotted")))
 
 
 def vary_sizes(rng: np.random.Generator, things: list[Thing], chance: float) -> list[Thing]:
-    """One or two things, by chance large or small; two large ones would not fit."""
+    """Makes one or two things large or small, with probability `chance`; two large do not fit."""
     sizes = ["normal"] * len(things)
     if rng.random() < chance:
         sizes = pick(rng, {1: (["large"], ["small"]), 2: _SIZE_PAIRS}[len(things)])
     return [
-        # A pattern on a small thing could not be seen at 64 pixels.
+        # A pattern on a small thing is invisible at 64 pixels.
         dataclasses.replace(thing, size=size, texture="plain" if size == "small" else thing.texture)
         for thing, size in zip(things, sizes, strict=True)
     ]
@@ -114,10 +114,10 @@ _SIZE_PAIRS = (
 
 
 def choose_background(rng: np.random.Generator, things: Sequence[Thing | Word]) -> str:
-    """A background on which all `things` can be seen; often white.
+    """Picks a background on which all `things` are visible, often white.
 
     Raises:
-        Stuck: there is none.
+      Stuck: there is none.
     """
     suitable = [name for name in BACKGROUNDS if contrasts(name, things)]
     if not suitable:
@@ -128,18 +128,18 @@ def choose_background(rng: np.random.Generator, things: Sequence[Thing | Word]) 
 
 
 def contrasts(background: str, things: Sequence[Thing | Word]) -> bool:
-    """Whether all `things` can be seen on a background."""
+    """Returns whether all `things` are visible on a background."""
     return all(
-        thing.color in CONTRASTING[background, getattr(thing, "texture", "plain") != "plain"]
+        thing.color in contrasting(background, getattr(thing, "texture", "plain") != "plain")
         for thing in things
     )
 
 
 def scatter(rng: np.random.Generator, things: list[Thing], top=0.0, bottom=1.0) -> list[Thing]:
-    """Places things at random in a band of the image so that their bounding boxes stay apart.
+    """Places things at random in a band of the image, with their bounding boxes apart.
 
     Raises:
-        Stuck: no room was found.
+      Stuck: they did not fit.
     """
     placed: list[Thing] = []
     for thing in (_with_radius(rng, thing, len(things)) for thing in things):
@@ -158,7 +158,7 @@ def scatter(rng: np.random.Generator, things: list[Thing], top=0.0, bottom=1.0) 
 
 
 def side_by_side(rng: np.random.Generator, things: list[Thing], relation: str) -> list[Thing]:
-    """Places two things so that the first stands in `relation` to the second."""
+    """Places two things so that the first is in `relation` to the second."""
     a, b = (_with_radius(rng, thing, 2) for thing in things)
     first, second = (a, b) if relation in ("left of", "above") else (b, a)
     slack = 1 - 2 * (MARGIN + first.radius + second.radius) - GAP
@@ -173,7 +173,7 @@ def side_by_side(rng: np.random.Generator, things: list[Thing], relation: str) -
 
 
 def write(rng: np.random.Generator, color: str, max_height: float, top=0.0, bottom=1.0) -> Word:
-    """A word as large as fits, somewhere in a band of the image."""
+    """Places a word, as large as fits, in a band of the image."""
     text = pick(rng, WORDS)
     width = rng.uniform(0.86, 0.94)
     aspect = glyphs.columns(len(text)) / glyphs.ROWS
@@ -184,7 +184,7 @@ def write(rng: np.random.Generator, color: str, max_height: float, top=0.0, bott
 
 
 def place_beside_word(rng: np.random.Generator, thing: Thing, top: float, bottom: float) -> Thing:
-    """Places a thing of normal size in the band of the image that a word leaves free."""
+    """Places a thing of normal size in the band of the image without the word."""
     radius = rng.uniform(*RADII[2]["normal"])
     edge = radius + MARGIN
     x, y = rng.uniform(edge, 1 - edge), rng.uniform(top + edge, bottom - edge)
@@ -203,5 +203,5 @@ def _at(thing: Thing, x: float, y: float) -> Thing:
 
 
 def _rounded(*values: float) -> list[float]:
-    """Four decimals: a tenth of a pixel at 1024, and short JSON."""
+    """Rounds to four decimals: a tenth of a pixel at 1024, and short JSON."""
     return [round(float(value), 4) for value in values]

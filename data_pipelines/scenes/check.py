@@ -1,4 +1,4 @@
-"""Tells which of a caption's claims a picture satisfies."""
+"""Checks which claims of a caption a picture satisfies."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ MIN_SIZE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One claim of the caption, and whether the picture satisfies it."""
+    """A claim of the caption, and whether the picture satisfies it."""
 
     claim: dict
     ok: bool
 
 
 def check(image: np.ndarray, scene: Scene) -> list[Verdict]:
-    """Holds a picture against the claims of a scene's caption; the scene's layout is not used.
+    """Checks a picture against the claims of a scene's caption.
 
     Args:
-        image: uint8 [S, S, 3] with S >= 32.
-        scene: its `claims` are what is checked.
+      image: uint8 [S, S, 3] with S >= 32.
+      scene: gives the claims; its layout is not used.
 
     Returns:
-        One verdict a claim, in order.
+      A verdict for each claim, in order.
 
     Raises:
-        ValueError: the image has another type or shape.
+      ValueError: the image has another type or shape.
     """
     square = image.ndim == 3 and image.shape[0] == image.shape[1] >= MIN_SIZE
     if image.dtype != np.uint8 or not square or image.shape[2] != 3:
         raise ValueError(
-            f"image is {image.dtype} {list(image.shape)}, wanted uint8 [S, S, 3], S >= {MIN_SIZE}"
+            f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [S, S, 3], S >= {MIN_SIZE}"
         )
     picture = see(image)
     return [Verdict(claim, holds(claim, picture)) for claim in scene.claims]
 
 
 def all_right(verdicts: Sequence[Verdict]) -> bool:
-    """Whether the picture satisfies every claim."""
+    """Returns whether the picture satisfies every claim."""
     return all(verdict.ok for verdict in verdicts)
 
 

@@ -1,33 +1,33 @@
-"""Typed claims of captions, and whether a picture's description satisfies them.
+"""The claims of captions, and whether a picture satisfies them.
 
-A claim is a plain dict with a "kind". A reference to things in the picture is a dict of the
-attributes they must have ({"shape": "circle", "color": "red"}; {} is any object; {"word": "CAT"}
-is the drawn word):
+A claim is a plain dict with a "kind". It refers to things in the picture by a dict `ref` of the
+attributes they must have, such as {"shape": "circle", "color": "red"}. {} refers to any object,
+{"word": "CAT"} to the drawn word.
 
-    {"kind": "object", "object": ref}                    at least one such object is there
-    {"kind": "count", "object": ref, "count": 3}         exactly so many are there
+    {"kind": "object", "object": ref}                    at least one such object exists
+    {"kind": "count", "object": ref, "count": 3}         exactly `count` such objects exist
     {"kind": "size", "object": ref, "size": "large"}     one of them has this size
     {"kind": "texture", "object": ref, "texture": ...}   one of them has this texture
     {"kind": "relation", "a": ref, "b": ref, "relation": "left of"}
     {"kind": "background", "color": "pale blue"}
-    {"kind": "word", "word": "CAT"}                      with "color" where the caption names it
+    {"kind": "word", "word": "CAT"}                      with "color" if the caption names it
 """
 
 from __future__ import annotations
 
 from data_pipelines.scenes.scene import Picture, Thing, Word
 
-# Centers nearer than this along an axis (a share of the image) are neither left nor right.
+# Centers closer than this along an axis (a share of the side) are in no relation along it.
 RELATION_MARGIN = 0.08
 
 
 def reference(thing: Thing) -> dict:
-    """How claims point at an object whose shape and color the caption names."""
+    """Returns the reference to an object by shape and color."""
     return {"shape": thing.shape, "color": thing.color}
 
 
 def about(thing: Thing) -> list[dict]:
-    """The claims of a noun phrase that names all but the normal size and the plain texture."""
+    """Returns the claims of a noun phrase, which omits a normal size and a plain texture."""
     claims = [{"kind": "object", "object": reference(thing)}]
     if thing.size != "normal":
         claims.append({"kind": "size", "object": reference(thing), "size": thing.size})
@@ -37,7 +37,7 @@ def about(thing: Thing) -> list[dict]:
 
 
 def holds(claim: dict, picture: Picture) -> bool:
-    """Whether `picture` satisfies one claim."""
+    """Returns whether `picture` satisfies a claim."""
     kind = claim["kind"]
     if kind == "background":
         return picture.background == claim["color"]

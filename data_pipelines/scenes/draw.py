@@ -1,4 +1,4 @@
-"""Draws a scene at any resolution: anti-aliased by drawing larger and averaging."""
+"""Draws a scene at any resolution, antialiased: draws it larger, then averages pixels."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from data_pipelines.scenes.scene import Picture, Thing, Word
 from data_pipelines.scenes.shapes import OUTLINES
 from data_pipelines.scenes.vocabulary import BACKGROUNDS, COLORS
 
-# Small pictures are drawn on a canvas of this size, where Pillow's half pixels do not show.
+# Smallest canvas in pixels. On smaller ones, errors of half a pixel in Pillow would show.
 MIN_CANVAS = 512
 
-# In radii of the object, so that a pattern scales with what it is on.
+# In radii of the object, so a pattern scales with it.
 STRIPE_PERIOD = 0.62
 DOT_SPACING = 0.54
 DOT_RADIUS = 0.16
 
 
 def render(scene: Picture, size: int) -> np.ndarray:
-    """The scene as uint8 [size, size, 3]; the same picture at every size."""
+    """Draws the scene as uint8 [size, size, 3], the same picture at every size."""
     oversampling = max(2, MIN_CANVAS // size)
     side = size * oversampling
     canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
@@ -32,14 +32,14 @@ def render(scene: Picture, size: int) -> np.ndarray:
 
 
 def silhouette(shape: str, side: int) -> np.ndarray:
-    """A shape filling a square of `side` pixels; float [side, side], 1 inside."""
+    """Draws a shape that fills a square of `side` pixels: float [side, side], 1 inside."""
     mask = Image.new("L", (4 * side, 4 * side))
     _fill(ImageDraw.Draw(mask), (OUTLINES[shape] + 1) * 2 * side, 255)
     return np.asarray(mask.reduce(4)) / 255
 
 
 def _fill(pen: ImageDraw.ImageDraw, outline: np.ndarray, color) -> None:
-    # Pillow's coordinates name the centers of pixels, ours their corners.
+    # Integers are centers of pixels in Pillow's coordinates, and corners in ours.
     pen.polygon((outline - 0.5).ravel().tolist(), fill=color)
 
 
@@ -60,7 +60,7 @@ def _draw_thing(canvas: Image.Image, thing: Thing) -> None:
 
 
 def _stripes(pen: ImageDraw.ImageDraw, center: np.ndarray, radius: float) -> None:
-    """Diagonal bands x + y = const over half of the surface."""
+    """Draws diagonal bands x + y = const that cover half of the surface."""
     for k in range(-3, 4):
         low, high = np.sqrt(2) * STRIPE_PERIOD * np.array([k - 0.25, k + 0.25])
         band = np.array([[-2, low + 2], [2, low - 2], [2, high - 2], [-2, high + 2]])
@@ -68,7 +68,7 @@ def _stripes(pen: ImageDraw.ImageDraw, center: np.ndarray, radius: float) -> Non
 
 
 def _dots(pen: ImageDraw.ImageDraw, center: np.ndarray, radius: float) -> None:
-    """Dots on a triangular grid."""
+    """Draws dots on a triangular grid."""
     for row in range(-2, 3):
         for column in range(-2, 3):
             x, y = column + row % 2 / 2, row * np.sqrt(3) / 2
@@ -84,7 +84,7 @@ def _draw_word(canvas: Image.Image, word: Word) -> None:
     left = word.x * canvas.width - cells.shape[1] / 2 * cell
     top = (word.y - word.height / 2) * canvas.width
     for row, column in np.argwhere(cells):
-        # Rounded corners are shared, so that neighboring cells leave no seam.
+        # Neighboring cells share their rounded corners, so there is no seam.
         x0, y0 = round(left + column * cell), round(top + row * cell)
         x1, y1 = round(left + (column + 1) * cell) - 1, round(top + (row + 1) * cell) - 1
         pen.rectangle([x0, y0, x1, y1], fill=tone)

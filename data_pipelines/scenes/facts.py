@@ -1,6 +1,6 @@
-"""What captions say, as labels: of a whole caption, and of the words that point at a thing.
+"""Labels for what a caption says: as a whole, and at each word that refers to one thing.
 
-Text encoders are trained to tell them (see imagen_jax.pretrain_text).
+Text encoders are pre-trained to predict them (see imagen_jax.pretrain_text).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ FACTS = (
 )  # fmt: skip
 _OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 
-# A thing as claims refer to it: the items of {"shape": "circle", "color": "red"}.
+# The items of a claim's reference, such as {"shape": "circle", "color": "red"}.
 Ref = frozenset[tuple[str, str]]
 
 
 def stated(claims: Sequence[dict]) -> set[str]:
-    """All of FACTS that the claims of a caption have in them."""
+    """Returns the FACTS that the claims of a caption contain."""
     backgrounds = {f"{c['color']} background" for c in claims if c["kind"] == "background"}
     return backgrounds.union(*_by_thing(claims).values())
 
 
 def mentions(scene: Scene) -> list[tuple[int, int, set[str]]]:
-    """(start, end, facts) of each noun and color in the caption that points at a single thing.
+    """Returns (start, end, facts) of each noun and color in the caption that refers to one thing.
 
-    The facts are all that the caption says of that thing, its side of a relation included. Words
-    that are misspelt, or could be of two things, are left out.
+    The facts are everything the caption says about that thing, including its side of a relation.
+    Misspelled words, and words that could refer to two things, are left out.
     """
     things = _by_thing(scene.claims)
     owners = defaultdict(list)

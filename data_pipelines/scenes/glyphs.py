@@ -1,6 +1,6 @@
-"""A font of 5 by 7 cells for A to Z, so that drawn words do not depend on a machine's fonts.
+"""A font for A to Z of 5 by 7 cells, so words look the same whatever fonts a machine has.
 
-Every letter touches all four sides of its box: a word's bounding box alone gives its grid.
+Every letter touches all four sides of its box, so a word's bounding box gives its grid of cells.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 ROWS, COLUMNS = 7, 5
 PITCH = COLUMNS + 1
 
-# Seven rows a letter, each row five bits as two hexadecimal digits.
+# Seven rows per letter. A row is five bits, written as two hexadecimal digits.
 _BITS = {
     "A": "0e11111f111111", "B": "1e11111e11111e", "C": "0e11101010110e", "D": "1e11111111111e",
     "E": "1f10101e10101f", "F": "1f10101e101010", "G": "0e11101711110f", "H": "1111111f111111",
@@ -29,11 +29,11 @@ GLYPHS = {
 
 
 def columns(letters: int) -> int:
-    """How many cells wide a word of so many letters is."""
+    """Returns the width in cells of a word with this many letters."""
     return PITCH * letters - 1
 
 
 def cells(text: str) -> np.ndarray:
-    """The inked cells of a word of capital letters; bool [7, 6 * len(text) - 1]."""
+    """Returns the cells of a word of capital letters, True for ink: bool [7, 6 * len(text) - 1]."""
     gap = np.zeros((ROWS, 1), dtype=bool)
     return np.concatenate([np.concatenate([GLYPHS[c], gap], 1) for c in text], 1)[:, :-1]

@@ -1,4 +1,4 @@
-"""Samples captioned scenes by the categories of DrawBench that a program can check."""
+"""Samples captioned scenes in the categories of DrawBench that a program can check."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from data_pipelines.scenes import casting, claims, phrases
 from data_pipelines.scenes.casting import pick
 from data_pipelines.scenes.phrases import describe, describe_many, with_article
 from data_pipelines.scenes.scene import Scene, Thing, Word
-from data_pipelines.scenes.vocabulary import COLORS, MAX_OBJECTS, RELATIONS
+from data_pipelines.scenes.vocabulary import COLORS, MAX_OBJECTS, RELATIONS, SPLITS
 
-SPLITS = ("train", "validation", "heldout")
 MAX_CAPTION_BYTES = 180
 
 OPENINGS = (
@@ -24,16 +23,17 @@ ON_BACKGROUND = ("on a {} background", "against a {} background", "in front of a
 
 
 def sample_scene(rng: np.random.Generator, split: str, categories: Sequence[str] = ()) -> Scene:
-    """A random scene with its caption; the same for the same state of `rng` and arguments.
+    """Samples a scene with its caption, a function of the state of `rng` and the arguments.
 
     Args:
-        categories: some of CATEGORIES; () is all.
+      split: one of SPLITS.
+      categories: some of CATEGORIES; () is all.
 
     Raises:
-        ValueError: the split is none of SPLITS.
+      ValueError: the split is unknown.
     """
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
     shares = np.array([CATEGORIES[name][0] for name in categories or CATEGORIES])
     category = str(rng.choice(list(categories or CATEGORIES), p=shares / shares.sum()))
     while True:
@@ -54,7 +54,7 @@ def _finish(
     word: Word | None = None,
     background_chance: float = 0.3,
 ) -> Scene:
-    """Chooses the background, by chance mentions it, and puts the parts together."""
+    """Chooses the background, perhaps mentions it, and assembles the scene."""
     background = casting.choose_background(rng, [*objects, word] if word else objects)
     if rng.random() < background_chance:
         caption += " " + phrases.usually(rng, ON_BACKGROUND).format(background)
@@ -219,7 +219,7 @@ def _shuffled(rng: np.random.Generator, things: list[Thing]) -> list[Thing]:
     return [things[i] for i in rng.permutation(len(things))]
 
 
-# Simple captions are the most common: a small model trained for minutes must learn something.
+# Each category's share and sampler. Simple captions dominate, so a model can learn in minutes.
 CATEGORIES = {
     "Colors": (0.40, _colors),
     "Counting": (0.14, _counting),

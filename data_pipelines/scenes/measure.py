@@ -1,17 +1,17 @@
-"""Measures the checker: how often it passes true renders, and wrong pictures.
+"""Measures how often the checker passes true renders, and how often wrong pictures.
 
     python -m data_pipelines.scenes.measure --num=1000
 
 For each resolution and category it prints
 
-    right        share of true renders whose claims are all found satisfied
-    claims       share of all claims found satisfied on true renders
-    wrong        share of wrong pictures found fully right: renders of other scenes, half of them
+    right        share of true renders that pass all claims
+    claims       share of all claims that pass on true renders
+    wrong        share of wrong pictures that pass all claims: renders of other scenes, half of them
                  of the same category
-    near misses  share found fully right of pictures that differ in one thing: a color, a shape, a
-                 texture, a size, the background, the word, a missing object, mirrored places
+    near misses  share that pass all claims of pictures with one change: a color, a shape, a
+                 texture, a size, the background, the word, a missing object, mirrored positions
 
-Pictures that do satisfy the caption by their description are not counted as wrong.
+A wrong picture or near miss never satisfies the caption by its description.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.scenes import casting
-from data_pipelines.scenes.check import MIN_SIZE, all_right, check
 from data_pipelines.scenes.claims import holds
 from data_pipelines.scenes.draw import render
-from data_pipelines.scenes.grammar import SPLITS, sample_scene
+from data_pipelines.scenes.grammar import sample_scene
 from data_pipelines.scenes.scene import Picture, Scene, Thing, Word
 from data_pipelines.scenes.vocabulary import (
     BACKGROUNDS,
     COLORS,
     RADII,
     SHAPES,
+    SPLITS,
     TEXTURED_SHAPES,
     TEXTURES,
     WORDS,
@@ -44,7 +44,7 @@ from imagen_jax.common.errors import UserError
 
 @dataclasses.dataclass
 class Score:
-    """Counts of one resolution, or of one category at one resolution."""
+    """Counts for one resolution, or for one category at one resolution."""
 
     pictures: int = 0
     right: int = 0
@@ -64,7 +64,10 @@ class Score:
 
 
 def measure(scenes: list[Scene], resolution: int, rng: np.random.Generator) -> dict[str, Score]:
-    """Scores by category, and under "all", of the checker on renders at one resolution."""
+    """Scores the checker on renders at one resolution, by category and under "all"."""
+    # Imports scikit-image, which --help does not need.
+    from data_pipelines.scenes.check import all_right, check
+
     scores: dict[str, Score] = collections.defaultdict(Score)
     for scene in scenes:
         image = render(scene, resolution)
@@ -85,10 +88,10 @@ def measure(scenes: list[Scene], resolution: int, rng: np.random.Generator) -> d
 
 
 def other_scene(rng: np.random.Generator, scene: Scene, scenes: list[Scene]) -> Picture:
-    """One of `scenes` that does not satisfy the claims; half of the time of the same category.
+    """Picks one of `scenes` that does not satisfy the claims, half the time of the same category.
 
     Raises:
-        ValueError: all of them do.
+      ValueError: all of them satisfy the claims.
     """
     same = [other for other in scenes if other.category == scene.category]
     order = scenes if rng.random() < 0.5 else same
@@ -100,7 +103,7 @@ def other_scene(rng: np.random.Generator, scene: Scene, scenes: list[Scene]) -> 
 
 
 def near_miss(rng: np.random.Generator, scene: Scene) -> Picture:
-    """The scene's picture with one thing changed so that a claim no longer holds."""
+    """Changes one thing in the scene's picture so that a claim no longer holds."""
     variants = [
         dataclasses.replace(scene, background=name)
         for name in BACKGROUNDS
@@ -118,7 +121,7 @@ def near_miss(rng: np.random.Generator, scene: Scene) -> Picture:
             for changed in _changed(rng, thing, len(scene.objects))
         ]
         variants.append(dataclasses.replace(scene, objects=before + after))
-    # Without the word, which mirrored objects could cover.
+    # Drops the word, which mirrored objects could cover.
     for axis in ("x", "y"):
         mirrored = [
             dataclasses.replace(thing, **{axis: 1 - getattr(thing, axis)})
@@ -150,19 +153,21 @@ def _satisfies(picture: Picture, scene: Scene) -> bool:
 
 
 def define_flags() -> None:
-    """Here and not at import, since every command line has its own --num and --seed."""
-    flags.DEFINE_integer("num", 1000, "Scenes to draw and check at each resolution.", 50)
-    flags.DEFINE_enum("split", "validation", SPLITS, "The split that scenes are sampled from.")
+    """Defines the flags only when run as a command: other commands have their own --num."""
+    flags.DEFINE_integer("num", 1000, "Number of scenes to draw and check at each resolution.", 50)
+    flags.DEFINE_enum("split", "validation", SPLITS, "Split to sample scenes from.")
     flags.DEFINE_integer("seed", 0, "Seed of the scenes.", 0)
     flags.DEFINE_list("resolutions", ["32", "64", "256"], "Image sides in pixels, 32 or more.")
 
 
 def main(argv: list[str]) -> None:
-    """Prints one table a resolution."""
+    """Prints a table for each resolution."""
     del argv
+    from data_pipelines.scenes.check import MIN_SIZE
+
     for text in flags.FLAGS.resolutions:
         if not text.isdecimal() or int(text) < MIN_SIZE:
-            raise UserError(f"--resolutions: {text!r} is not a whole number of at least {MIN_SIZE}")
+            raise UserError(f"--resolutions has {text!r}; allowed: {MIN_SIZE} or more")
     rng = np.random.default_rng(flags.FLAGS.seed)
     scenes = [sample_scene(rng, flags.FLAGS.split) for _ in range(flags.FLAGS.num)]
     for resolution in map(int, flags.FLAGS.resolutions):

@@ -1,4 +1,4 @@
-"""English for the parts of a scene: nouns, adjectives, relations, and slips of the pen."""
+"""English for the parts of a scene: nouns, adjectives, relations, and misspellings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data_pipelines.scenes.casting import pick
 from data_pipelines.scenes.scene import Thing
 from data_pipelines.scenes.vocabulary import COLORS, SHAPES
 
-# (singular, plural); the first is the usual one.
+# Pairs of singular and plural; the first pair is the usual one.
 NOUNS = {shape: [(shape, shape + "s")] for shape in SHAPES} | {
     "circle": [("circle", "circles"), ("disc", "discs")],
     "diamond": [("diamond", "diamonds"), ("rhombus", "rhombuses")],
@@ -43,22 +43,22 @@ Spelling = Callable[[str], str]
 
 
 def usually(rng: np.random.Generator, options) -> str:
-    """The first of `options` in two cases of three, else any."""
+    """Returns the first of `options` two times in three, else picks any."""
     return options[0] if rng.random() < 0.67 else pick(rng, options)
 
 
 def with_article(phrase: str) -> str:
-    """ "an orange star"."""
+    """Puts "a" or "an" before a phrase."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def describe(rng: np.random.Generator, thing: Thing, spell: Spelling = str) -> str:
-    """A noun phrase without article or number: "large striped red circle"."""
+    """Makes a noun phrase without article or number: "large striped red circle"."""
     return _describe(rng, thing, 0, spell)
 
 
 def describe_many(rng: np.random.Generator, number: int, thing: Thing, color: bool = True) -> str:
-    """Number and noun phrase: "three red circles", "one blue star"."""
+    """Makes a noun phrase with a number: "three red circles", "one blue star"."""
     phrase = _describe(rng, thing, int(number > 1), str, color)
     return f"{NUMBERS[number] if rng.random() < 0.85 else number} {phrase}"
 
@@ -81,7 +81,7 @@ def _describe(
 
 
 def misspell(rng: np.random.Generator, word: str) -> str:
-    """The phrase with a slip of the pen in its last word that makes no word of ours."""
+    """Misspells the last word of a phrase, and not into another word of the vocabulary."""
     before, space, word = word.rpartition(" ")
     known = {w for words in (*NOUNS.values(), COLOR_WORDS.values()) for pair in words for w in pair}
     while True:

@@ -1,4 +1,4 @@
-"""The description of a scene: what is drawn where, and what its caption claims."""
+"""The description of a scene: its things, their places, its caption and the caption's claims."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One drawn shape; x, y (center of its bounding box) and radius are shares of the side."""
+    """A drawn shape. x, y (the center of its bounding box) and radius are shares of the side."""
 
     shape: str
     color: str
@@ -21,7 +21,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """Drawn capital letters; x, y (center) and height are shares of the image side."""
+    """Drawn capital letters. x, y (the center) and height are shares of the image's side."""
 
     text: str
     color: str
@@ -32,7 +32,7 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What a picture shows; either as it was drawn or as it was read back from pixels."""
+    """The contents of a picture, as drawn or as read back from its pixels."""
 
     background: str
     objects: tuple[Thing, ...]
@@ -41,22 +41,19 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Scene(Picture):
-    """A picture with its caption, the caption's category and the claims that the caption makes.
-
-    `claims` are plain dicts, see claims.py.
-    """
+    """A picture with its caption, the caption's category and its claims (see claims.py)."""
 
     caption: str
     category: str
     claims: tuple[dict, ...]
 
     def to_json(self) -> str:
-        """This scene as one line of JSON; `from_json` gives an equal scene back."""
+        """Encodes the scene as one line of JSON, from which `from_json` makes an equal scene."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Scene:
-        """The scene that `to_json` wrote."""
+        """Decodes a scene from `to_json`."""
         fields = json.loads(text)
         fields["objects"] = tuple(Thing(**thing) for thing in fields["objects"])
         fields["word"] = Word(**fields["word"]) if fields["word"] else None

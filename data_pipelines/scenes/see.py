@@ -1,4 +1,4 @@
-"""Reads a picture back: finds its background, its objects and its word from the pixels alone."""
+"""Reads a picture's background, objects and word from its pixels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from data_pipelines.scenes import draw, glyphs
 from data_pipelines.scenes.scene import Picture, Thing, Word
 from data_pipelines.scenes.vocabulary import BACKGROUNDS, COLORS, RADII, lab
 
-# Every picture is read at this size: small ones hold no more, large ones need no more.
+# Side in pixels to which every picture is resized before it is read.
 WORKING_SIZE = 128
-# In Lab units: about half the contrast that every object has with its background.
+# In Lab units: about half the least contrast of an object with its background.
 FIGURE_CONTRAST = 20.0
-# Specks smaller than this share of the picture are not objects.
+# Regions smaller than this share of the picture are not objects.
 MIN_AREA = 0.002
 TEMPLATE_SIZE = 28
 MIN_LIKENESS = 0.6
@@ -31,7 +31,7 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class _Blob:
-    """A connected region: pixel bounds (top, left, bottom, right) and its mask within them."""
+    """A connected region: pixel bounds (top, left, bottom, right) and a mask within them."""
 
     bounds: tuple[int, int, int, int]
     mask: np.ndarray
@@ -47,13 +47,13 @@ class _Blob:
 
 
 def see(image: np.ndarray) -> Picture:
-    """What a picture shows.
+    """Finds the background, objects and word of a picture.
 
     Args:
-        image: uint8 [S, S, 3] with S >= 32.
+      image: uint8 [S, S, 3] with S >= 32.
 
     Returns:
-        The background, objects and word found; a shape like none has the name "unknown".
+      What was found. A shape unlike all of SHAPES has the name "unknown".
     """
     pixels = Image.fromarray(image).resize((WORKING_SIZE,) * 2, Image.Resampling.BICUBIC)
     lab_hwc = rgb2lab(np.asarray(pixels))
@@ -76,7 +76,7 @@ def see(image: np.ndarray) -> Picture:
 
 @functools.cache
 def _frame() -> np.ndarray:
-    """The two outermost pixels on every side, which no object covers; bool [128, 128]."""
+    """Masks the outer two pixels on every side, which no object covers: bool [128, 128]."""
     frame = np.ones((WORKING_SIZE,) * 2, dtype=bool)
     frame[2:-2, 2:-2] = False
     return frame
@@ -89,7 +89,7 @@ def _background_table() -> tuple[list[str], np.ndarray]:
 
 @functools.cache
 def _tone_table() -> np.ndarray:
-    """The tones of all colors; [colors, 2, 3]."""
+    """Returns the tones of all colors in Lab: [colors, 2, 3]."""
     return np.array([[lab(tone) for tone in tones] for tones in COLORS.values()])
 
 
@@ -106,7 +106,7 @@ def _nearest(color: np.ndarray, table: tuple[list[str], np.ndarray]) -> str:
 
 
 def _box(mask: np.ndarray) -> tuple[slice, slice]:
-    """The bounding box of a mask's true pixels; all of it where there are none."""
+    """Returns the bounding box of a mask's true pixels, or all of it if there are none."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return slice(0, mask.shape[0]), slice(0, mask.shape[1])
@@ -114,7 +114,7 @@ def _box(mask: np.ndarray) -> tuple[slice, slice]:
 
 
 def _normalized(mask: np.ndarray) -> np.ndarray:
-    """A mask that fills its bounds, scaled into the middle of a square of TEMPLATE_SIZE."""
+    """Scales a mask that fills its bounds, and centers it in a square of TEMPLATE_SIZE."""
     height, width = mask.shape
     square = np.zeros((max(height, width),) * 2, np.uint8)
     top, left = (len(square) - height) // 2, (len(square) - width) // 2
@@ -126,13 +126,13 @@ def _normalized(mask: np.ndarray) -> np.ndarray:
 def _recognize(
     lab_hwc: np.ndarray, contrast: np.ndarray, blob: _Blob, things: int, blur: int
 ) -> Thing:
-    """Names one object among so many things in a picture with edges `blur` pixels wide."""
+    """Names one of `things` objects in a picture whose edges are `blur` pixels wide."""
     inner = _inner(blob.mask, blur)
     color, second_share, second = _read_color(lab_hwc[blob.window], inner)
     texture = "plain"
     if MIN_SECOND_TONE < second_share < MAX_SECOND_TONE:
         texture = "striped" if _stripedness(second, inner) > STRIPE_REGULARITY else "dotted"
-    # A blurred edge lies where the contrast is half of what it is inside.
+    # A blurred edge is where the contrast falls to half of that inside.
     level = np.percentile(contrast[blob.window][inner], 50 if texture == "plain" else 5) / 2
     mask = blob.mask & (contrast[blob.window] > max(level, FIGURE_CONTRAST))
     rows, columns = box = _box(mask)
@@ -144,13 +144,13 @@ def _recognize(
 
 
 def _inner(mask: np.ndarray, blur: int) -> np.ndarray:
-    """The mask without its blurred edge, unless it is all edge."""
+    """Removes the blurred edge of a mask, unless little else remains."""
     inner = erosion(np.pad(mask, 1), np.ones((2 * blur + 1,) * 2, bool))[1:-1, 1:-1]
     return inner if inner.sum() > 0.2 * mask.sum() else mask
 
 
 def _read_color(lab_hwc: np.ndarray, inner: np.ndarray) -> tuple[str, float, np.ndarray]:
-    """The color's name, the share of its second tone, and where that is (bool [H, W])."""
+    """Returns a color's name, the share of its second tone, and a mask of it (bool [H, W])."""
     distance = np.linalg.norm(lab_hwc[:, :, None, None] - _tone_table()[None, None], axis=-1)
     votes = np.argmin(distance.min(axis=-1)[inner], axis=-1)
     winner = int(np.argmax(np.bincount(votes, minlength=len(COLORS))))
@@ -159,7 +159,7 @@ def _read_color(lab_hwc: np.ndarray, inner: np.ndarray) -> tuple[str, float, np.
 
 
 def _name_size(radius: float, things: int) -> str:
-    """The size whose range of radii is nearest, in a picture of so many things."""
+    """Returns the size with the nearest range of radii, in a picture of `things` things."""
     ranges = RADII[min(max(things, 1), 2)]
     return min(ranges, key=lambda size: max(ranges[size][0] - radius, radius - ranges[size][1]))
 
@@ -173,7 +173,7 @@ def _name_shape(mask: np.ndarray) -> str:
 
 
 def _stripedness(second: np.ndarray, inner: np.ndarray) -> float:
-    """How much of the pattern's variance is explained by the position along one axis, in [0, 1]."""
+    """Returns the share of a pattern's variance, 0 to 1, that position on one axis explains."""
     y, x = np.nonzero(inner)
     value = second[inner].astype(float)
     explained = []
@@ -187,7 +187,7 @@ def _stripedness(second: np.ndarray, inner: np.ndarray) -> float:
 def _find_word(
     lab_hwc: np.ndarray, contrast: np.ndarray, blobs: list[_Blob]
 ) -> tuple[Word | None, list[_Blob]]:
-    """The best legible row of blobs, and the blobs that are its letters."""
+    """Returns the most legible word, and the blobs that are its letters."""
     best, letters, best_clarity = None, [], MIN_LETTER_LIKENESS
     for row in _rows(blobs):
         top, left = np.min([blob.bounds[:2] for blob in row], axis=0)
@@ -204,7 +204,7 @@ def _find_word(
 
 
 def _rows(blobs: list[_Blob]) -> list[list[_Blob]]:
-    """Groups blobs of like height that stand in a line, no farther apart than letters do."""
+    """Groups blobs of similar height on one line, no farther apart than letters."""
     rows: list[list[_Blob]] = []
     for blob in sorted(blobs, key=lambda blob: blob.bounds[1]):
         for row in rows:
@@ -220,9 +220,9 @@ def _rows(blobs: list[_Blob]) -> list[list[_Blob]]:
 
 
 def _read_letters(ink: np.ndarray) -> tuple[str, float]:
-    """The text in a window, and the mean correlation of its letters with their glyphs."""
+    """Reads the text in a window; returns it with its letters' mean correlation with glyphs."""
     ink = np.minimum(ink / max(float(np.percentile(ink, 90)), 1e-6), 1)
-    # Where exactly a blurred letter ends is uncertain: the clearest reading decides.
+    # The edge of a blurred letter is uncertain, so take the clearest of several readings.
     readings = [_read_grid(ink[_box(ink > level)]) for level in (0.4, 0.55, 0.7)]
     return max(readings, key=lambda reading: reading[1])
 
@@ -249,6 +249,6 @@ def _glyph_table() -> np.ndarray:
 
 
 def _standardized(cells: np.ndarray) -> np.ndarray:
-    """Flat, with zero mean and unit length: products of two such are correlations."""
+    """Flattens cells to zero mean and unit length, so that dot products are correlations."""
     centered = cells.ravel() - cells.mean()
     return centered / max(float(np.linalg.norm(centered)), 1e-9)

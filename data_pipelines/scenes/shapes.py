@@ -1,4 +1,4 @@
-"""Outlines of the shapes: one closed polygon each, in a box of side 2 around the origin, y down."""
+"""Outlines of the shapes: a closed polygon each, in a box of side 2 around the origin, y down."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def _arc(start: float, stop: float, radius: float = 1.0, center=(0.0, 0.0), points: int = 128):
-    """Points on a circle; angles in turns, clockwise from the right."""
+    """Returns points on a circle; angles are in turns, clockwise from the right."""
     angle = 2 * np.pi * np.linspace(start, stop, points)
     return np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius + np.array([center])
 
@@ -18,7 +18,7 @@ def _spiked(spikes: int, inner: float) -> np.ndarray:
 
 
 def _ring() -> np.ndarray:
-    # Out along the rim and back along the hole: the seam between the two has no width.
+    # Around the rim, then back around the hole; the seam between them has no width.
     return np.concatenate([_arc(0, 1), _arc(1, 0, radius=0.55)])
 
 
@@ -44,12 +44,12 @@ def _leaf() -> np.ndarray:
 
 
 def _raindrop() -> np.ndarray:
-    # The tip's two straight sides are tangents of the round part.
+    # The two straight sides of the tip are tangents to the round part.
     return np.concatenate([_arc(-0.08, 0.58), np.array([[0.0, -2.07]])])
 
 
 def _cloud() -> np.ndarray:
-    # Seen from the origin, the farthest of overlapping circles that all contain it.
+    # In each direction, the farthest of several circles that all contain the origin.
     circles = ((-0.52, 0.06, 0.56), (-0.12, -0.36, 0.62), (0.42, -0.1, 0.6), (0.3, 0.1, 0.5))
     angle = np.linspace(0, 2 * np.pi, 256, endpoint=False)
     ray = np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -66,7 +66,7 @@ def _mirrored(right: list[tuple[float, float]]) -> np.ndarray:
 
 
 def _fitted(outline: np.ndarray) -> np.ndarray:
-    """Centered, with the longer side of the bounding box two units long."""
+    """Centers an outline and scales the longer side of its bounding box to 2."""
     low, high = outline.min(axis=0), outline.max(axis=0)
     return (outline - ((low + high) / 2)[None]) * 2 / (high - low).max()
 

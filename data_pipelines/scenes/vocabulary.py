@@ -1,12 +1,15 @@
-"""What scenes are made of: colors, backgrounds, sizes, textures, words, and the held-out pairs."""
+"""The vocabulary of scenes: colors, backgrounds, shapes, sizes, textures, words, held-out pairs."""
 
 from __future__ import annotations
 
-import numpy as np
-from skimage.color import rgb2lab
+import functools
 
-# Each color has a main tone and the second tone of its stripes and dots. The tones of one color
-# stay nearer to each other's name than to any other color, so a striped red circle is red all over.
+import numpy as np
+
+SPLITS = ("train", "validation", "heldout")
+
+# The main tone of each color, and the second tone of its stripes and dots. A second tone is nearer
+# to its own color than to any other, so all parts of a striped red circle are red.
 COLORS = {
     "red": ((225, 35, 40), (130, 0, 20)),
     "orange": ((250, 130, 20), (255, 200, 130)),
@@ -37,7 +40,7 @@ SHAPES = (
     "leaf", "raindrop", "cloud", "tree", "arrow",
 )  # fmt: skip
 
-# The colors in which people know a shape. Every category but Conflicting keeps to them.
+# The colors a shape is known in. Every category but Conflicting draws it in these.
 USUAL_COLORS = {
     "heart": ("red", "pink"),
     "moon": ("yellow", "white"),
@@ -48,7 +51,7 @@ USUAL_COLORS = {
     "tree": ("green",),
 }
 
-# Pairs that only the heldout split shows: half of them ordinary, half conflicting.
+# Pairs that only the heldout split shows, half of them usual, half conflicting.
 HELD_OUT = frozenset({
     ("circle", "green"), ("circle", "purple"), ("square", "blue"), ("square", "orange"),
     ("triangle", "red"), ("triangle", "brown"), ("diamond", "yellow"), ("diamond", "turquoise"),
@@ -58,8 +61,8 @@ HELD_OUT = frozenset({
     ("cloud", "brown"), ("cloud", "yellow"), ("tree", "white"), ("tree", "purple"),
 })  # fmt: skip
 
-# Ranges of the radius (half the longer side of the bounding box, as a share of the image) by the
-# number of objects. The wide gaps let a reader of the picture name the size.
+# Ranges of the radius (half the longer side of the bounding box, as a share of the image's side) by
+# number of objects and size. The gaps between sizes are wide enough to tell sizes apart.
 RADII = {
     1: {"small": (0.15, 0.18), "normal": (0.27, 0.33), "large": (0.40, 0.45)},
     2: {"small": (0.11, 0.125), "normal": (0.17, 0.19), "large": (0.24, 0.255)},
@@ -71,7 +74,7 @@ MAX_OBJECTS = max(RADII)
 
 TEXTURES = ("plain", "striped", "dotted")
 
-# Thin shapes have no room for a pattern that can still be seen at 64 pixels.
+# Shapes wide enough for a pattern that is visible at 64 pixels.
 TEXTURED_SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cloud")
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -88,7 +91,9 @@ WORDS = (
 
 
 def lab(rgb: tuple[int, int, int]) -> np.ndarray:
-    """CIE Lab of one sRGB color with channels in [0, 255]; shape [3]."""
+    """Converts an sRGB color with channels in [0, 255] to CIE Lab; shape [3]."""
+    from skimage.color import rgb2lab  # takes long to import, and --help does not need it
+
     return rgb2lab(np.array(rgb)[None, None] / 255)[0, 0]
 
 
@@ -96,20 +101,14 @@ def lab(rgb: tuple[int, int, int]) -> np.ndarray:
 MIN_CONTRAST = 42.0
 
 
-def _contrasting(background: tuple[int, int, int], textured: bool) -> frozenset[str]:
+@functools.cache
+def contrasting(background: str, textured: bool) -> frozenset[str]:
+    """Returns the colors visible on a background: in their main tone, or if textured in both."""
     return frozenset(
         color
         for color, tones in COLORS.items()
         if all(
-            np.linalg.norm(lab(tone) - lab(background)) > MIN_CONTRAST
+            np.linalg.norm(lab(tone) - lab(BACKGROUNDS[background])) > MIN_CONTRAST
             for tone in tones[: 1 + textured]
         )
     )
-
-
-# The colors that can be seen on a background: in their main tone, and in both tones.
-CONTRASTING = {
-    (background, textured): _contrasting(rgb, textured)
-    for background, rgb in BACKGROUNDS.items()
-    for textured in (False, True)
-}

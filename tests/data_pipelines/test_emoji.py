@@ -1,4 +1,4 @@
-"""Emoji of a font become records with Unicode's names."""
+"""Emoji: names from Unicode, drawing, and records."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def names(tmp_path):
     return str(path)
 
 
-def test_names_are_read(names):
+def test_reads_the_fully_qualified_emoji(names):
     assert emoji.read_emoji_test(names) == [
         ("\U0001f600", "grinning face", "Smileys & Emotion"),
         ("\u263a\ufe0f", "smiling face", "Smileys & Emotion"),
@@ -42,19 +42,19 @@ def test_names_are_read(names):
     ]
 
 
-def test_a_missing_font_names_flag_and_package(tmp_path):
+def test_the_error_for_a_missing_font_has_the_flag_and_the_package(tmp_path):
     with pytest.raises(UserError, match=r"--font=.*none.ttf.*fonts-noto-color-emoji"):
         emoji.EmojiBuilder(
             data_dir=str(tmp_path), encoder=ByteEncoder(), font=str(tmp_path / "none.ttf")
         )
 
 
-def test_a_file_that_is_no_font(names):
-    with pytest.raises(UserError, match=r"--font=.*emoji-test.txt is no font"):
+def test_a_file_that_is_not_a_font_is_refused(names):
+    with pytest.raises(UserError, match=r"--font=.*emoji-test.txt has no bitmaps"):
         emoji.open_font(names)
 
 
-def test_a_file_without_names(tmp_path):
+def test_a_file_without_names_is_refused(tmp_path):
     path = tmp_path / "other.txt"
     path.write_text("hello")
     with pytest.raises(UserError, match=r"--emoji_test=.*other.txt"):
@@ -62,7 +62,7 @@ def test_a_file_without_names(tmp_path):
 
 
 @needs_font
-def test_records_are_drawn_and_the_missing_counted(tmp_path, names):
+def test_draws_records_and_counts_missing_glyphs(tmp_path, names):
     builder = emoji.EmojiBuilder(
         data_dir=str(tmp_path),
         encoder=ByteEncoder(),
@@ -83,7 +83,7 @@ def test_records_are_drawn_and_the_missing_counted(tmp_path, names):
 
 
 @needs_font
-def test_python_names_single_characters():
+def test_names_of_single_characters_come_from_python():
     found = {e.text: e.name for e in emoji.single_characters(emoji.open_font(emoji.FONT))}
     assert len(found) > 1000 and found["\U0001f600"] == "grinning face"
     assert emoji.draw("x", emoji.open_font(emoji.FONT), 32) is None

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from data_pipelines.reading import batches
+from data_pipelines.reading import check as reading
 from imagen_jax.common.errors import UserError
 from imagen_jax.devices import topologies
 from launch import check
@@ -101,11 +101,11 @@ def test_the_config_may_name_a_v5e_by_its_other_name():
     assert "on v5litepod-16 (4x4, 16 chips, 4 hosts); workers must mount" in found
 
 
-def test_a_dataset_on_this_machine_is_opened(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="holds no dataset 'folder'"):
+def test_a_dataset_on_this_machine_is_checked(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="has no dataset 'folder'"):
         check_run(*TRAIN, f"--config.data.dir={tmp_path}")
     opened = []
-    monkeypatch.setattr(batches, "open_task", opened.append)
+    monkeypatch.setattr(reading, "check_dataset", opened.append)
     found = check_run(*TRAIN, f"--config.data.dir={tmp_path}")
     assert "the dataset here fits the config" in found and opened[0].data.dir == str(tmp_path)
 

@@ -11,7 +11,7 @@ from conftest import load_config, random_batch, shrink_sr, train_run
 from conftest import shrink as shrink_run
 from PIL import Image
 
-from data_pipelines.reading import batches
+from data_pipelines.reading.reader import Reader
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
 from imagen_jax.diffusion import process
@@ -53,10 +53,10 @@ def test_crops_lie_on_low_resolution_pixels_and_are_random_but_repeatable(tiny_d
     values["model"].update(image_size=16, low_res=4)
     config = parse(values)
     whole = parse(values | {"model": values["model"] | {"image_size": 32, "low_res": 8}})
-    crops, again = (next(batches.train_batches(config, 0))["image"] for _ in range(2))
+    crops, again = (next(Reader(config).train_batches(0))["image"] for _ in range(2))
     np.testing.assert_array_equal(crops, again)
     corners = []
-    for crop, image in zip(crops, next(batches.train_batches(whole, 0))["image"], strict=True):
+    for crop, image in zip(crops, next(Reader(whole).train_batches(0))["image"], strict=True):
         found = [
             (y, x)
             for y in range(0, 17, 4)
@@ -71,7 +71,7 @@ def test_crops_lie_on_low_resolution_pixels_and_are_random_but_repeatable(tiny_d
             shrink(image[None].astype(np.float32), 8)[0, y : y + 4, x : x + 4],
         )
     assert len({tuple(c) for c in corners}) > 1
-    [row] = batches.examples(config, "heldout", 1)
+    [row] = Reader(config).examples("heldout", 1)
     assert row["image"].shape == (16, 16, 3)
 
 

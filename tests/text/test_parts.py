@@ -17,7 +17,8 @@ from PIL import Image
 from data_pipelines.embeddings import caption_lists, encoding
 from data_pipelines.embeddings.shards import finish
 from data_pipelines.embeddings.store import create_store
-from data_pipelines.reading import batches, tasks
+from data_pipelines.reading import tasks
+from data_pipelines.reading.reader import Reader
 from imagen_jax import sample
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import TextConfig, parse
@@ -164,9 +165,9 @@ def stores(encoders, tiny_data, tmp_path_factory):
 
 def test_each_encoder_needs_its_own_store(stores, tiny_data):
     with pytest.raises(UserError, match=r"data\.embeddings is ''; allowed: 2 stores joined"):
-        batches.open_task(read(data__dir=tiny_data))
+        Reader(read(data__dir=tiny_data))
     with pytest.raises(UserError, match=r"text\.encoder is 'other' .* have 'byte-tiny'"):
-        batches.open_task(read(data__dir=tiny_data, data__embeddings="+".join([stores[0]] * 2)))
+        Reader(read(data__dir=tiny_data, data__embeddings="+".join([stores[0]] * 2)))
 
 
 def test_records_have_the_embeddings_of_every_store(stores, encoders, tiny_data):
@@ -184,7 +185,7 @@ def test_training_and_sampling_work_with_two_encoders(
     values = json.loads(json.dumps(dataclasses.asdict(read(**changes))))
     values.update(num_steps=2, log_every=1, eval_every=0, sample_every=0)
     config = parse(values)
-    batch = next(batches.train_batches(config, 0))
+    batch = next(Reader(config).train_batches(0))
     shapes = Stage(config).abstract_batch
     assert {k: v.shape for k, v in batch.items()} == {k: v.shape for k, v in shapes.items()}
     assert batch["text_mask"][:, 6:].any() and batch["text_mask"][:, :6].any()

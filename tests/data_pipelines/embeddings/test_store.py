@@ -17,7 +17,8 @@ from data_pipelines.embeddings.store import (
     create_store,
     open_store,
 )
-from data_pipelines.reading import batches, tasks
+from data_pipelines.reading import tasks
+from data_pipelines.reading.reader import Reader
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
 from imagen_jax.text import encoder_identity
@@ -93,23 +94,23 @@ def test_lookup_finds_stored_captions_only(stores, tiny_data):
 
 
 def test_a_store_gives_the_same_batches_as_the_records(stores, tiny_data):
-    of_records = next(batches.train_batches(config(tiny_data), 24))
-    of_store = next(batches.train_batches(config(tiny_data, stores["bfloat16"]), 24))
+    of_records = next(Reader(config(tiny_data)).train_batches(24))
+    of_store = next(Reader(config(tiny_data, stores["bfloat16"])).train_batches(24))
     for key, expected in of_records.items():
         np.testing.assert_array_equal(of_store[key], expected)
-    rounded = next(batches.train_batches(config(tiny_data, stores["int8"]), 24))
+    rounded = next(Reader(config(tiny_data, stores["int8"])).train_batches(24))
     np.testing.assert_array_equal(rounded["text_mask"], of_records["text_mask"])
     a, b = (batch["text"].astype(np.float32) for batch in (rounded, of_records))
     assert 0 < np.abs(a - b).max() < 0.05
-    [example] = batches.examples(config(tiny_data, stores["bfloat16"]), "heldout", 1)
+    [example] = Reader(config(tiny_data, stores["bfloat16"])).examples("heldout", 1)
     assert example["caption"] and example["text"].shape == (6, 8)
 
 
 def test_a_missing_caption_is_a_one_line_error(tmp_path, tiny_data):
     lacking = config(tiny_data, make(tmp_path / "store", tiny_data, captions=8))
-    [first] = batches.examples(config(tiny_data), "train", 1)
+    [first] = Reader(config(tiny_data)).examples("train", 1)
     with pytest.raises(UserError) as error:
-        next(batches.train_batches(lacking, 0))
+        next(Reader(lacking).train_batches(0))
     message = str(error.value)
     assert f"data.embeddings={tmp_path / 'store'} lacks " in message
     assert f"of the 40 captions of scenes/32:train, for example {first['caption']!r}" in message
@@ -117,7 +118,7 @@ def test_a_missing_caption_is_a_one_line_error(tmp_path, tiny_data):
 
 def test_a_missing_or_damaged_store_is_a_one_line_error(tmp_path, stores, tiny_data):
     with pytest.raises(UserError, match="nowhere holds no store; make it with: python -m"):
-        batches.open_task(config(tiny_data, str(tmp_path / "nowhere")))
+        Reader(config(tiny_data, str(tmp_path / "nowhere")))
     for damage, words in (
         (lambda path: (path / "store.json").write_text("{"), "not valid JSON"),
         (lambda path: (path / "store.json").write_text("{}"), "damaged"),
@@ -130,7 +131,7 @@ def test_a_missing_or_damaged_store_is_a_one_line_error(tmp_path, stores, tiny_d
         shutil.copytree(stores["bfloat16"], path)
         damage(path)
         with pytest.raises(UserError, match=words) as error:
-            next(batches.train_batches(config(tiny_data, str(path)), 0))
+            next(Reader(config(tiny_data, str(path))).train_batches(0))
         assert "\n" not in str(error.value)
         shutil.rmtree(path)
 
@@ -182,7 +183,7 @@ def test_the_store_is_checked_instead_of_the_records(tmp_path, stores, tiny_data
     settings["weights_sha256"] = "2" * 64
     (tmp_path / "other" / "store.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=r"byte-tiny.*weights_sha256=[0-9a-f]{64}.*=2222"):
-        batches.open_task(config(tiny_data, str(tmp_path / "other")))
+        Reader(config(tiny_data, str(tmp_path / "other")))
     wide = config(tiny_data, stores["bfloat16"], dim=16)
     with pytest.raises(UserError, match=r"config\.text\.dim is 16; .* data.embeddings=.* have 8"):
-        batches.open_task(wide)
+        Reader(wide)

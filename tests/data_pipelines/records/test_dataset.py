@@ -1,4 +1,4 @@
-"""Records: what is written is what is read, in an order that is a formula."""
+"""Records: reading returns what was written, in the computed order."""
 
 import hashlib
 import io
@@ -14,14 +14,14 @@ from encoders import ByteEncoder
 from PIL import Image
 
 from data_pipelines.reading import tasks
-from data_pipelines.records import dataset, writing
+from data_pipelines.records import dataset, prepared, writing
 from imagen_jax.common.errors import UserError
 
 
 class Toy(dataset.RecordsBuilder, skip_registration=True):
-    """n images of one color, each named by its number; the candidates in `bad` are skipped."""
+    """Makes n images of one color, named by their numbers; skips those in `bad`."""
 
-    name = "emoji"  # where the task of that name looks
+    name = "emoji"  # a registered task reads it
 
     def __init__(self, data_dir, n=100, seed=0, encoder=None, bad=(), load=None):
         def make(i):
@@ -38,7 +38,7 @@ class Toy(dataset.RecordsBuilder, skip_registration=True):
 
         super().__init__(
             data_dir=str(data_dir),
-            splits={
+            splits=lambda: {
                 "train": dataset.Split(range(n), load or make),
                 "validation": dataset.Split(range(7), make),
             },
@@ -70,7 +70,7 @@ def ids(data_dir, count=None, *, shuffle=True, seed=0, shard=0, num_shards=1, **
     return [int(row["id"][1:]) for row in rows]
 
 
-def test_a_record_comes_back_as_it_was(data_dir):
+def test_reading_returns_what_was_written(data_dir):
     task = seqio.get_mixture_or_task("emoji")
     task = task.replace(source=task.source.at(data_dir=data_dir))
     dataset = task.get_dataset(split="validation", shuffle=False, try_in_mem_cache=False)
@@ -87,12 +87,12 @@ def test_a_record_comes_back_as_it_was(data_dir):
     np.testing.assert_array_equal(embeddings, ByteEncoder().embed("number 3"))
 
 
-def test_in_order_is_one_pass_over_everything(data_dir):
+def test_reading_in_order_is_one_pass(data_dir):
     assert ids(data_dir, shuffle=False) == list(range(100))
     assert ids(data_dir, shuffle=False, start=97) == [97, 98, 99]
 
 
-def test_each_epoch_is_another_permutation(data_dir):
+def test_each_epoch_has_its_own_permutation(data_dir):
     stream = ids(data_dir, 300)
     epochs = [stream[:100], stream[100:200], stream[200:]]
     assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
@@ -102,13 +102,13 @@ def test_each_epoch_is_another_permutation(data_dir):
 
 
 @pytest.mark.parametrize("start", [1, 42, 100, 250])
-def test_resuming_continues_the_stream(data_dir, start):
+def test_a_start_position_resumes_the_stream(data_dir, start):
     assert ids(data_dir, 300)[start:] == ids(data_dir, 300 - start, start=start)
 
 
 @pytest.mark.parametrize("num_shards, block", [(3, 1), (2, 5)])
 @pytest.mark.parametrize("start", [0, 37])
-def test_shards_together_read_the_stream_of_one(data_dir, num_shards, block, start):
+def test_shards_together_read_the_stream_of_one_reader(data_dir, num_shards, block, start):
     each = 4 * block
     parts = [
         ids(data_dir, each, shard=i, num_shards=num_shards, block=block, start=start)
@@ -118,19 +118,19 @@ def test_shards_together_read_the_stream_of_one(data_dir, num_shards, block, sta
     assert by_block.tolist() == ids(data_dir, each * num_shards, start=start)
 
 
-def test_shards_share_one_pass(data_dir):
+def test_shards_split_one_pass(data_dir):
     parts = [ids(data_dir, shuffle=False, shard=i, num_shards=3) for i in range(3)]
     assert sorted(itertools.chain(*parts)) == list(range(100))
 
 
-def test_info_has_sizes_and_encoder(data_dir):
-    info = dataset.dataset_info(data_dir, "emoji")
+def test_info_has_the_sizes_of_splits_and_the_encoder(data_dir):
+    info = prepared.dataset_info(data_dir, "emoji")
     assert info.num_examples == {"train": 100, "validation": 7}
     assert info.text_identity == ByteEncoder().identity
 
 
 @pytest.mark.parametrize("name", tasks.names())
-def test_a_missing_dataset_says_how_to_make_it(tmp_path, name):
+def test_the_error_for_a_missing_dataset_has_the_command_to_make_it(tmp_path, name):
     source = seqio.get_mixture_or_task(name).source.at(data_dir=str(tmp_path))
     with pytest.raises(UserError, match="python -m data_pipelines") as error:
         source.get_dataset("train")
@@ -146,7 +146,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
     assert digests(first) == digests(second) and len(digests(first)) == 6
 
 
-def test_preparing_again_reuses_replaces_or_refuses(tmp_path, capsys):
+def test_preparing_again_reuses_refuses_or_replaces(tmp_path, capsys):
     path = writing.prepare(Toy(tmp_path))
     before = digests(path)
     assert writing.prepare(Toy(tmp_path)) == path
@@ -159,13 +159,13 @@ def test_preparing_again_reuses_replaces_or_refuses(tmp_path, capsys):
     assert digests(path) == before
 
     writing.prepare(changed, overwrite=True)
-    info = dataset.dataset_info(str(tmp_path), "emoji")
+    info = prepared.dataset_info(str(tmp_path), "emoji")
     assert info.num_examples["train"] == 50 and info.text_identity["encoder"] == "other"
     with pytest.raises(UserError, match="n=50"):
         writing.prepare(Toy(tmp_path))
 
 
-def test_a_failure_leaves_what_was_there(tmp_path):
+def test_a_failure_keeps_the_old_dataset(tmp_path):
     path = writing.prepare(Toy(tmp_path))
     before = digests(path)
 
@@ -179,7 +179,7 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
 def test_skipped_candidates_are_counted_and_listed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dataset, "SHARD", 4)
-    # A whole file of them, the first of the last file, and half of the validation split.
+    # Skips all of the second file, the first of the third, and half of the validation split.
     path = writing.prepare(Toy(tmp_path, n=10, bad={4, 5, 6, 7, 8}))
     assert ids(str(tmp_path), shuffle=False) == [0, 1, 2, 3, 9]
     assert sorted(ids(str(tmp_path), 5)) == [0, 1, 2, 3, 9]
@@ -190,7 +190,7 @@ def test_skipped_candidates_are_counted_and_listed(tmp_path, monkeypatch, capsys
     assert "skipped 8: bad number 8" in capsys.readouterr().err
 
 
-def test_nothing_usable_is_an_error_that_leaves_nothing(tmp_path):
+def test_no_usable_candidate_is_an_error_and_writes_nothing(tmp_path):
     with pytest.raises(UserError, match="no usable example for emoji: bad number 17"):
         writing.prepare(Toy(tmp_path, n=10, bad=range(10)))
     assert list((tmp_path / "emoji").iterdir()) == []

@@ -1,4 +1,4 @@
-"""The scenes dataset: an index is the same scene at every resolution, whatever else is written."""
+"""The scenes dataset: an index is the same scene at every resolution."""
 
 import io
 
@@ -8,7 +8,7 @@ from encoders import ByteEncoder
 from PIL import Image
 
 from data_pipelines.reading import tasks
-from data_pipelines.records import dataset, writing
+from data_pipelines.records import prepared, writing
 from data_pipelines.scenes.builder import RESOLUTIONS, SPLITS, Scenes, scene_record
 from imagen_jax.common.errors import UserError
 
@@ -23,7 +23,7 @@ def scenes(data_dir, resolution=32, seed=0, **counts):
     )
 
 
-def test_the_same_scene_at_every_resolution():
+def test_an_index_is_the_same_scene_at_every_resolution():
     base = {"split": "train", "seed": 3, "encoder": Encoder()}
     made = [scene_record(5, **base, resolution=r) for r in (32, 64, 256)]
     assert len({record["scene"] for record in made}) == 1
@@ -33,7 +33,7 @@ def test_the_same_scene_at_every_resolution():
         assert np.abs(shrunk - np.asarray(small)).mean() < 4
 
 
-def test_seed_split_and_index_change_the_scene():
+def test_the_scene_depends_on_seed_split_and_index():
     base = {"split": "train", "seed": 0, "resolution": 32, "encoder": Encoder()}
     scene = scene_record(0, **base)["scene"]
     assert scene_record(0, **base)["scene"] == scene
@@ -44,7 +44,7 @@ def test_seed_split_and_index_change_the_scene():
 
 def test_records_are_the_scenes_in_order(tmp_path):
     writing.prepare(scenes(tmp_path, train=20, validation=3, heldout=4))
-    assert dataset.dataset_info(str(tmp_path), "scenes/32").num_examples == {
+    assert prepared.dataset_info(str(tmp_path), "scenes/32").num_examples == {
         "train": 20,
         "validation": 3,
         "heldout": 4,
@@ -57,12 +57,12 @@ def test_records_are_the_scenes_in_order(tmp_path):
         assert row["image"].shape == (32, 32, 3)
 
 
-def test_only_the_wanted_categories_are_drawn(tmp_path):
+def test_draws_only_the_wanted_categories(tmp_path):
     args = dict(data_dir=str(tmp_path), resolution=32, seed=0, encoder=Encoder())
     writing.prepare(Scenes(**args, counts={"train": 30}, categories=("Colors", "Counting")))
     [row] = {r["category"] for r in _rows(tmp_path)} - {b"Colors"}
     assert row == b"Counting"
-    with pytest.raises(UserError, match=r"is 'Colour'; allowed: Colors, Counting"):
+    with pytest.raises(UserError, match=r"no category 'Colour'; allowed: Colors, Counting"):
         Scenes(**args, counts={"train": 30}, categories=("Colour",))
     with pytest.raises(UserError, match="categories="):
         writing.prepare(Scenes(**args, counts={"train": 30}))
@@ -73,16 +73,16 @@ def _rows(path):
     return source.get_dataset("train", False).as_numpy_iterator()
 
 
-def test_a_split_of_none_is_left_out(tmp_path):
+def test_a_split_without_scenes_is_omitted(tmp_path):
     writing.prepare(scenes(tmp_path, train=2, validation=0, heldout=1))
-    info = dataset.dataset_info(str(tmp_path), "scenes/32")
+    info = prepared.dataset_info(str(tmp_path), "scenes/32")
     assert info.num_examples == {"train": 2, "heldout": 1}
 
 
-def test_resolutions_lie_side_by_side(tmp_path):
+def test_resolutions_are_separate_datasets(tmp_path):
     for resolution in (32, 64):
         writing.prepare(scenes(tmp_path, resolution, train=1))
-    assert dataset.dataset_info(str(tmp_path), "scenes/64").num_examples == {"train": 1}
+    assert prepared.dataset_info(str(tmp_path), "scenes/64").num_examples == {"train": 1}
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
@@ -90,11 +90,11 @@ def test_each_resolution_has_a_task(resolution):
     assert f"scenes_{resolution}" in tasks.names()
 
 
-def test_split_names_are_the_sources():
+def test_the_source_has_all_splits():
     assert set(SPLITS) <= set(tasks.RecordsSource("scenes/32").splits)
 
 
-def test_a_caption_longer_than_the_encoder_takes_is_skipped_and_counted(tmp_path):
+def test_skips_and_counts_captions_too_long_for_the_encoder(tmp_path):
     class Short(Encoder):
         max_tokens = 30
 
@@ -103,7 +103,7 @@ def test_a_caption_longer_than_the_encoder_takes_is_skipped_and_counted(tmp_path
         data_dir=str(tmp_path), resolution=32, counts={"train": 40}, seed=0, encoder=encoder
     )
     writing.prepare(builder)
-    taken = dataset.dataset_info(str(tmp_path), "scenes/32").num_examples["train"]
+    taken = prepared.dataset_info(str(tmp_path), "scenes/32").num_examples["train"]
     assert 0 < taken < 40 and len(builder.report["skipped"]) == 40 - taken
     rows = tasks.RecordsSource("scenes/32", str(tmp_path)).get_dataset("train", False)
     captions = [row["caption"].numpy().decode() for row in rows]

@@ -1,4 +1,4 @@
-"""What captions say, as labels: everything that is claimed, and at the words that point at it."""
+"""Labels for what captions say: all claimed facts, and the words that refer to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def scene(caption: str, *claims: dict) -> Scene:
     return Scene("white", (), None, caption, "", claims)
 
 
-def test_a_caption_states_all_that_it_claims():
+def test_a_caption_states_all_its_claims():
     claims = [
         {"kind": "object", "object": {"shape": "circle", "color": "red"}},
         {"kind": "size", "object": {"shape": "circle", "color": "red"}, "size": "large"},
@@ -27,7 +27,7 @@ def test_a_caption_states_all_that_it_claims():
     }  # fmt: skip
 
 
-def test_words_point_at_things_and_tell_all_of_them():
+def test_words_refer_to_things_with_all_their_facts():
     a, b = {"shape": "circle", "color": "white"}, {"shape": "star", "color": "red"}
     caption = "a large white disc left of a bright red star on a white background"
     found = mentions(
@@ -45,14 +45,14 @@ def test_words_point_at_things_and_tell_all_of_them():
     ]  # fmt: skip
 
 
-def test_a_word_that_could_point_at_two_things_points_at_none():
+def test_a_word_that_could_refer_to_two_things_is_left_out():
     things = ({"shape": "circle", "color": "red"}, {"shape": "star", "color": "red"})
     caption = "a red circle and a red star"
     found = mentions(scene(caption, *({"kind": "object", "object": thing} for thing in things)))
     assert [caption[i:j] for i, j, _ in found] == ["circle", "star"]
 
 
-def test_labels_are_known_and_most_scenes_have_mentions():
+def test_labels_are_facts_and_most_scenes_have_mentions():
     rng = np.random.default_rng(0)
     scenes = [sample_scene(rng, "train") for _ in range(400)]
     assert set().union(*(stated(s.claims) for s in scenes)) == set(FACTS)
