@@ -5,9 +5,11 @@ Prepare a folder of captioned images (docs/data.md has the caption formats), the
     python -m data_pipelines.folder --images=photos
     python -m imagen_jax.train --config=configs/folder.py --workdir=runs/folder
 
-EXPECTED
+Cost: half a second of CPU time per step, about 10 minutes on two idle cores. Expected result on 184
+training images of simple scenes: a held-out loss of 0.066 after 500 of the 2,000 steps, when most
+samples of held-out captions have the caption's colors but not yet its shapes.
 
-The second stage enlarges 64x64 to 256x256 and trains on the same data in about as long:
+The second stage enlarges 64x64 to 256x256 and trains on the same data:
 
     python -m imagen_jax.train --config=configs/folder.py:sr --workdir=runs/folder_sr
     python -m imagen_jax.sample --workdir=runs/folder,runs/folder_sr --prompts="a red circle"

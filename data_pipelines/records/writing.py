@@ -94,7 +94,7 @@ def hold_out(
 def prepare(builder: dataset.RecordsBuilder, *, overwrite: bool = False) -> epath.Path:
     """Writes the dataset, unless it already exists with the same settings.
 
-    The dataset appears complete or not at all, and one that is replaced stays until then.
+    The dataset appears complete or not at all. If writing fails, the old dataset is kept.
 
     Returns:
       The folder of the records.
