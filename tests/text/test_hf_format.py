@@ -234,6 +234,8 @@ def test_clip_encodes_captions_up_to_its_last_position(clip_folder):
     captions = ["a", "a b " * 35, "a b " * 37 + "b"]
     assert [e.shape for e in encoder.encode(captions)] == [(3, 16), (72, 16), (77, 16)]
     assert encoder.identity["tokenizer"] == "bpe" and encoder.identity["dim"] == 16
+    found, expected = encoder.encode(["a b " * 60, "a b " * 37 + "a"], truncate=True)
+    np.testing.assert_array_equal(found, expected)
     assert "max_tokens is 78" in refusal(load_encoder, clip_folder, 78)
     assert "only 77 positions" in refusal(load_encoder, clip_folder, 78)
 
