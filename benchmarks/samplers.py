@@ -1,11 +1,11 @@
-"""Quality against steps of the samplers, on a trained cascade, in one run.
+"""Measures the error of each sampler against its number of evaluations, on a trained cascade.
 
     python -m benchmarks.samplers --workdir=runs/demo,runs/demo_sr
 
-Without guidance or thresholding all deterministic samplers solve the same differential equation, so
-how far a picture is from the one that very many steps give is a sampler's own error, whatever the
-network is worth. Printed for each stage: root mean square of that error, in pixel values of 0 to
-255, and seconds a picture; for every solver, spacing and number of evaluations of the network.
+Without guidance and thresholding all deterministic samplers solve the same differential equation,
+so the distance to a sample of very many steps is the sampler's own error, however good the network
+is. For each stage the command prints a Markdown table: the root mean square of this error in gray
+levels (0 to 255) for every solver, spacing and number of evaluations, and seconds per image.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ REFERENCE_STEPS = 512
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("workdir", None, "Runs of imagen_jax.train, in the order of the cascade.")
-    flags.DEFINE_integer("num", 8, "Pictures that are drawn.", lower_bound=1)
+    flags.DEFINE_list("workdir", None, "Run directories, in the order of the cascade.")
+    flags.DEFINE_integer("num", 8, "Number of images to sample.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints a table in Markdown for each stage."""
+    """Samples with every setting and prints one table per stage."""
     del argv
     if not FLAGS.workdir:
         raise UserError("--workdir=DIR is needed (see --help)")
     seeds = np.arange(FLAGS.num, dtype=np.uint32)
-    drawn = None
+    reference = None
     for workdir in FLAGS.workdir:
         stage, params = load(Path(workdir).absolute())
         cond = _prompts(stage.config)
-        if drawn is not None:
-            cond["low_res"] = drawn
-        draw = _sampler(stage, params, seeds, cond)
-        drawn = draw(name="dpmpp_2m", num_steps=REFERENCE_STEPS)
+        if reference is not None:
+            cond["low_res"] = reference
+        sample = _sampler(stage, params, seeds, cond)
+        reference = sample(name="dpmpp_2m", num_steps=REFERENCE_STEPS)
         print(f"\n{Path(workdir).name}, {stage.config.full_size} pixels\n")
-        print(_table(draw, drawn))
+        print(_table(sample, reference))
 
 
 def _sampler(stage, params, seeds, cond) -> Callable[..., np.ndarray]:
-    """A function of settings of the sampler; what they leave open is plain: no guidance."""
+    """Returns a function that samples with changed settings; without guidance or thresholding."""
     plain = dataclasses.replace(
         stage.config.sampling, guidance_weight=1.0, threshold="none", spacing="log_snr"
     )
@@ -63,28 +63,28 @@ def _sampler(stage, params, seeds, cond) -> Callable[..., np.ndarray]:
 
 
 def _prompts(config) -> dict[str, np.ndarray]:
-    """The text of the first held-out captions."""
+    """Returns the text embeddings of the first held-out captions."""
     with cli.quiet_imports():
         from data_pipelines.reading.reader import Reader, stack_text
 
     return stack_text(Reader(config).examples(config.data.sample_split, FLAGS.num))
 
 
-def _table(draw, reference: np.ndarray) -> str:
+def _table(sample, reference: np.ndarray) -> str:
     head = " | ".join(f"{n} evaluations" for n in EVALUATIONS)
-    lines = [f"| sampler, spacing | {head} | s a picture, at {EVALUATIONS[-1]} |"]
+    lines = [f"| sampler, spacing | {head} | s per image, at {EVALUATIONS[-1]} |"]
     lines.append("|---" * (len(EVALUATIONS) + 2) + "|")
     for name in SOLVERS:
         for spacing in ("t", "log_snr"):
             cells = []
             for evaluations in EVALUATIONS:
-                # Heun evaluates the network twice at all steps but the first and the last.
+                # Heun evaluates the network twice at every step except the first and the last.
                 steps = evaluations // 2 + 1 if name == "heun" else evaluations
-                images = draw(name=name, spacing=spacing, num_steps=steps)
+                images = sample(name=name, spacing=spacing, num_steps=steps)
                 error = images.astype(float) - reference
                 cells.append(f"{np.sqrt(np.mean(np.square(error))):.1f}")
-            start = time.perf_counter()  # compiled by now
-            draw(name=name, spacing=spacing, num_steps=steps)
+            start = time.perf_counter()  # already compiled
+            sample(name=name, spacing=spacing, num_steps=steps)
             seconds = (time.perf_counter() - start) / len(reference)
             lines.append(f"| {name}, {spacing} | {' | '.join(cells)} | {seconds:.2f} |")
     return "\n".join(lines)

@@ -1,26 +1,23 @@
-"""The paper's base model: 2B parameters, 64x64, text by T5-XXL (arXiv:2205.11487, appendix F.1).
+"""The paper's base model: 64x64, 2B parameters, T5-XXL text (arXiv:2205.11487, appendix F.1).
 
-Cost in the paper: 256 TPU v4 chips, 2.5M steps of 2048 examples, on about 860M image-text pairs of
-256x256 or more, of which this stage sees 64x64. Its results: zero-shot FID-30K of 7.27 on COCO with
-the whole cascade.
+Cost in the paper: 256 TPU v4 chips for 2.5M steps of 2048 examples, on about 860M image-text pairs
+of 256x256 pixels or more. Result in the paper: zero-shot FID-30K of 7.27 on COCO with the whole
+cascade.
 
     python -m imagen_jax.train --config=configs/base64.py --workdir=runs/base64
 
-Naming the TPU slice that it is meant for has training check that it is there:
+| argument | model |
+|---|---|
+| base64.py:1b, :500m, :300m | the same recipe with fewer U-Net parameters |
+| base64.py:tiny | for a laptop, on the generated scenes |
+| base64.py:v4-512, :1b,v4-128 | training refuses to start on any other TPU slice |
 
-    --config=configs/base64.py:v4-512   :1b,v4-128
-
-Smaller ones of the same recipe, by parameters of the U-Net:
-
-    --config=configs/base64.py:1b   :500m   :300m
-    --config=configs/base64.py:tiny   for any laptop, on the embedded scenes
-
-Where the paper is silent: T5 reads 128 tokens, and the EMA's decay is the usual 0.9999.
+Not in the paper: the limit of 128 T5 tokens, and the usual EMA decay of 0.9999.
 """
 
 from ml_collections import ConfigDict
 
-# Widths of the U-Net; everything else is the same at every size (the paper's figure A.1).
+# U-Net widths; everything else is the same at every size (figure A.1).
 EMBED_DIMS = {"2b": 512, "1b": 384, "500m": 256, "300m": 192}
 
 
@@ -31,8 +28,8 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.seed = 0
     config.num_steps = 2_500_000
     config.batch_size = 2048
-    config.microbatches = 0  # as few as device_batch and the chip allow: on the paper's slice, one
-    config.device_batch = 8  # as many as a tile of a TPU has rows; fewer take as long
+    config.microbatches = 0  # as few as device_batch and memory allow: 1 on the paper's slice
+    config.device_batch = 8  # the rows of a TPU tile; fewer take as long
     config.log_every = 100
     config.eval_every = 10_000
     config.sample_every = 10_000
@@ -68,7 +65,9 @@ def get_config(size: str = "2b") -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adafactor"
-    # Relative to each weight's scale: optax.adafactor multiplies by it by default, as in the paper.
+    # Relative to the RMS of each weight (optax's default, as in the paper). Zero-initialized
+    # convolutions need 40,000 steps to grow to an RMS of 0.02, so for runs below about 200,000
+    # steps prefer --config.optimizer.name=adam.
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 10_000
     config.optimizer.schedule = "cosine"  # to 0; the paper prints end_value=2500000, a misprint
@@ -77,19 +76,19 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.sampling = ConfigDict()
     config.sampling.name = "ddim"
     config.sampling.num_steps = 256
-    config.sampling.guidance_weight = 1.35  # the paper's for FID; 5 and more for looks
+    config.sampling.guidance_weight = 1.35  # the paper's for FID; 5 or more for looks
     config.sampling.threshold = "dynamic"
 
     config.mesh = ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 0
-    config.mesh.tensor = 0  # more than 1 where chips would have fewer examples than a tile has rows
-    config.mesh.remat = ""  # as little as the memory of a chip allows
+    config.mesh.tensor = 0  # above 1 if a chip would get fewer than 8 examples
+    config.mesh.remat = ""  # recompute as little as memory allows
     return _tiny(config) if size == "tiny" else config
 
 
 def _tiny(config: ConfigDict) -> ConfigDict:
-    """The same recipe for a laptop: fewer and narrower blocks, the embedded scenes and encoder."""
+    """Shrinks the recipe for a laptop: fewer, narrower blocks, generated scenes, small encoder."""
     config.num_steps = 2000
     config.batch_size = 8
     config.microbatches = 1
@@ -115,6 +114,10 @@ def _tiny(config: ConfigDict) -> ConfigDict:
 
     config.optimizer.learning_rate = 1e-2  # 1e-4 needs more steps than this run has
     config.optimizer.warmup_steps = 100
+    # 32 steps of dpmpp_2m over log-SNR have an eighth of the error of 32 DDIM steps over t: 5 gray
+    # levels against 40 with the demo (docs/benchmarks.md).
+    config.sampling.name = "dpmpp_2m"
+    config.sampling.spacing = "log_snr"
     config.sampling.num_steps = 32
     config.sampling.guidance_weight = 3.0
     config.mesh.tensor = 1

@@ -1,7 +1,8 @@
-"""A text-to-image model that a laptop trains in minutes, on scenes drawn by the project itself.
+"""A 32x32 text-to-image model that trains in minutes on a laptop, on generated scenes.
 
-The recipe is configs/base64.py made small: 32x32 images, captions read by the embedded T5 on
-bytes. It departs from the paper where a short run needs it to, and each such line says so.
+configs/base64.py made small, with the text encoder that ships with the project, a small T5 on
+bytes. Comments name each departure from the paper that a short run needs. Cost: about 6 minutes on
+two cores. Results: docs/benchmarks.md.
 
     python -m imagen_jax.train --config=configs/demo.py --workdir=runs/demo
     python -m imagen_jax.evaluate --workdir=runs/demo
@@ -27,16 +28,16 @@ def get_config() -> ConfigDict:
     config.data.task = "scenes_32"
     config.data.build = True
     config.data.num_train = 16_000
-    config.data.in_memory = True  # a CPU that trains has no time to decode
-    # A few minutes are too few to learn to count, to place and to spell; () is all categories.
+    config.data.in_memory = True  # decoding would take CPU time from training
+    # Counting, positions and spelling take longer to learn than this run; () is all categories.
     config.data.categories = ("Colors", "Conflicting")
     config.data.sample_split = "heldout"
 
     config.model = ConfigDict()
     config.model.image_size = 32
-    config.model.patch_size = 4  # puts the work at 8x8, where a CPU is fast; 1 in the paper
+    config.model.patch_size = 4  # moves the work to 8x8, where a CPU is fast; 1 in the paper
     config.model.embed_dim = 64
-    config.model.cond_width = 128  # 4 x embed_dim in the paper; then text is half of the work
+    config.model.cond_width = 128  # 4 x embed_dim in the paper: text would be half the work
     config.model.channel_mult = (1, 2)
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = (8, 4)
@@ -46,11 +47,11 @@ def get_config() -> ConfigDict:
     config.text = ConfigDict()
     config.text.encoder = "byte-tiny"
     config.text.dim = 128
-    config.text.max_tokens = 64  # what longer captions cost, short ones pay; they are left out
+    config.text.max_tokens = 64  # every caption pays for the longest; longer captions are left out
 
     config.diffusion = ConfigDict()
-    # With patches as large as these, eps is harder to predict than the picture, and a short run's
-    # samples stay noisy (arXiv:2511.13720).
+    # With such large patches eps is harder to predict than the image, and the samples of a short
+    # run stay noisy (arXiv:2511.13720).
     config.diffusion.prediction = "x"
     config.diffusion.weighting = "x"
     config.diffusion.low_discrepancy = True

@@ -1,26 +1,25 @@
 """The paper's first super-resolution model: 64x64 -> 256x256 (arXiv:2205.11487, B.1 and F.2).
 
-614M parameters where the paper says 600M; models/efficient_unet.py has the other readings and their
-sizes. Cost in the paper: 128 TPU v4 chips, 2.5M steps of 2048 examples. Its results: zero-shot
-FID-30K of 7.27 on COCO with the base model, at guidance 1.35 there and 8 here.
+614M parameters (the paper says 600M; models/efficient_unet.py lists other readings with their
+sizes). Cost in the paper: 128 TPU v4 chips for 2.5M steps of 2048 examples. Result in the paper:
+zero-shot FID-30K of 7.27 on COCO together with the base model, at guidance 1.35 there and 8 here.
 
     python -m imagen_jax.train --config=configs/sr256.py --workdir=runs/sr256
 
-Naming the TPU slice that it is meant for has training check that it is there:
+| argument | model |
+|---|---|
+| sr256.py:tiny | for a laptop, on the generated scenes |
+| sr256.py:v4-256 | training refuses to start on any other TPU slice |
 
-    --config=configs/sr256.py:v4-256
+The network gets the noise level of its low-resolution image, aug_level, which training draws from
+[0, 1]. The paper found 0 best for FID and 0.1 to 0.3 best for looks.
 
-The network is told how much noise its low-resolution image carries, aug_level, drawn from [0, 1] in
-training. The paper found 0 to give the best FID and 0.1 to 0.3 the best looking samples.
-
-A small one, for any laptop, on the embedded scenes:
-
-    --config=configs/sr256.py:tiny
-
-The paper trains this stage with Adam and found Adafactor worse. Here Adafactor is the default of
-every stage; the paper's choice, at the same rate and with the same defaults, is one switch:
+The paper trains this stage with Adam and found Adafactor worse. Here every stage defaults to
+Adafactor. For the paper's optimizer, with the same learning rate and the paper's b1, b2 and eps:
 
     --config.optimizer.name=adam
+
+Prefer it for runs below about 200,000 steps (see optim.OptimizerConfig).
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +32,7 @@ def get_config(size: str = "600m") -> ConfigDict:
     config.seed = 0
     config.num_steps = 2_500_000
     config.batch_size = 2048
-    config.microbatches = 0  # as few as device_batch and the chip allow: on the paper's slice, one
+    config.microbatches = 0  # as few as device_batch and memory allow: 1 on the paper's slice
     config.device_batch = 16
     config.log_every = 100
     config.eval_every = 10_000
@@ -73,7 +72,7 @@ def get_config(size: str = "600m") -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adafactor"  # the paper: adam
-    # Under Adafactor relative to each weight's scale, see base64.py; under Adam as it is.
+    # With Adafactor, relative to the RMS of each weight, and slow at first: see base64.py.
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 10_000
     config.optimizer.schedule = "cosine"
@@ -88,12 +87,12 @@ def get_config(size: str = "600m") -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 0
-    config.mesh.remat = ""  # as little as the memory of a chip allows
+    config.mesh.remat = ""  # recompute as little as memory allows
     return _tiny(config) if size == "tiny" else config
 
 
 def _tiny(config: ConfigDict) -> ConfigDict:
-    """The same network for a laptop: fewer and narrower blocks, the embedded scenes and encoder."""
+    """Shrinks the recipe for a laptop: fewer, narrower blocks, generated scenes, small encoder."""
     config.num_steps = 3000
     config.batch_size = 16
     config.microbatches = 1
@@ -108,7 +107,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.data.build = True
     config.data.num_train = 2000
     config.data.sample_split = "heldout"
-    # Crops, 16x16 -> 64x64, as sr1024.py trains: more pictures in the same time.
+    # Crops, 16x16 -> 64x64, as in sr1024.py: more images in the same time.
     config.data.image_size = 256
     config.model.image_size = 64
     config.model.low_res = 16

@@ -83,27 +83,26 @@ class DiffusionConfig:
 
     Attributes:
       schedule: a key of process.SCHEDULES.
+      log_snr_min, log_snr_max: bounds of the schedule's log-SNR, at t = 1 and t = 0.
       prediction: a key of process.PREDICTIONS.
-      weighting: a key of WEIGHTINGS.
-      caption_dropout: probability of training on the null prompt, for guidance (0.1 in the paper).
+      weighting: a key of loss.WEIGHTINGS.
+      caption_dropout: probability of training on the null prompt, which guidance needs; 0.1 in the
+        paper.
       low_discrepancy: spread the times of a batch evenly over [0, 1]; each stays uniform.
     """
 
     schedule: str = "cosine"
+    log_snr_min: float = process.LOG_SNR_MIN
+    log_snr_max: float = process.LOG_SNR_MAX
     prediction: str = "eps"
     weighting: str = "eps"
     caption_dropout: float = 0.1
     low_discrepancy: bool = False
 
     def __post_init__(self):
-        tables = (
-            ("schedule", process.SCHEDULES),
-            ("prediction", process.PREDICTIONS),
-            ("weighting", WEIGHTINGS),
-        )
-        for key, table in tables:
-            value = getattr(self, key)
-            require(value in table, f"diffusion.{key}", value, ", ".join(table))
+        process.Schedule(self.schedule, self.log_snr_min, self.log_snr_max)
+        for key, table in (("prediction", process.PREDICTIONS), ("weighting", WEIGHTINGS)):
+            process.lookup(table, f"diffusion.{key}", getattr(self, key))
         p = self.caption_dropout
         require(0 <= p <= 1, "diffusion.caption_dropout", p, "0 to 1")
 
@@ -253,10 +252,18 @@ class Config:
             "diffusion": ("schedule", "prediction"),
             "model": [f.name for f in dataclasses.fields(self.unet) if f.name not in NOT_WEIGHTS],
         }
-        return {f"{s}.{n}": getattr(parts[s], n) for s in parts for n in names[s]} | {
+        identity = {f"{s}.{n}": getattr(parts[s], n) for s in parts for n in names[s]} | {
             "model.name": self.model.get("name", "unet"),
             "optimizer.name": self.optimizer.name,
         }
+        # The network has only seen noise levels within the bounds. The defaults are left out, so
+        # that checkpoints written before these keys existed match them.
+        d = self.diffusion
+        if d.log_snr_min != process.LOG_SNR_MIN:
+            identity["diffusion.log_snr_min"] = d.log_snr_min
+        if d.log_snr_max != process.LOG_SNR_MAX:
+            identity["diffusion.log_snr_max"] = d.log_snr_max
+        return identity
 
 
 def parse(config: Mapping[str, Any]) -> Config:

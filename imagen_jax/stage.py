@@ -55,7 +55,8 @@ class Stage:
         """Builds the stage on `mesh`, by default all devices side by side along the batch."""
         self.config = config
         self.mesh = sharding.make_mesh(sharding.MeshConfig()) if mesh is None else mesh
-        self.schedule = process.Schedule(config.diffusion.schedule)
+        d = config.diffusion
+        self.schedule = process.Schedule(d.schedule, d.log_snr_min, d.log_snr_max)
         self._network = networks.build(config.unet)
         shapes = jax.eval_shape(self.init_params)
         shardings = sharding.weight_shardings(self.mesh, shapes)

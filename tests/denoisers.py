@@ -1,4 +1,4 @@
-"""Denoisers that need no training, for the tests of sampling, and how to run a sampler on them."""
+"""Analytic denoisers for the tests of sampling, and helpers that run a sampler on them."""
 
 import functools
 
@@ -13,12 +13,12 @@ SHAPE = (8, 8, 3)
 COSINE = Schedule("cosine")
 
 
-def draw(seed, shape):
+def normal(seed, shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def first_noise(seeds, shape):
-    """The noise at which the sampler starts for these seeds."""
+    """Returns the noise from which the sampler starts for these seeds."""
     return draw_noise(seed_keys(jnp.asarray(seeds, jnp.uint32)), shape, 0)
 
 
@@ -28,7 +28,7 @@ def null_cond(batch):
 
 def text_cond(batch, seed=5):
     mask = jnp.arange(4)[None, :] < 1 + jnp.arange(batch)[:, None] % 4
-    return {"text": draw(seed, (batch, 4, 3)), "text_mask": mask}
+    return {"text": normal(seed, (batch, 4, 3)), "text_mask": mask}
 
 
 def blank(z, log_snr_b, cond):
@@ -36,17 +36,17 @@ def blank(z, log_snr_b, cond):
 
 
 def text_denoiser(z, log_snr_b, cond):
-    """A made-up eps that depends on the prompt, its length and the noise level."""
+    """Returns an arbitrary eps that depends on the prompt, its length and the noise level."""
     masked = cond["text"] * cond["text_mask"][:, :, None]
     prompt_b = masked.sum((1, 2)) + 0.1 * cond["text_mask"].sum(1)
     return jnp.tanh(z + 0.3 * prompt_b[:, None, None, None]) + 0.01 * log_snr_b[:, None, None, None]
 
 
 class Gaussian:
-    """Data of known mean and (not isotropic) covariance, as pictures of shape (2, 2, 3).
+    """Gaussian data with known mean and anisotropic covariance, as images of shape (2, 2, 3).
 
-    Along each of its principal axes everything is a Gaussian of one dimension: `axes` has them as
-    columns, `stds` their standard deviations.
+    The columns of `axes` are the principal axes, `stds` the standard deviations along them. The
+    axes are independent, so everything reduces to Gaussians of one dimension.
     """
 
     shape = (2, 2, 3)
@@ -59,7 +59,7 @@ class Gaussian:
         self.cov = (self.axes * self.stds**2) @ self.axes.T
 
     def denoiser(self, prediction):
-        """The optimal one, for the network's output that `prediction` names."""
+        """Returns the optimal denoiser, with its output in the given prediction."""
         mean, var = jnp.float32(self.mean)[None], jnp.float32(self.stds**2)[None]
         axes = jnp.float32(self.axes)
 
@@ -75,7 +75,7 @@ class Gaussian:
         return denoise
 
     def x_hat_on_the_flow(self, z, log_snr_0, log_snr_1):
-        """x_hat at log_snr_1 on the exact flow of probability through z at log_snr_0, [B, 12]."""
+        """Follows the exact probability flow from z at log_snr_0; x_hat at log_snr_1, [B, 12]."""
         alpha, sigma = alpha_sigma_in_numpy([[log_snr_0], [log_snr_1]])
         var_0, var_1 = (alpha * self.stds) ** 2 + sigma**2
         along = (np.asarray(z, np.float64).reshape(len(z), -1) - alpha[0] * self.mean) @ self.axes
@@ -89,7 +89,7 @@ def alpha_sigma_in_numpy(log_snr):
 
 
 def recording(denoise):
-    """The denoiser, and a list that gets (z, log_snr) at each of its calls under jit."""
+    """Wraps a denoiser; also returns a list that collects (z, log_snr) of each call under jit."""
     seen = []
 
     def spy(z, log_snr_b, cond):
@@ -105,7 +105,7 @@ def jitted(function, static_argnames, *static):
 
 
 def run(denoise, config, seeds, cond, schedule=COSINE, prediction="eps", shape=SHAPE):
-    """`sampler.sample`, compiled."""
+    """Runs `sampler.sample`, compiled."""
     sample = jitted(sampler.sample, ("shape",), denoise, schedule, prediction, config)
     x = sample(jnp.asarray(seeds, jnp.uint32), shape=shape, cond=cond)
     jax.effects_barrier()

@@ -1,4 +1,4 @@
-"""What the denoiser is conditioned on: the prompt, and the low-resolution image it enlarges."""
+"""Conditioning of the denoiser: the text, and the low-resolution image of super-resolution."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from ml_dtypes import bfloat16
 
 from imagen_jax.diffusion.process import Cond, Schedule, q_sample, seed_keys, to_float
 
-# Of a seed's noise: the solvers have stream 0, inpainting has 1 and 2.
+# Noise stream of a seed, see process.seed_keys: the solvers use 0, inpainting 1 and 2.
 AUGMENTATION_STREAM = 3
 
 
 def drop_text(cond: Cond, drop_b: jax.Array) -> Cond:
-    """Replaces the prompt by the null prompt where drop_b is True (caption dropout, guidance).
+    """Replaces the prompt by the null prompt where drop_b is True.
 
-    cond["text"] is [B, T, D], cond["text_mask"] bool [B, T], drop_b bool [B]. The null prompt is a
-    single token of zeros: nothing of the prompt stays, not even its length. Other keys pass.
+    Used for caption dropout in training and for guidance (section 2.2). The null prompt is a
+    single token of zeros, so it does not reveal the length of the prompt either.
+
+    Args:
+      cond: text [B, T, D], text_mask bool [B, T]; other keys are passed through.
+      drop_b: bool [B].
     """
     text_btd, mask_bt = cond["text"], cond["text_mask"]
     null_bt = jnp.broadcast_to(jnp.arange(mask_bt.shape[1])[None, :] == 0, mask_bt.shape)
@@ -32,27 +36,31 @@ def drop_text(cond: Cond, drop_b: jax.Array) -> Cond:
 
 
 def shrink(x_bhwc: Any, size: int) -> Any:
-    """Height and width brought to `size`, a divisor, by the mean of each square of pixels.
+    """Averages square blocks of pixels until height and width are `size`, which must divide both.
 
-    This is the only way in which the project makes a low-resolution image, in training and in
-    evaluation, on the host and on the device: an antialiased (area) filter whose squares do not
-    overlap, so that shrinking a crop is cropping the shrunk image.
+    Every low-resolution image of the project is made this way: in training and evaluation, on the
+    host and on the device. It is an antialiasing (area) filter whose blocks do not overlap, so
+    shrinking a crop gives the same pixels as cropping the shrunk image.
     """
     b, h, w, c = x_bhwc.shape
     return x_bhwc.reshape(b, size, h // size, size, w // size, c).mean((2, 4))
 
 
 def shrink_pixels(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [B, H, W, C] -> uint8 [B, size, size, C], see `shrink`."""
+    """Applies `shrink` to pixels: uint8 [B, H, W, C] -> uint8 [B, size, size, C]."""
     return np.round(shrink(images.astype(np.float32), size)).astype(np.uint8)
 
 
 def augment(low_res_bhwc: jax.Array, aug_level_b: jax.Array, key: jax.Array) -> jax.Array:
-    """Noise conditioning augmentation: q_sample at the cosine schedule's t = aug_level.
+    """Noise conditioning augmentation: q_sample with the cosine schedule at t = aug_level.
 
-    low_res_bhwc: what a super-resolution stage reads; aug_level_b: [B] in [0, 1], where 0 leaves
-    the image as it is (to e^-10) and 1 leaves nothing of it. key: one for the batch (training), or
-    one per example, [B] (sampling: then none depends on its batch). Source: figure A.32.
+    Source: figure A.32.
+
+    Args:
+      low_res_bhwc: the input image of a super-resolution stage, in [-1, 1].
+      aug_level_b: [B] in [0, 1]. 0 adds noise of only e^-10; 1 leaves nothing of the image.
+      key: one key for the batch (training), or one per example, [B] (sampling, where an example
+        must not depend on its batch).
     """
     keys_b = jax.random.split(key, low_res_bhwc.shape[0]) if key.ndim == 0 else key
     eps_bhwc = jax.vmap(lambda k: jax.random.normal(k, low_res_bhwc.shape[1:]))(keys_b)
@@ -60,10 +68,11 @@ def augment(low_res_bhwc: jax.Array, aug_level_b: jax.Array, key: jax.Array) -> 
 
 
 def training_condition(x_bhwc: jax.Array, size: int, key: jax.Array) -> dict[str, jax.Array]:
-    """What a super-resolution stage learns to enlarge: the image at `size`, noised at random.
+    """Makes the conditioning of a super-resolution stage from training images (figure A.32).
 
     Returns:
-      low_res [B, size, size, C], and aug_level [B] ~ U(0, 1), how much noise is on each.
+      low_res [B, size, size, C], the shrunk images with noise added, and aug_level [B] ~ U(0, 1),
+      the noise level of each example.
     """
     level_key, noise_key = jax.random.split(key)
     aug_level_b = jax.random.uniform(level_key, x_bhwc.shape[:1])
@@ -74,7 +83,10 @@ def training_condition(x_bhwc: jax.Array, size: int, key: jax.Array) -> dict[str
 def sampling_condition(
     low_res_bhwc: jax.Array, aug_level: float, seeds_b: jax.Array
 ) -> dict[str, jax.Array]:
-    """The same for drawing: uint8 pixels noised at one level, each by its own seed."""
+    """Makes the same conditioning for sampling: one aug_level for all, noise from each seed.
+
+    low_res_bhwc: uint8 pixels, at the stage's input size.
+    """
     keys_b = seed_keys(seeds_b, AUGMENTATION_STREAM)
     aug_level_b = jnp.full(low_res_bhwc.shape[:1], aug_level)
     low_res = augment(to_float(low_res_bhwc), aug_level_b, keys_b)
@@ -82,7 +94,7 @@ def sampling_condition(
 
 
 class TextPart(NamedTuple):
-    """One of the text encoders: its name or folder, width, and most tokens."""
+    """One text encoder: its name or folder, embedding width, and maximum number of tokens."""
 
     encoder: str
     dim: int
@@ -90,10 +102,15 @@ class TextPart(NamedTuple):
 
 
 def pad_text(parts: Sequence[TextPart], *captions: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Pads ragged embeddings [n_i, D] to text bfloat16 [B, T, D] and text_mask bool [B, T].
+    """Pads ragged embeddings to text bfloat16 [B, T, D] and text_mask bool [B, T].
 
-    Takes the captions of each encoder in `parts`. The tokens of an encoder start where the
-    max_tokens of the encoders before it end; narrower embeddings are padded with zeros.
+    T is the sum of max_tokens over the encoders, D the largest dim. The tokens of each encoder
+    start where those of the encoders before it would end at full length; narrower embeddings are
+    padded with zeros.
+
+    Args:
+      parts: the encoders.
+      *captions: for each encoder, the embeddings of the B captions, [n_i, dim].
     """
     tokens, width = sum(part.max_tokens for part in parts), max(part.dim for part in parts)
     text = np.zeros((len(captions[0]), tokens, width), bfloat16)

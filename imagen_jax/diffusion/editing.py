@@ -1,7 +1,7 @@
-"""Editing with a trained denoiser: repaint a part, start from an image, go between two seeds.
+"""Editing with a trained denoiser: image to image, inpainting, and interpolation between seeds.
 
-Each function takes what `sampling.sample` takes, and like there a sample depends on its own seed,
-image and cond only.
+All functions take the arguments of `sampler.sample`. As there, a sample depends only on its own
+seed, image and cond.
 """
 
 from __future__ import annotations
@@ -33,10 +33,16 @@ def image_to_image(
     image_bhwc: jax.Array,
     cond: Cond,
 ) -> jax.Array:
-    """Samples from q(z_t | image) on, t = config.strength: float32 [B, H, W, C] in [-1, 1].
+    """Samples starting from z_t ~ q(z_t | image) at t = config.strength.
 
-    image_bhwc: in [-1, 1]. A small strength keeps the image, 1 keeps nothing of it. All num_steps
-    steps lie between strength and 0. Source: SDEdit, arXiv:2108.01073, algorithm 1.
+    A small strength stays close to the image; 1 keeps nothing of it. All num_steps steps are
+    between t = strength and 0. Source: SDEdit, arXiv:2108.01073, algorithm 1.
+
+    Args:
+      image_bhwc: in [-1, 1].
+
+    Returns:
+      float32 [B, H, W, C] in [-1, 1].
     """
     noise = functools.partial(draw_noise, seed_keys(seeds_b), image_bhwc.shape[1:])
     log_snr = SPACINGS[config.spacing](schedule, config.strength, config.num_steps)
@@ -45,10 +51,10 @@ def image_to_image(
 
 
 def q_step(z_s: jax.Array, eps: jax.Array, log_snr_s: jax.Array, log_snr_t: jax.Array) -> jax.Array:
-    """z_t ~ q(z_t | z_s), more noise on top; z_s itself where log_snr_t is log_snr_s.
+    """Adds noise, z_t ~ q(z_t | z_s); scalar log-SNRs, log_snr_t <= log_snr_s.
 
-    z_t = (alpha_t / alpha_s) z_s + sqrt(1 - e^{lambda_t - lambda_s}) sigma_t eps; scalar log-SNRs,
-    log_snr_t <= log_snr_s. Source: appendix A.
+    z_t = (alpha_t / alpha_s) z_s + sqrt(1 - e^{lambda_t - lambda_s}) sigma_t eps, which is z_s if
+    the two log-SNRs are equal. Source: appendix A.
     """
     alpha_s, _ = alpha_sigma(log_snr_s)
     alpha_t, sigma_t = alpha_sigma(log_snr_t)
@@ -65,19 +71,26 @@ def inpaint(
     mask_bhw1: jax.Array,
     cond: Cond,
 ) -> jax.Array:
-    """Paints anew where mask_bhw1, bool, is True; elsewhere the result is image_bhwc, exactly.
+    """Replaces the pixels where mask_bhw1 is True; elsewhere returns image_bhwc exactly.
 
-    After each step the known pixels of z_s are replaced by the image's, noised to the same level.
-    Each step is taken config.resample times, with a jump back by q(z_t | z_s) between: a step that
-    has seen the known pixels only once cannot fit the new ones to them. Costs that many times as
-    much; 10 in the paper. Returns float32 [B, H, W, C] in [-1, 1]. Source: RePaint,
-    arXiv:2201.09865, algorithm 1, with jumps of one step.
+    After each step the known pixels of z_s are replaced by those of the image, noised to the same
+    level. Each step is taken config.resample times, jumping back by q(z_t | z_s) in between, so
+    that the new pixels can adapt to the known ones; the cost grows by the same factor. The paper
+    takes each step 10 times. Source: RePaint, arXiv:2201.09865, algorithm 1, with jumps of one
+    step.
+
+    Args:
+      image_bhwc: in [-1, 1].
+      mask_bhw1: bool, True where to paint.
+
+    Returns:
+      float32 [B, H, W, C] in [-1, 1].
     """
     resample = config.resample
     keys_b, known_keys, back_keys = (seed_keys(seeds_b, stream) for stream in range(3))
     shape = image_bhwc.shape[1:]
 
-    def enter(i, z_s, log_snr_s, log_snr_t):
+    def prepare(i, z_s, log_snr_s, log_snr_t):
         known = q_sample(image_bhwc, draw_noise(known_keys, shape, i), log_snr_s)
         z_s = jnp.where(mask_bhw1, z_s, known)
         if resample == 1:
@@ -86,22 +99,24 @@ def inpaint(
 
     noise = functools.partial(draw_noise, keys_b, shape)
     log_snr = SPACINGS[config.spacing](schedule, 1.0, config.num_steps)
-    x_hat = integrate(denoise, prediction, config, log_snr, noise(0), noise, cond, resample, enter)
+    x_hat = integrate(
+        denoise, prediction, config, log_snr, noise(0), noise, cond, resample, prepare
+    )
     return jnp.where(mask_bhw1, jnp.clip(x_hat, -1, 1), image_bhwc)
 
 
 def slerp(a: jax.Array, b: jax.Array, fraction_b: jax.Array) -> jax.Array:
-    """From a at fraction 0 to b at 1, per sample, along the great circle between them.
+    """Spherical interpolation per sample: a at fraction 0, b at fraction 1 (arXiv:1609.04468).
 
-    a, b: [B, ...]; fraction_b: [B]. Unlike their average, what lies between two draws of standard
-    normal noise is as long as they are (arXiv:1609.04468).
+    a, b: [B, ...]; fraction_b: [B]. Unlike a linear mix, it keeps the norm of two samples of
+    standard normal noise.
     """
     axes, shape = tuple(range(1, a.ndim)), (-1,) + (1,) * (a.ndim - 1)
     norms = jnp.sqrt(jnp.sum(a**2, axes) * jnp.sum(b**2, axes))
     angle = jnp.arccos(jnp.clip(jnp.sum(a * b, axes) / norms, -1, 1))
 
     def weight(fraction):
-        # sin(fraction angle) / sin(angle), and its limit where the angle is 0.
+        # sin(fraction angle) / sin(angle), or its limit if the angle is 0.
         ratio = jnp.sinc(fraction * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
         return (fraction * ratio).reshape(shape)
 
@@ -119,10 +134,12 @@ def interpolate(
     shape: tuple[int, int, int],
     cond: Cond,
 ) -> jax.Array:
-    """Samples between those of two seeds: float32 [B, *shape] in [-1, 1].
+    """Interpolates between the samples of two seeds: float32 [B, *shape] in [-1, 1].
 
-    fraction_b: [B] in [0, 1]; at 0 the result is that of `sample` for seeds_b, at 1 that for
-    other_seeds_b. All noise, that of a stochastic solver's steps too, is the `slerp` of theirs.
+    All noise is the `slerp` of the two seeds' noise, including that of a stochastic solver's steps.
+
+    Args:
+      fraction_b: [B] in [0, 1]; 0 gives the result of `sample` for seeds_b, 1 for other_seeds_b.
     """
     keys_b, other_keys_b = seed_keys(seeds_b), seed_keys(other_seeds_b)
 
@@ -134,7 +151,7 @@ def interpolate(
     return jnp.clip(x_hat, -1, 1)
 
 
-# What `sample_or_edit` takes out of cond, and edits by.
+# Keys of cond that select an edit in `sample_or_edit`; the denoiser does not get them.
 INPUTS = ("image", "mask", "to_seed", "fraction")
 
 
@@ -147,19 +164,23 @@ def sample_or_edit(
     shape: tuple[int, int, int],
     cond: Cond,
 ) -> jax.Array:
-    """`sampling.sample`, or the edit that the INPUTS in cond ask for: float32 [B, *shape].
+    """Calls `sampler.sample`, or the edit selected by the INPUTS in cond: float32 [B, *shape].
 
-    image uint8 [B, H, W, 3] and mask bool [B, H, W, 1]: `inpaint`; image alone: `image_to_image`;
-    to_seed uint32 [B] and fraction [B]: `interpolate`.
+    | keys in cond | function |
+    |---|---|
+    | none of INPUTS | `sample` |
+    | image uint8 [B, H, W, 3] | `image_to_image` |
+    | image, mask bool [B, H, W, 1] | `inpaint` |
+    | to_seed uint32 [B], fraction [B] | `interpolate` |
     """
-    given = {k: cond[k] for k in INPUTS if k in cond}
-    cond = {k: v for k, v in cond.items() if k not in given}
+    inputs = {k: cond[k] for k in INPUTS if k in cond}
+    cond = {k: v for k, v in cond.items() if k not in inputs}
     common = (denoise, schedule, prediction, config, seeds_b)
-    if "to_seed" in given:
-        return interpolate(*common, given["to_seed"], given["fraction"], shape, cond)
-    if "image" not in given:
+    if "to_seed" in inputs:
+        return interpolate(*common, inputs["to_seed"], inputs["fraction"], shape, cond)
+    if "image" not in inputs:
         return sample(*common, shape, cond)
-    image = to_float(given["image"])
-    if "mask" in given:
-        return inpaint(*common, image, given["mask"], cond)
+    image = to_float(inputs["image"])
+    if "mask" in inputs:
+        return inpaint(*common, image, inputs["mask"], cond)
     return image_to_image(*common, image, cond)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: a conditional and an unconditional output become one x_hat."""
+"""Classifier-free guidance: combines a conditional and an unconditional output (section 2.2)."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from imagen_jax.diffusion.process import Cond, Denoiser, Prediction, scaled_inpu
 
 
 def both_conds(cond: Cond) -> tuple[Cond, Cond]:
-    """What the conditional and the unconditional pass are told.
+    """Returns the conditioning of the conditional and of the unconditional pass.
 
-    The latter's prompt is the null prompt, or the negative one if cond has it: negative_text
-    [B, T, D] and negative_text_mask bool [B, T], shaped as text and text_mask.
+    The unconditional pass gets the null prompt, or the negative prompt if cond has one:
+    negative_text [B, T, D] and negative_text_mask bool [B, T], shaped as text and text_mask.
     """
-    told = {k: v for k, v in cond.items() if not k.startswith("negative_")}
+    positive = {k: v for k, v in cond.items() if not k.startswith("negative_")}
     if "negative_text" not in cond:
-        return told, drop_text(told, jnp.ones(told["text_mask"].shape[:1], bool))
+        return positive, drop_text(positive, jnp.ones(positive["text_mask"].shape[:1], bool))
     names = ("text", "text_mask")
-    return told, told | {name: cond[f"negative_{name}"] for name in names}
+    return positive, positive | {name: cond[f"negative_{name}"] for name in names}
 
 
 def both_outputs(
     denoise: Denoiser, z: jax.Array, log_snr: jax.Array, cond: Cond, batched: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The conditional and the unconditional output, float32: one batch of 2B, or one after another.
+    """Returns the conditional and the unconditional output, float32.
 
-    One after another takes the memory of B examples, and about the same time where B fills the
-    device.
+    batched: evaluate one batch of 2B, or else two batches of B one after the other. The latter
+    needs only the memory of B examples, and takes about as long if B examples fill the device.
     """
-    batch, told, untold = z.shape[0], *both_conds(cond)
+    batch = z.shape[0]
+    cond, uncond = both_conds(cond)
     if batched:
-        # A sample's two passes sit side by side, so that a sharded batch doubles where it lies.
+        # The two passes of a sample are adjacent, so doubling a sharded batch moves no data.
         def pair(a, b):
             return jnp.stack([a, b], axis=1).reshape(2 * batch, *a.shape[1:])
 
-        z2, cond2 = jax.tree.map(pair, (z, told), (z, untold))
+        z2, cond2 = jax.tree.map(pair, (z, cond), (z, uncond))
         output = denoise(z2, jnp.full((2 * batch,), log_snr), cond2).astype(jnp.float32)
         output = output.reshape(batch, 2, *z.shape[1:])
         return output[:, 0], output[:, 1]
@@ -44,9 +45,9 @@ def both_outputs(
     def one(cond):
         return denoise(z, jnp.full((batch,), log_snr), cond).astype(jnp.float32)
 
-    # A loop, and not two calls, which the compiler would be free to run at the same time.
+    # A loop, because the compiler could run two separate calls at the same time.
     conditional, unconditional = jax.lax.map(
-        one, jax.tree.map(lambda *c: jnp.stack(c), told, untold)
+        one, jax.tree.map(lambda *c: jnp.stack(c), cond, uncond)
     )
     return conditional, unconditional
 
@@ -60,12 +61,17 @@ def guided_output(
     interval: tuple[float, ...] | None = None,
     batched: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """w f(z, c) + (1 - w) f(z) (Eq. 2) on the raw output, and f(z, c) itself; float32 [B, H, W, C].
+    """Returns w f(z, c) + (1 - w) f(z), Eq. 2 on the raw output, and f(z, c); float32 [B, H, W, C].
 
-    Given z, the outputs of every prediction are affine functions of one another and the two weights
-    sum to 1, so guiding any of them is guiding eps. With an interval (low, high) of log-SNR, w is 1
-    outside it (arXiv:2404.07724). A weight of 1 everywhere costs the conditional pass only.
-    log_snr: scalar; cond as for `both_conds`.
+    Guiding the output of any prediction is the same as guiding eps: at a given z each is an affine
+    function of eps, and the two weights sum to 1.
+
+    Args:
+      log_snr: scalar.
+      cond: as for `both_conds`.
+      weight: w. A weight of 1 evaluates the conditional pass only.
+      interval: (low, high) in log-SNR outside which w is 1 (arXiv:2404.07724).
+      batched: as for `both_outputs`.
     """
     if weight == 1:
         log_snr_b = jnp.full((z.shape[0],), log_snr)
@@ -79,11 +85,13 @@ def guided_output(
 
 
 def rescale(x_hat: jax.Array, conditional: jax.Array, strength: float) -> jax.Array:
-    """x_hat scaled towards the standard deviation of the conditional x_hat, per sample.
+    """Scales x_hat towards the standard deviation of the conditional x_hat, per sample.
 
-    strength 0 leaves it, 1 goes all the way. Source: arXiv:2305.08891, section 3.4, which scales
-    the raw output v; on x_hat it means the same for every prediction, and it does not change how
-    much noise is taken out of z where there is little else in it.
+    strength: 0 leaves x_hat as it is, 1 matches the standard deviation.
+
+    Source: arXiv:2305.08891, section 3.4, which rescales the raw output v. Rescaling x_hat instead
+    means the same for every prediction. It also leaves the amount of noise removed from z unchanged
+    at low SNR, where z is almost all noise.
     """
     axes = tuple(range(1, x_hat.ndim))
     std = jnp.maximum(x_hat.std(axis=axes, keepdims=True), jnp.finfo(x_hat.dtype).tiny)
@@ -103,7 +111,7 @@ def guided_x_hat(
     rescaling: float = 0.0,
     batched: bool = True,
 ) -> jax.Array:
-    """x_hat of the guided output, rescaled; arguments as for `guided_output` and `rescale`."""
+    """Returns the guided and rescaled x_hat; arguments as for `guided_output` and `rescale`."""
     network = scaled_input(denoise, prediction)
     outputs = guided_output(network, z, log_snr, cond, weight, interval, batched)
     x_hat, conditional = (prediction.to_x_eps(output, z, log_snr)[0] for output in outputs)

@@ -1,15 +1,22 @@
 """Gaussian diffusion in log-SNR and continuous time (Imagen, arXiv:2205.11487, appendix A).
 
     z_t = alpha_t x + sigma_t eps,    alpha_t^2 + sigma_t^2 = 1    (variance preserving)
-    lambda_t = log(alpha_t^2 / sigma_t^2),    t in [0, 1], lambda_t decreasing in t
+    lambda_t = log(alpha_t^2 / sigma_t^2),    t in [0, 1],    lambda_t decreases in t
 
-`log_snr` is lambda_t and is either a scalar or one value per example, [B]. Images are in [-1, 1].
-Schedules, predictions and loss weights are tables from a name to functions: a new one is a line.
+The code calls lambda_t `log_snr`; it is a scalar or one value per example, [B]. Images are in
+[-1, 1]. Schedules and predictions are tables from name to functions: adding one takes one entry.
+
+DDPM's discrete view with N steps is t = n / N and x_n = sqrt(1 - beta_n) x_{n-1} +
+sqrt(beta_n) eps, with alpha_bar_n = alpha_t^2 = prod_{i<=n} (1 - beta_i). So any two noise levels
+imply the beta of a step between them:
+
+    beta_n = 1 - alpha_bar_n / alpha_bar_{n-1} = (1 - e^{lambda_n - lambda_{n-1}}) sigma_n^2
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,24 +28,27 @@ from imagen_jax.common.typed_config import require
 
 # EDM's standard deviation of the data, in [-1, 1] (arXiv:2206.00364, table 1).
 SIGMA_DATA = 0.5
+# Default bounds of a schedule's log-SNR.
+LOG_SNR_MIN, LOG_SNR_MAX = -20.0, 20.0
 
 Cond = dict[str, jax.Array]
+# (z, log_snr_b, cond) -> output.
 Denoiser = Callable[[jax.Array, jax.Array, Cond], jax.Array]
 
 
 def lookup(table: Mapping[str, Any], key: str, name: str) -> Any:
-    """The entry `name` of a table; a UserError that names the config key if there is none."""
+    """Returns table[name]; raises UserError, naming the config key, if there is no such entry."""
     require(name in table, key, name, ", ".join(table))
     return table[name]
 
 
 def to_float(image: jax.Array) -> jax.Array:
-    """uint8 pixels -> float32 in [-1, 1]."""
+    """Converts uint8 pixels to float32 in [-1, 1]."""
     return image.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
-    """Values in [-1, 1] -> uint8 pixels."""
+    """Converts values in [-1, 1] to uint8 pixels."""
     return np.clip(np.round((x + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
@@ -46,10 +56,15 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def cosine_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
-    """alpha_t = cos(pi t / 2), with the angle's range cut so that log_snr stays in its bounds.
+    """Cosine schedule: alpha_t = cos(theta), sigma_t = sin(theta), lambda = -2 log tan(theta).
 
-    lambda = -2 log tan(angle). Both the angle and its complement are interpolated, because near
-    the far end float32 cannot hold pi/2 minus a small angle.
+    theta = pi t / 2, except that its range is shortened at both ends so that log_snr stays within
+    its bounds. Both theta and pi/2 - theta are interpolated, because float32 cannot represent pi/2
+    minus a small angle.
+
+    The discrete betas are beta_n = 1 - cos^2(theta_n) / cos^2(theta_{n-1}). Some tutorials print
+    1 - cos(theta_n) / cos(theta_{n-1}), without the squares: half the right value over most of the
+    schedule.
     """
     first = np.arctan(np.exp(-0.5 * log_snr_max))
     last = np.arctan(np.exp(0.5 * log_snr_min))
@@ -58,10 +73,11 @@ def cosine_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.
 
 
 def linear_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
-    """DDPM's 1000 steps with beta from 1e-4 to 0.02, in continuous time; clipped to the bounds.
+    """Linear schedule: DDPM's 1000 steps, beta from 1e-4 to 0.02, in continuous time.
 
-    With alpha_bar_n = prod_{i<=n} (1 - beta_i), alpha^2(n / 1000) is exactly alpha_bar_n; between
-    the grid points log alpha^2 is interpolated, i.e. each step's noise comes at a constant rate.
+    alpha^2(n / 1000) is exactly alpha_bar_n = prod_{i<=n} (1 - beta_i). Between these points
+    log alpha^2 is interpolated, so each step adds its noise at a constant rate. The result is
+    clipped to the bounds.
     """
     log_alpha_bar = np.cumsum(np.log1p(-np.linspace(1e-4, 0.02, 1000)))
     grid = np.linspace(0, 1, 1001)
@@ -71,9 +87,10 @@ def linear_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.
 
 
 def flow_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
-    """Rectified flow's (1 - t) x + t eps (arXiv:2209.03003), clipped to the bounds.
+    """Rectified flow's schedule, (1 - t) x + t eps (arXiv:2209.03003), clipped to the bounds.
 
-    Only its log-SNR, 2 log((1 - t) / t), counts: z is that point over sqrt((1 - t)^2 + t^2).
+    lambda = 2 log((1 - t) / t). Only the log-SNR matters here: z_t is rectified flow's point
+    divided by sqrt((1 - t)^2 + t^2).
     """
     return jnp.clip(2 * (jnp.log1p(-t) - jnp.log(t)), log_snr_min, log_snr_max)
 
@@ -87,23 +104,25 @@ SCHEDULES: dict[str, Callable[[jax.Array, float, float], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A named noise schedule and the range its log-SNR is confined to.
+    """A named noise schedule with bounds on its log-SNR.
 
-    Raises UserError for an unknown name or an empty range.
+    Raises UserError if the name is unknown, or the bounds are not finite or not in order.
     """
 
     name: str = "cosine"
-    log_snr_min: float = -20.0
-    log_snr_max: float = 20.0
+    log_snr_min: float = LOG_SNR_MIN
+    log_snr_max: float = LOG_SNR_MAX
 
     def __post_init__(self):
         lookup(SCHEDULES, "diffusion.schedule", self.name)
-        below = self.log_snr_min < self.log_snr_max
-        allowed = f"below log_snr_max, {self.log_snr_max}"
+        finite = math.isfinite(self.log_snr_max)
+        require(finite, "diffusion.log_snr_max", self.log_snr_max, "a finite number")
+        below = -math.inf < self.log_snr_min < self.log_snr_max
+        allowed = f"below log_snr_max, {self.log_snr_max}, and finite"
         require(below, "diffusion.log_snr_min", self.log_snr_min, allowed)
 
     def log_snr(self, t: jax.Array) -> jax.Array:
-        """lambda_t for t in [0, 1], any shape; strictly decreasing inside the bounds."""
+        """Returns lambda_t for t in [0, 1], any shape; strictly decreasing within the bounds."""
         return SCHEDULES[self.name](t, self.log_snr_min, self.log_snr_max)
 
 
@@ -111,7 +130,7 @@ class Schedule:
 
 
 def alpha_sigma(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(alpha, sigma) at a log-SNR, same shape: sqrt(sigmoid(lambda)), sqrt(sigmoid(-lambda)).
+    """Returns (alpha, sigma) = (sqrt(sigmoid(lambda)), sqrt(sigmoid(-lambda))), shaped as log_snr.
 
     Not sigma = sqrt(1 - alpha^2), which in float32 is 0 beyond lambda = 17.
     """
@@ -119,18 +138,21 @@ def alpha_sigma(log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _like(value: jax.Array, x: jax.Array) -> jax.Array:
-    """A scalar or one value per example with trailing axes added: [B] -> [B, 1, 1, 1]."""
+    """Adds trailing axes until `value`, a scalar or [B], broadcasts against x: [B, 1, 1, 1]."""
     value = jnp.asarray(value)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
 
 
 def _alpha_sigma_like(log_snr: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """alpha_sigma, so that it multiplies x."""
+    """alpha_sigma with trailing axes added, to multiply x."""
     return alpha_sigma(_like(log_snr, x))
 
 
 def q_sample(x: jax.Array, eps: jax.Array, log_snr: jax.Array) -> jax.Array:
-    """z_t = alpha_t x + sigma_t eps. x, eps: [B, ...]; log_snr: scalar or [B]."""
+    """Samples q(z_t | x): z_t = alpha_t x + sigma_t eps. x, eps: [B, ...]; log_snr: scalar or [B].
+
+    Source: appendix A.
+    """
     alpha, sigma = _alpha_sigma_like(log_snr, x)
     return alpha * x + sigma * eps
 
@@ -139,12 +161,13 @@ def q_sample(x: jax.Array, eps: jax.Array, log_snr: jax.Array) -> jax.Array:
 
 
 class Prediction(NamedTuple):
-    """One parameterisation of the denoiser.
+    """One parameterization of the denoiser.
 
-    target: (x, eps, log_snr) -> what the output should be.
-    to_x_eps: (output, z, log_snr) -> (x_hat, eps_hat), with z = alpha x_hat + sigma eps_hat.
-    eps_error: log_snr -> the factor from the squared error of the output to that of eps_hat.
-    input_scale: log_snr -> the factor on z before the network, see `scaled_input`.
+    Attributes:
+      target: (x, eps, log_snr) -> the output of a perfect network.
+      to_x_eps: (output, z, log_snr) -> (x_hat, eps_hat), where z = alpha x_hat + sigma eps_hat.
+      eps_error: log_snr -> factor that converts a squared error of the output to one of eps_hat.
+      input_scale: log_snr -> factor on z before the network, see `scaled_input`.
     """
 
     target: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -154,7 +177,7 @@ class Prediction(NamedTuple):
 
 
 def scaled_input(denoise: Denoiser, prediction: Prediction) -> Denoiser:
-    """The denoiser as a function of z, for the network as a function of input_scale z."""
+    """Wraps `denoise` so that it multiplies z by the prediction's input_scale first."""
 
     def scaled(z: jax.Array, log_snr_b: jax.Array, cond: Cond) -> jax.Array:
         return denoise(_like(prediction.input_scale(log_snr_b), z) * z, log_snr_b, cond)
@@ -162,16 +185,19 @@ def scaled_input(denoise: Denoiser, prediction: Prediction) -> Denoiser:
     return scaled
 
 
+# eps: x_hat = (z - sigma eps_hat) / alpha (Imagen, appendix A).
 def _x_eps_from_eps(eps_hat, z, log_snr):
     alpha, sigma = _alpha_sigma_like(log_snr, z)
     return (z - sigma * eps_hat) / alpha, eps_hat
 
 
+# x: eps_hat = (z - alpha x_hat) / sigma.
 def _x_eps_from_x(x_hat, z, log_snr):
     alpha, sigma = _alpha_sigma_like(log_snr, z)
     return x_hat, (z - alpha * x_hat) / sigma
 
 
+# v = alpha eps - sigma x (Salimans & Ho, arXiv:2202.00512, section 4).
 def _v_target(x, eps, log_snr):
     alpha, sigma = _alpha_sigma_like(log_snr, x)
     return alpha * eps - sigma * x
@@ -182,13 +208,15 @@ def _x_eps_from_v(v_hat, z, log_snr):
     return alpha * z - sigma * v_hat, sigma * z + alpha * v_hat
 
 
+# flow: rectified flow's velocity u = eps - x (arXiv:2209.03003), at t = sigma / (alpha + sigma).
 def _x_eps_from_flow(u_hat, z, log_snr):
     alpha, sigma = _alpha_sigma_like(log_snr, z)
     return (z - sigma * u_hat) / (alpha + sigma), (z + alpha * u_hat) / (alpha + sigma)
 
 
-# EDM's network F in D = c_skip y + c_out F(c_in y), y = z / alpha at noise level sigma / alpha:
-# c_in y is z over its standard deviation, and F would be -v were SIGMA_DATA 1.
+# edm: the network F in D = c_skip y + c_out F(c_in y), where y = z / alpha has the noise level
+# sigma / alpha (arXiv:2206.00364, table 1). c_in y is z divided by its standard deviation.
+# If SIGMA_DATA were 1, F would be -v.
 def _edm_input_scale(log_snr):
     alpha, sigma = alpha_sigma(log_snr)
     return jax.lax.rsqrt(sigma**2 + (SIGMA_DATA * alpha) ** 2)
@@ -208,8 +236,6 @@ def _x_eps_from_edm(output, z, log_snr):
     return x_hat, eps_hat
 
 
-# v: Salimans & Ho, arXiv:2202.00512, section 4. edm: arXiv:2206.00364, table 1. flow: rectified
-# flow's velocity, arXiv:2209.03003; its time is t = sigma / (alpha + sigma).
 PREDICTIONS: dict[str, Prediction] = {
     "eps": Prediction(lambda x, eps, log_snr: eps, _x_eps_from_eps, jnp.ones_like),
     "x": Prediction(lambda x, eps, log_snr: x, _x_eps_from_x, jnp.exp),
@@ -228,33 +254,35 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 
 
-# Noise of a sample, from its seed alone.
+# Per-sample noise: every sample draws its noise from its own seed.
 
 
-# i -> the i-th standard normal noise, float32 [B, ...].
+# i -> standard normal noise number i, float32 [B, ...].
 NoiseStream = Callable[[jax.Array], jax.Array]
 
 
 def seed_keys(seeds_b: jax.Array, stream: int = 0) -> jax.Array:
-    """uint32 [B] -> a key for each sample, [B]; different streams of a seed share no noise.
+    """Turns seeds, uint32 [B], into one key per sample, [B].
 
-    Stream 0 is that of the solvers; what else needs noise of a sample's own takes another.
+    Different streams of the same seed are independent. The solvers use stream 0; every other
+    consumer of a sample's noise takes a stream of its own.
     """
 
     def key_of(seed):
-        # Named, because under vmap the faster "rbg" generator does not keep each key's stream.
+        # Fixed: under vmap, the numbers of the faster "rbg" generator depend on the other keys too.
         key = jax.random.key(seed, impl="threefry2x32")
-        # Streams count down from the top: the solvers' draws count up from 0.
+        # Streams count down from 2^32, so they never meet the solvers' step numbers, which count
+        # up from 0.
         return jax.random.fold_in(key, 2**32 - stream) if stream else key
 
     return jax.vmap(key_of)(jnp.asarray(seeds_b, jnp.uint32))
 
 
 def draw_noise(keys_b: jax.Array, shape: tuple[int, ...], i: jax.Array) -> jax.Array:
-    """The i-th standard normal noise of each key, float32 [B, *shape]."""
+    """Draws standard normal noise number i from each key, float32 [B, *shape]."""
 
     def normal(key):
-        # Of its size, too: else a cascade's stages would share the first of their noise.
+        # The size is folded in too; otherwise the stages of a cascade would share noise.
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), shape[0]), shape)
 
     return jax.vmap(normal)(keys_b)

@@ -1,8 +1,8 @@
-"""Sampling: thresholding, the grid of times, and the scan over steps (Imagen, appendix A).
+"""Sampling: thresholding, the grid of noise levels, and the scan over steps (appendix A).
 
-At every evaluation the denoiser's guided output becomes x_hat, x_hat is thresholded, and the solver
-moves z_t to z_s, s < t, with the eps_hat that z_t and the thresholded x_hat imply. Solvers,
-spacings and thresholds are tables from a name to a function.
+Each evaluation converts the guided output of the denoiser to x_hat and thresholds x_hat. The solver
+then moves z_t to z_s, s < t, using the eps_hat implied by z_t and the thresholded x_hat. Solvers,
+spacings and thresholds are tables from name to function.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from imagen_jax.diffusion.solvers import SOLVERS, VARIANCES, evaluations
 
 
 def no_threshold(x_hat: jax.Array, percentile: float) -> jax.Array:
-    """x_hat as it is."""
+    """Returns x_hat unchanged."""
     return x_hat
 
 
 def static_threshold(x_hat: jax.Array, percentile: float) -> jax.Array:
-    """x_hat clipped to [-1, 1]."""
+    """Clips x_hat to [-1, 1] (section 2.3)."""
     return jnp.clip(x_hat, -1, 1)
 
 
 def dynamic_threshold(x_hat: jax.Array, percentile: float) -> jax.Array:
-    """x_hat clipped to [-s, s] and divided by s = max(1, percentile of |x_hat|), per sample.
+    """Clips x_hat to [-s, s] and divides by s = max(1, percentile of |x_hat|), per sample.
 
-    Source: section 2.3; the paper's percentile is 99.5.
+    Source: section 2.3. The paper's percentile is 99.5.
     """
     magnitude = jnp.abs(x_hat).reshape(x_hat.shape[0], -1)
     s_b = jnp.maximum(jnp.percentile(magnitude, percentile, axis=1), 1)
@@ -59,16 +59,16 @@ THRESHOLDS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "dynamic": dynamic_threshold,
 }
 
-# Spacing of the num_steps + 1 log-SNRs from time `start` to 0: (schedule, start, num_steps).
+# Spacing of the num_steps + 1 log-SNRs from t = start to t = 0: (schedule, start, num_steps).
 
 
 def uniform_in_t(schedule: Schedule, start: float, num_steps: int) -> jax.Array:
-    """The paper's: the same difference of t at every step."""
+    """Uniform steps in t, as in the paper (appendix A)."""
     return schedule.log_snr(jnp.linspace(start, 0, num_steps + 1))
 
 
 def uniform_in_log_snr(schedule: Schedule, start: float, num_steps: int) -> jax.Array:
-    """The same factor of sigma / alpha at every step (arXiv:2206.00927, section 4)."""
+    """Uniform steps in log-SNR: sigma / alpha changes by a constant factor (arXiv:2206.00927)."""
     first, last = schedule.log_snr(jnp.array([start, 0.0]))
     return jnp.linspace(first, last, num_steps + 1)
 
@@ -81,24 +81,27 @@ SPACINGS: dict[str, Callable[[Schedule, float, int], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """Config section `sampling`; static under jit. Raises UserError for a value out of range.
+    """Config section `sampling`; static under jit. Raises UserError if a value is out of range.
 
     Attributes:
       name: a key of solvers.SOLVERS.
-      num_steps: steps of the solver. Each evaluates the (guided) denoiser once, but for "heun",
-        which does so twice at all steps but the first and the last: 2 num_steps - 2 times.
-      spacing: what the times are evenly spaced in, a key of SPACINGS.
-      gamma: noise of the ancestral sampler, 0 to 1; the default is this project's choice.
-      variance: how gamma interpolates, a key of solvers.VARIANCES.
+      num_steps: number of solver steps. Each evaluates the (guided) denoiser once; "heun"
+        evaluates it twice except at the first and the last step, 2 num_steps - 2 times in all.
+      spacing: a key of SPACINGS: steps are uniform in "t" or "log_snr". With 64 steps or fewer use
+        "log_snr" and "dpmpp_2m".
+      gamma: variance of the ancestral sampler, 0 to 1; the default is this project's choice.
+      variance: how gamma interpolates the variance, a key of solvers.VARIANCES.
       guidance_weight: 1 is no guidance, 0 ignores the prompt.
-      guidance_interval: (low, high) of log-SNR outside of which the weight is 1; None: no bounds.
-      guidance_rescale: 0 to 1, how far x_hat gets back the conditional pass's contrast.
-      guidance_batched: both passes in one batch, or one after another in half the memory.
-      threshold: of x_hat, a key of THRESHOLDS.
-      threshold_percentile: of |x_hat|, for the dynamic threshold.
-      aug_level: noise on the image that a super-resolution stage enlarges, 0 to 1.
-      strength: how much of an image to start from may change, above 0 to 1.
-      resample: how often each step is taken where only a part is painted anew.
+      guidance_interval: (low, high) in log-SNR outside which the weight is 1; None for no bounds.
+      guidance_rescale: 0 to 1, how far to restore the contrast of the conditional x_hat.
+      guidance_batched: evaluate both passes in one batch, or else one after the other in half the
+        memory.
+      threshold: thresholding of x_hat, a key of THRESHOLDS.
+      threshold_percentile: percentile of |x_hat| for dynamic thresholding.
+      aug_level: noise level of the low-resolution image, 0 to 1; super-resolution stages only.
+      strength: image to image: fraction of the diffusion to run, above 0 up to 1; 1 keeps nothing
+        of the image.
+      resample: inpainting: number of times each step is taken.
     """
 
     name: str = "ddim"
@@ -147,18 +150,19 @@ def integrate(
     noise: NoiseStream,
     cond: Cond,
     repeats: int = 1,
-    enter: Callable[..., jax.Array] | None = None,
+    prepare: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-    """Takes z, at log_snr[0], along the grid of log-SNRs, and returns the last x_hat.
+    """Integrates from z at log_snr[0] along the grid of log-SNRs and returns the last x_hat.
 
     Args:
       denoise, prediction, config, cond: as for `sample`.
-      log_snr: rising, [num_steps + 1].
+      log_snr: increasing, [num_steps + 1].
       z: float32 [B, H, W, C].
-      noise: for the steps, from 1 on.
-      repeats: how often each step is taken; then `enter` has to lead back to its start.
-      enter: (i, z, log_snr_z, log_snr_t) -> z_t, before each evaluation: z, which is at log_snr_z,
-        is to be at log_snr_t. By default it is there already.
+      noise: noise of the steps; evaluation i uses noise(i), i from 1.
+      repeats: number of times each step is taken. If above 1, `prepare` must move z back to the
+        start of the step.
+      prepare: (i, z, log_snr_z, log_snr_t) -> z_t, called before each evaluation with z at
+        log_snr_z; returns z at log_snr_t. By default z is used as it is.
     """
     prediction_entry = lookup(PREDICTIONS, "diffusion.prediction", prediction)
     solver, threshold = SOLVERS[config.name], THRESHOLDS[config.threshold]
@@ -170,7 +174,7 @@ def integrate(
         def step_noise(small, large):
             return jnp.sqrt(VARIANCES[config.variance](small, large, config.gamma)) * noise(i)
 
-        z_t = enter(i, z, log_snr_z, log_snr_t) if enter else z
+        z_t = prepare(i, z, log_snr_z, log_snr_t) if prepare else z
         x_hat = guided_x_hat(
             denoise,
             prediction_entry,
@@ -202,24 +206,24 @@ def sample(
     shape: tuple[int, int, int],
     cond: Cond,
 ) -> jax.Array:
-    """Draws one sample per seed: float32 [B, *shape] in [-1, 1].
+    """Generates one sample per seed: float32 [B, *shape] in [-1, 1].
 
     Args:
       denoise: the network, (z, log_snr_b, cond) -> output.
-      schedule: what it was trained with; times go from 1 to 0.
-      prediction: a key of diffusion.PREDICTIONS, what its output means.
+      schedule: the schedule it was trained with; t runs from 1 to 0.
+      prediction: what its output means, a key of process.PREDICTIONS.
       config: solver, steps, guidance and thresholding.
-      seeds_b: uint32 [B]; all the noise of a sample comes from its own seed, so that it does not
-        depend on the batch it is drawn in.
+      seeds_b: uint32 [B]. All noise of a sample comes from its own seed, so a sample does not
+        depend on its batch.
       shape: (H, W, C).
-      cond: text [B, T, D] and text_mask [B, T]; negative_text and negative_text_mask for a negative
-        prompt. Other keys, of arrays [B, ...], are passed to the denoiser as they are.
+      cond: text [B, T, D] and text_mask [B, T]; for a negative prompt also negative_text and
+        negative_text_mask. Other arrays, [B, ...], are passed to the denoiser unchanged.
 
     Returns:
-      The last x_hat; so the last step adds no noise.
+      The last x_hat, so the last step adds no noise.
 
     Raises:
-      UserError: an unknown prediction.
+      UserError: the prediction is unknown.
     """
     noise = functools.partial(draw_noise, seed_keys(seeds_b), shape)
     log_snr = SPACINGS[config.spacing](schedule, 1.0, config.num_steps)

@@ -1,7 +1,7 @@
-"""Solvers: how z_t and x_hat become z_s, s < t, and at which times the denoiser is asked.
+"""Solvers: the step from z_t and x_hat to z_s, s < t, and the times at which x_hat is evaluated.
 
-A solver sees scalars log_snr_t < log_snr_s and one x_hat an evaluation, guided and thresholded; all
-else it knows is in its state. The table at the end has them by name.
+A step gets scalar log-SNRs log_snr_t < log_snr_s and one x_hat per evaluation, already guided and
+thresholded. Anything else that a solver remembers is in its state. SOLVERS lists them by name.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import numpy as np
 
 from imagen_jax.diffusion.process import alpha_sigma
 
-# (small, large) -> noise of a variance between the two.
+# (small, large) -> noise whose variance is between the two.
 Noise = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Solver(NamedTuple):
-    """One way to go from noise to data.
+    """One way to integrate from noise to data.
 
-    init: (z, log_snr) at the first time -> state, a pytree of arrays.
-    step: (state, z_t, x_hat, log_snr_t, log_snr_s, noise) -> (state, z_s).
-    corrects: evaluate at z_s as well, which then calls step with log_snr_t = log_snr_s.
+    Attributes:
+      init: (z, log_snr) at the first time -> state, a pytree of arrays.
+      step: (state, z_t, x_hat, log_snr_t, log_snr_s, noise) -> (state, z_s).
+      corrects: if True, the denoiser is also evaluated at z_s, and `step` is called again with
+        log_snr_t = log_snr_s.
     """
 
     init: Callable[[jax.Array, jax.Array], Any]
@@ -33,7 +35,10 @@ class Solver(NamedTuple):
 
 
 def ddim(z_t: jax.Array, x_hat: jax.Array, log_snr_t: jax.Array, log_snr_s: jax.Array) -> jax.Array:
-    """z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat)."""
+    """DDIM update: z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat).
+
+    Source: appendix A; arXiv:2010.02502.
+    """
     alpha_t, sigma_t = alpha_sigma(log_snr_t)
     alpha_s, sigma_s = alpha_sigma(log_snr_s)
     return alpha_s * x_hat + (sigma_s / sigma_t) * (z_t - alpha_t * x_hat)
@@ -47,7 +52,7 @@ def ddim_step(
     log_snr_s: jax.Array,
     noise: Noise,
 ) -> tuple[tuple, jax.Array]:
-    """First order, deterministic: `ddim`. Source: appendix A; arXiv:2010.02502."""
+    """One step of `ddim`: first order, deterministic."""
     return state, ddim(z_t, x_hat, log_snr_t, log_snr_s)
 
 
@@ -59,11 +64,12 @@ def ancestral_step(
     log_snr_s: jax.Array,
     noise: Noise,
 ) -> tuple[tuple, jax.Array]:
-    """z_s ~ N(mean of q(z_s | z_t, x_hat), variance), with r = e^{lambda_t - lambda_s}:
+    """Samples z_s ~ N(mu, variance), DDPM's ancestral sampler. With r = e^{lambda_t - lambda_s}:
 
-    mean = r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat; the variance lies between
-    (1 - r) sigma_s^2 (that of q(z_s | z_t, x), gamma = 0) and (1 - r) sigma_t^2 (that of
-    q(z_t | z_s), gamma = 1). Source: appendix A.
+        mu = r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat
+
+    The variance is between (1 - r) sigma_s^2, that of q(z_s | z_t, x) (gamma = 0), and
+    (1 - r) sigma_t^2, that of q(z_t | z_s) (gamma = 1). Source: appendix A.
     """
     alpha_t, sigma_t = alpha_sigma(log_snr_t)
     alpha_s, sigma_s = alpha_sigma(log_snr_s)
@@ -73,7 +79,8 @@ def ancestral_step(
     return state, mean + noise(one_minus_r * sigma_s**2, one_minus_r * sigma_t**2)
 
 
-# Between the two variances of the ancestral step: (small, large, gamma) -> variance.
+# Variance of the ancestral step: (small, large, gamma) -> variance. The paper interpolates
+# geometrically (appendix A).
 VARIANCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
     "geometric": lambda small, large, gamma: small ** (1 - gamma) * large**gamma,
     "linear": lambda small, large, gamma: small * (1 - gamma) + large * gamma,
@@ -81,7 +88,7 @@ VARIANCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
 
 
 def dpmpp_2m_init(z: jax.Array, log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """No x_hat yet: its log-SNR stands above all."""
+    """State before the first step: a log-SNR of infinity means that there is no earlier x_hat."""
     return jnp.zeros_like(z), jnp.float32(jnp.inf)
 
 
@@ -93,11 +100,11 @@ def dpmpp_2m_step(
     log_snr_s: jax.Array,
     noise: Noise,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """DPM-Solver++(2M), arXiv:2211.01095, algorithm 2: second order, deterministic.
+    """DPM-Solver++(2M): second order, deterministic (arXiv:2211.01095, algorithm 2).
 
-    DDIM with x_hat carried on along the line through it and the one before, half a step in lambda.
-    The state is the x_hat before and its log-SNR. The first step, and one after a jump back to more
-    noise, has none to draw the line from and is DDIM.
+    A DDIM step with x_hat extrapolated linearly in lambda by half a step, from the previous x_hat
+    through this one. The state is the previous x_hat and its log-SNR. The first step is plain DDIM,
+    and so is a step after a jump back to more noise: neither has an x_hat to extrapolate from.
     """
     x_before, log_snr_before = state
     ratio = 0.5 * (log_snr_s - log_snr_t) / (log_snr_t - log_snr_before)
@@ -106,7 +113,7 @@ def dpmpp_2m_step(
 
 
 def heun_init(z: jax.Array, log_snr: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The start of the first step; its slope is not read."""
+    """State before the first step; its slope is never read."""
     return z, jnp.zeros_like(z), log_snr
 
 
@@ -118,11 +125,12 @@ def heun_step(
     log_snr_s: jax.Array,
     noise: Noise,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Heun's method (EDM, arXiv:2206.00364, algorithm 1): second order, deterministic, no churn.
+    """Heun's method: second order, deterministic, no churn (EDM, arXiv:2206.00364, algorithm 1).
 
-    The flow of y = z / alpha along s = sigma / alpha is dy / ds = eps_hat. A call with
-    log_snr_t < log_snr_s is Euler's step, which is DDIM; the state is where it began and its slope.
-    One with log_snr_t = log_snr_s, at the point it reached, repeats it with the mean of the slopes.
+    In y = z / alpha and s = sigma / alpha the probability flow is dy / ds = eps_hat. If
+    log_snr_t < log_snr_s, this is an Euler step, which equals DDIM; the state keeps where the step
+    began and its slope. If log_snr_t = log_snr_s, it is the correction: it repeats that step with
+    the mean of the slopes at its two ends.
     """
     alpha_t, sigma_t = alpha_sigma(log_snr_t)
     here = (z_t, (z_t - alpha_t * x_hat) / sigma_t, log_snr_t)
@@ -150,12 +158,14 @@ SOLVERS: dict[str, Solver] = {
 def evaluations(
     log_snr: jax.Array, corrects: bool, repeats: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """A grid of K + 1 log-SNRs -> (log_snr_t, log_snr_s) of each evaluation of the denoiser.
+    """Turns a grid of K + 1 log-SNRs into (log_snr_t, log_snr_s) of every evaluation.
 
-    Each of the K steps is taken `repeats` times, and with `corrects` evaluates twice, once at
-    either end. The very last evaluation gives the sample, so nothing corrects it. Neither is the
-    first step corrected: it sets out from almost pure noise, where sigma / alpha is e^10 and more
-    than the mean of two slopes can span, but x_hat hardly changes.
+    Each of the K steps is taken `repeats` times. With `corrects` a step evaluates the denoiser
+    twice, at its start and at its end, with two exceptions:
+    - The last evaluation returns the sample, so there is nothing to correct.
+    - The first step is not corrected. It starts from almost pure noise, where sigma / alpha is
+      e^10 by default. That is too large a step in sigma / alpha for the mean of two slopes, while
+      x_hat hardly changes.
     """
     start = np.arange(len(log_snr) - 1)[:, None, None]
     ends = np.concatenate([start, start + 1], axis=2) if corrects else start

@@ -1,4 +1,4 @@
-"""Inpainting, image to image and interpolation: what stays, what changes, and whose seed it is."""
+"""Image to image, inpainting and interpolation."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from denoisers import (
     COSINE,
     SHAPE,
     Gaussian,
-    draw,
     first_noise,
     jitted,
+    normal,
     null_cond,
     recording,
     run,
@@ -27,7 +27,7 @@ GAUSSIAN = Gaussian(np.geomspace(0.1, 0.3, 12))
 
 
 def edit(function, denoise, config, seeds, prediction="eps", **arguments):
-    """A function of editing, compiled, on the cosine schedule."""
+    """Runs a function of `editing`, compiled, with the cosine schedule."""
     static = tuple(name for name in STATIC if name in arguments)
     compiled = jitted(function, static, denoise, COSINE, prediction, config)
     x = compiled(jnp.asarray(seeds, jnp.uint32), **arguments)
@@ -36,11 +36,11 @@ def edit(function, denoise, config, seeds, prediction="eps", **arguments):
 
 
 def image(batch, seed=3):
-    return jnp.tanh(draw(seed, (batch, *SHAPE)))
+    return jnp.tanh(normal(seed, (batch, *SHAPE)))
 
 
 def half(batch):
-    """The right half is to be painted."""
+    """A mask that selects the right half."""
     return jnp.broadcast_to(jnp.arange(SHAPE[1])[None, None, :, None] >= 4, (batch, 8, 8, 1))
 
 
@@ -99,7 +99,7 @@ def test_a_bad_setting_is_a_user_error(changes, words):
 @pytest.mark.parametrize(
     "name, resample", [("ddim", 1), ("ancestral", 1), ("dpmpp_2m", 3), ("heun", 3)]
 )
-def test_outside_the_mask_the_picture_is_exactly_the_original(name, resample):
+def test_inpainting_leaves_pixels_outside_the_mask_unchanged(name, resample):
     config = SamplerConfig(name, num_steps=4, guidance_weight=3.0, resample=resample)
     arguments = {"image_bhwc": image(2), "mask_bhw1": half(2), "cond": text_cond(2)}
     x = edit(editing.inpaint, text_denoiser, config, [1, 2], **arguments)
@@ -108,7 +108,7 @@ def test_outside_the_mask_the_picture_is_exactly_the_original(name, resample):
     assert float(jnp.abs(x - image(2))[:, :, 4:].mean()) > 0.1
 
 
-def test_nothing_known_is_a_sample_like_any_other():
+def test_inpainting_a_full_mask_equals_sampling():
     config = SamplerConfig("ancestral", num_steps=5, gamma=1.0)
     arguments = {"image_bhwc": image(2), "mask_bhw1": jnp.ones((2, 8, 8, 1), bool)}
     x = edit(editing.inpaint, text_denoiser, config, [1, 2], cond=text_cond(2), **arguments)
@@ -137,8 +137,8 @@ def test_known_pixels_are_at_the_noise_level_of_each_evaluation():
     assert np.abs(np.corrcoef(noises) - np.eye(8))[:2, :2].max() < 0.1
 
 
-def test_resampling_fits_the_new_pixels_to_the_known_ones():
-    """Pairs of equal pixels, one of them known: its value is the right answer for the other."""
+def test_resampling_adapts_the_new_pixels_to_the_known_ones():
+    """The data are pairs of nearly equal pixels; the known one gives the answer for the other."""
     pairs = Gaussian([0.3, 0.02])
     pairs.mean, pairs.axes = np.zeros(2), np.array([[1, 1], [1, -1]]) / np.sqrt(2)
     original = jnp.broadcast_to(jnp.array([0.35, -0.9])[None, None, :, None], (32, 1, 2, 1))
@@ -160,9 +160,9 @@ def test_resampling_fits_the_new_pixels_to_the_known_ones():
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.06
 
 
-def test_q_step_then_q_sample_is_q_sample():
-    """q(z_s | x), then q(z_t | z_s), has the moments of q(z_t | x); and no jump is no change."""
-    x, eps, noise = 0.7, draw(0, (100_000,)), draw(1, (100_000,))
+def test_q_sample_then_q_step_is_q_sample():
+    """q(z_s | x), then q(z_t | z_s), has the moments of q(z_t | x); no jump changes nothing."""
+    x, eps, noise = 0.7, normal(0, (100_000,)), normal(1, (100_000,))
     z_s = process.q_sample(jnp.full_like(eps, x), eps, jnp.float32(2.0))
     z_t = editing.q_step(z_s, noise, jnp.float32(2.0), jnp.float32(-1.0))
     alpha, sigma = process.alpha_sigma(jnp.float32(-1.0))
@@ -175,23 +175,23 @@ def test_q_step_then_q_sample_is_q_sample():
 
 
 def test_slerp_is_the_arc_between_its_ends():
-    a, b = draw(0, (5, 4, 4, 3)), draw(1, (5, 4, 4, 3))
+    a, b = normal(0, (5, 4, 4, 3)), normal(1, (5, 4, 4, 3))
     fraction_b = jnp.array([0.0, 0.3, 0.5, 0.8, 1.0])
-    found = np.asarray(editing.slerp(a, b, fraction_b), np.float64).reshape(5, -1)
+    result = np.asarray(editing.slerp(a, b, fraction_b), np.float64).reshape(5, -1)
     a, b = (np.asarray(v, np.float64).reshape(5, -1) for v in (a, b))
     for i, f in enumerate(np.asarray(fraction_b, np.float64)):
         angle = np.arccos(a[i] @ b[i] / np.linalg.norm(a[i]) / np.linalg.norm(b[i]))
         expected = (np.sin((1 - f) * angle) * a[i] + np.sin(f * angle) * b[i]) / np.sin(angle)
-        np.testing.assert_allclose(found[i], expected, atol=1e-5)
+        np.testing.assert_allclose(result[i], expected, atol=1e-5)
 
 
-def test_slerp_between_equals_is_that():
-    a = draw(0, (2, 4, 4, 3))
+def test_slerp_between_equal_inputs_returns_them():
+    a = normal(0, (2, 4, 4, 3))
     np.testing.assert_allclose(editing.slerp(a, a, jnp.array([0.3, 0.5])), a, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["heun", "ancestral"])
-def test_interpolation_ends_at_the_samples_of_either_seed(name):
+def test_interpolation_ends_at_the_samples_of_the_two_seeds(name):
     config = SamplerConfig(name, num_steps=5, gamma=1.0)
     cond = {k: jnp.repeat(v[:1], 3, axis=0) for k, v in text_cond(1).items()}
     x = edit(

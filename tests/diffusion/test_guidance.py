@@ -1,9 +1,9 @@
-"""Classifier-free guidance: its weights, interval, negative prompts, rescaling and memory."""
+"""Classifier-free guidance: weight, interval, negative prompts, rescaling, one pass or two."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from denoisers import SHAPE, draw, null_cond, recording, run, text_cond, text_denoiser
+from denoisers import SHAPE, normal, null_cond, recording, run, text_cond, text_denoiser
 
 from imagen_jax.diffusion import guidance
 from imagen_jax.diffusion.conditioning import drop_text
@@ -14,7 +14,7 @@ LOG_SNR = jnp.float32(0.4)
 
 
 def passes(z, cond, batch=3):
-    """The two outputs of text_denoiser, each computed by itself."""
+    """Computes the two outputs of text_denoiser separately."""
     log_snr_b = jnp.full((batch,), LOG_SNR)
     null = drop_text(cond, jnp.ones((batch,), bool))
     return text_denoiser(z, log_snr_b, cond), text_denoiser(z, log_snr_b, null)
@@ -23,7 +23,7 @@ def passes(z, cond, batch=3):
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("weight", [1.0, 0.0, 5.0])
 def test_guidance_is_the_weighted_sum_of_the_two_passes(weight, batched):
-    z, cond = draw(0, (3, *SHAPE)), text_cond(3)
+    z, cond = normal(0, (3, *SHAPE)), text_cond(3)
     with_text, without = passes(z, cond)
     assert float(jnp.abs(with_text - without).max(axis=(1, 2, 3)).min()) > 0.01
     guided, conditional = guidance.guided_output(
@@ -37,30 +37,30 @@ def test_guidance_is_the_weighted_sum_of_the_two_passes(weight, batched):
     "weight, batched, sizes",
     [(1.0, True, [2]), (1, False, [2]), (2.0, True, [4]), (2.0, False, [2, 2])],
 )
-def test_guidance_costs_one_pass_more_in_one_batch_or_two(weight, batched, sizes):
-    cond = text_cond(2) | {"aug_level": jnp.array([0.1, 0.2]), "low_res": draw(1, (2, 4, 4, 3))}
+def test_guidance_evaluates_two_passes_in_one_batch_or_two(weight, batched, sizes):
+    cond = text_cond(2) | {"aug_level": jnp.array([0.1, 0.2]), "low_res": normal(1, (2, 4, 4, 3))}
     config = SamplerConfig(num_steps=1, guidance_weight=weight, guidance_batched=batched)
-    told = []
+    received = []
 
     def denoise(z, log_snr_b, cond):
-        told.append({k: v.shape for k, v in (cond | {"log_snr": log_snr_b}).items()})
+        received.append({k: v.shape for k, v in (cond | {"log_snr": log_snr_b}).items()})
         return z + cond["aug_level"][:, None, None, None] * cond["low_res"].mean()
 
     spy, seen = recording(denoise)
     run(spy, config, range(2), cond)
     assert [len(z) for z, _ in seen] == sizes
     expected = {k: (sizes[0], *v.shape[1:]) for k, v in cond.items()} | {"log_snr": (sizes[0],)}
-    assert all(shapes == expected for shapes in told)
+    assert all(shapes == expected for shapes in received)
 
 
-def test_other_conditions_reach_both_passes_of_their_own_sample():
+def test_other_conditioning_reaches_both_passes_of_its_sample():
     cond = text_cond(2) | {"aug_level": jnp.array([0.1, 0.2])}
 
     def denoise(z, log_snr_b, cond):
         return jnp.broadcast_to(cond["aug_level"][:, None, None, None], z.shape)
 
     for batched in (True, False):
-        outputs = guidance.both_outputs(denoise, draw(0, (2, *SHAPE)), LOG_SNR, cond, batched)
+        outputs = guidance.both_outputs(denoise, normal(0, (2, *SHAPE)), LOG_SNR, cond, batched)
         for output in outputs:
             np.testing.assert_allclose(output[:, 0, 0, 0], [0.1, 0.2], rtol=1e-6)
 
@@ -68,8 +68,8 @@ def test_other_conditions_reach_both_passes_of_their_own_sample():
 @pytest.mark.parametrize(
     "log_snr, inside", [(-2.1, False), (-2.0, True), (1.0, True), (1.1, False)]
 )
-def test_outside_the_interval_there_is_no_guidance(log_snr, inside):
-    z, cond = draw(0, (3, *SHAPE)), text_cond(3)
+def test_there_is_no_guidance_outside_the_interval(log_snr, inside):
+    z, cond = normal(0, (3, *SHAPE)), text_cond(3)
     arguments = text_denoiser, z, jnp.float32(log_snr), cond
     guided, _ = guidance.guided_output(*arguments, 5.0, interval=(-2.0, 1.0))
     expected, _ = guidance.guided_output(*arguments, 5.0 if inside else 1.0)
@@ -77,8 +77,8 @@ def test_outside_the_interval_there_is_no_guidance(log_snr, inside):
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_a_negative_prompt_takes_the_null_prompts_place(batched):
-    z, cond, other = draw(0, (3, *SHAPE)), text_cond(3), text_cond(3, seed=8)
+def test_a_negative_prompt_replaces_the_null_prompt(batched):
+    z, cond, other = normal(0, (3, *SHAPE)), text_cond(3), text_cond(3, seed=8)
     negative = {"negative_text": other["text"], "negative_text_mask": other["text_mask"]}
     with_text, _ = passes(z, cond)
     against, _ = passes(z, other)
@@ -89,16 +89,16 @@ def test_a_negative_prompt_takes_the_null_prompts_place(batched):
         np.testing.assert_allclose(guided, weight * with_text + (1 - weight) * against, atol=1e-5)
 
 
-def test_the_denoiser_is_not_told_of_negative_prompts():
+def test_the_denoiser_does_not_get_the_negative_prompt():
     cond = null_cond(2)
     cond |= {"negative_text": cond["text"], "negative_text_mask": cond["text_mask"]}
-    for told in guidance.both_conds(cond):
-        assert set(told) == {"text", "text_mask"}
+    for passed in guidance.both_conds(cond):
+        assert set(passed) == {"text", "text_mask"}
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_guiding_the_output_is_guiding_eps(prediction):
-    z, cond, entry = draw(0, (3, *SHAPE)), text_cond(3), PREDICTIONS[prediction]
+    z, cond, entry = normal(0, (3, *SHAPE)), text_cond(3), PREDICTIONS[prediction]
 
     def denoise(z_seen, log_snr_b, cond):
         eps_hat = text_denoiser(z, log_snr_b, cond)
@@ -112,7 +112,7 @@ def test_guiding_the_output_is_guiding_eps(prediction):
 
 
 def test_the_network_reads_the_scaled_input():
-    entry, z = PREDICTIONS["edm"], draw(0, (2, *SHAPE))
+    entry, z = PREDICTIONS["edm"], normal(0, (2, *SHAPE))
     seen = []
 
     def denoise(z, log_snr_b, cond):
@@ -123,8 +123,8 @@ def test_the_network_reads_the_scaled_input():
     np.testing.assert_allclose(seen[0], entry.input_scale(LOG_SNR) * z, rtol=1e-5)
 
 
-def test_rescaling_goes_from_the_guided_contrast_to_the_conditional_one():
-    guided, conditional = 3 * draw(0, (2, *SHAPE)) + 0.5, draw(1, (2, *SHAPE))
+def test_rescaling_moves_the_guided_contrast_to_the_conditional_one():
+    guided, conditional = 3 * normal(0, (2, *SHAPE)) + 0.5, normal(1, (2, *SHAPE))
     stds = [np.asarray(a).std(axis=(1, 2, 3)) for a in (guided, conditional)]
     for strength in (0.0, 0.7, 1.0):
         rescaled = np.asarray(guidance.rescale(guided, conditional, strength))
@@ -135,8 +135,8 @@ def test_rescaling_goes_from_the_guided_contrast_to_the_conditional_one():
     assert bool(jnp.isfinite(guidance.rescale(0 * guided, conditional, 1.0)).all())
 
 
-def test_rescaling_in_a_sampler_is_of_x_hat():
-    """One step from pure noise: the sample has the contrast of the conditional one."""
+def test_the_sampler_rescales_x_hat():
+    """After one step from pure noise the sample has the contrast of the conditional sample."""
     cond = text_cond(2)
 
     def denoise(z, log_snr_b, cond):
@@ -154,7 +154,7 @@ def test_rescaling_in_a_sampler_is_of_x_hat():
     )
 
 
-def test_a_sampler_guides_inside_its_interval_only():
+def test_the_sampler_guides_only_inside_the_interval():
     cond = text_cond(2)
     plain, never, once, always = (
         run(text_denoiser, SamplerConfig(num_steps=4, **options), range(2), cond)
@@ -169,7 +169,7 @@ def test_a_sampler_guides_inside_its_interval_only():
     assert min(float(jnp.abs(once - other).mean()) for other in (plain, always)) > 0.01
 
 
-def test_two_passes_draw_the_same_sample_as_one_batch():
+def test_two_passes_give_the_same_sample_as_one_batch():
     options = {"guidance_weight": 4.0, "guidance_interval": (-5.0, 5.0), "guidance_rescale": 0.5}
     x, y = (
         run(

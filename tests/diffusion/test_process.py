@@ -1,4 +1,4 @@
-"""Schedules, the loss, the augmentation of low-resolution images and the null prompt."""
+"""Schedules, the loss, noise conditioning augmentation and the null prompt."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from imagen_jax.common.errors import UserError
+from imagen_jax.config import DiffusionConfig, parse
 from imagen_jax.diffusion import process
 from imagen_jax.diffusion.conditioning import augment, drop_text
 from imagen_jax.diffusion.loss import WEIGHTINGS, diffusion_loss, sample_t
 from imagen_jax.diffusion.process import PREDICTIONS, SCHEDULES, SIGMA_DATA, Schedule
+from imagen_jax.stage import Stage
 
 LINEAR_BETAS = np.linspace(1e-4, 0.02, 1000)
 
 
-def draw(seed, shape):
+def normal(seed, shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
@@ -27,7 +29,7 @@ def affine(z, log_snr_b, cond):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_log_snr_decreases_and_stays_in_its_bounds(name):
+def test_log_snr_decreases_and_stays_within_its_bounds(name):
     t = jnp.linspace(0, 1, 2001)
     log_snr = np.asarray(Schedule(name).log_snr(t))
     assert np.all(np.diff(log_snr) < 0)
@@ -55,7 +57,7 @@ def test_linear_is_ddpm_at_every_grid_point():
 
 
 def test_linear_is_the_chain_of_small_discrete_steps():
-    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps, followed in mean and in variance."""
+    """The mean and variance of x_n = sqrt(1 - beta_n) x_{n-1} + sqrt(beta_n) eps, step by step."""
     log_snr = Schedule("linear").log_snr(jnp.arange(1, 1001) / 1000)
     alpha, sigma = map(np.asarray, process.alpha_sigma(log_snr))
     mean, variance = 1.0, 0.0
@@ -84,6 +86,23 @@ def test_any_two_times_imply_a_discrete_step(name):
     np.testing.assert_allclose(1 - beta, alpha[1:] ** 2 / alpha[:-1] ** 2, atol=2e-6)
 
 
+def test_cosine_betas_are_ratios_of_squared_cosines():
+    """beta_n = 1 - cos^2(theta_n) / cos^2(theta_{n-1}), theta_n = pi n / 2N.
+
+    Without the squares, as some tutorials print it, beta is half of that at mid schedule. Schedule
+    shortens the range of theta by 1e-4, so the first and the last 5% of the steps are left out.
+    """
+    n = np.arange(1001)
+    log_snr = Schedule("cosine").log_snr(jnp.asarray(n / 1000, jnp.float32))
+    _, sigma = (np.asarray(a, np.float64) for a in process.alpha_sigma(log_snr))
+    beta = -np.expm1(np.diff(np.asarray(log_snr, np.float64))) * sigma[1:] ** 2
+    cosine = np.cos(np.pi * n / 2000)
+    expected = 1 - cosine[1:] ** 2 / cosine[:-1] ** 2
+    np.testing.assert_allclose(beta[50:950], expected[50:950], rtol=2e-3)
+    without_squares = 1 - cosine[1:] / cosine[:-1]
+    assert without_squares[499] / beta[499] == pytest.approx(0.5, rel=2e-3)
+
+
 def test_alpha_sigma_keep_their_precision_at_both_ends():
     alpha, sigma = process.alpha_sigma(jnp.array([-20.0, 0.0, 20.0]))
     np.testing.assert_allclose(sigma[2], np.exp(-10), rtol=1e-5)
@@ -106,13 +125,38 @@ def test_an_unknown_name_is_a_user_error(key, value, allowed):
         diffusion_loss(blank, jnp.zeros((1, 2, 2, 3)), {}, jax.random.key(0), **names)
 
 
-def test_an_empty_range_is_a_user_error():
-    with pytest.raises(UserError, match=r"diffusion.log_snr_min is 3.0; allowed: below"):
-        Schedule(log_snr_min=3.0, log_snr_max=3.0)
+@pytest.mark.parametrize(
+    "bounds, words",
+    [
+        ((3.0, 3.0), r"diffusion.log_snr_min is 3.0; allowed: below log_snr_max, 3.0"),
+        ((float("nan"), 3.0), r"diffusion.log_snr_min is nan; allowed: below"),
+        ((-float("inf"), 3.0), r"diffusion.log_snr_min is -inf; allowed: below"),
+        ((0.0, float("inf")), r"diffusion.log_snr_max is inf; allowed: a finite"),
+    ],
+)
+def test_bad_bounds_are_a_user_error(bounds, words):
+    for build in (Schedule, DiffusionConfig):
+        with pytest.raises(UserError, match=words):
+            build(log_snr_min=bounds[0], log_snr_max=bounds[1])
 
 
-def drawn_for(x, key, schedule):
-    """What diffusion_loss draws for a key, as its denoiser sees it: (eps, z, log_snr_b)."""
+def test_a_stage_uses_the_bounds_of_its_config(tiny_config):
+    tiny_config.diffusion.update(log_snr_min=-10, log_snr_max=15.0)
+    assert Stage(parse(tiny_config)).schedule == Schedule("cosine", -10.0, 15.0)
+
+
+def test_bounds_are_part_of_the_identity_unless_they_are_the_defaults(tiny_config):
+    """So checkpoints written before the bounds were config keys still match."""
+    default = parse(tiny_config).identity
+    assert not any("log_snr" in key for key in default)
+    tiny_config.diffusion.update(log_snr_min=-20.0, log_snr_max=20.0)
+    assert parse(tiny_config).identity == default
+    tiny_config.diffusion.log_snr_min = -10.0
+    assert parse(tiny_config).identity == default | {"diffusion.log_snr_min": -10.0}
+
+
+def noise_of(x, key, schedule):
+    """Returns (eps, z, log_snr_b) of diffusion_loss for a key, as its denoiser gets them."""
     seen = {}
 
     def spy(z, log_snr_b, cond):
@@ -125,7 +169,7 @@ def drawn_for(x, key, schedule):
 
 
 def eps_hat_in_numpy(prediction, output, z, alpha, sigma):
-    if prediction == "flow":  # z_t - t u and z_t + (1 - t) u on rectified flow's straight line
+    if prediction == "flow":  # eps_hat = z_t + (1 - t) u on rectified flow's straight line
         t = sigma / (alpha + sigma)
         return z / (alpha + sigma) + (1 - t) * output
     if prediction == "edm":  # table 1, at y = z / alpha and noise level s = sigma / alpha
@@ -142,7 +186,7 @@ def eps_hat_in_numpy(prediction, output, z, alpha, sigma):
 
 
 def weight_in_numpy(weighting, snr):
-    """Each paper's weight of its own error, times that error over the error of eps."""
+    """Each paper's weight on its own error, times the ratio of that error to the error of eps."""
     s2 = 1 / snr
     return {
         "eps": 1.0,
@@ -160,20 +204,20 @@ def weight_in_numpy(weighting, snr):
     "prediction, weighting",
     [(p, "eps") for p in PREDICTIONS] + [("v", w) for w in WEIGHTINGS],
 )
-def test_loss_is_the_hand_computed_one(prediction, weighting):
-    """w(lambda) mean((eps_hat - eps)^2), from the definition, in NumPy and float64."""
-    x, key = jnp.tanh(draw(0, (4, 6, 6, 3))), jax.random.key(7)
+def test_loss_matches_numpy(prediction, weighting):
+    """w(lambda) mean((eps_hat - eps)^2) from its definition, in float64."""
+    x, key = jnp.tanh(normal(0, (4, 6, 6, 3))), jax.random.key(7)
     schedule = Schedule(log_snr_min=-4.0, log_snr_max=4.0)
     loss_b, log_snr_b = diffusion_loss(
         affine, x, {}, key, schedule=schedule, prediction=prediction, weighting=weighting
     )
-    eps, z, drawn = (np.asarray(a, np.float64) for a in drawn_for(x, key, schedule))
-    np.testing.assert_array_equal(log_snr_b, drawn)
-    alpha = np.sqrt(1 / (1 + np.exp(-drawn)))[:, None, None, None]
+    eps, z, log_snr = (np.asarray(a, np.float64) for a in noise_of(x, key, schedule))
+    np.testing.assert_array_equal(log_snr_b, log_snr)
+    alpha = np.sqrt(1 / (1 + np.exp(-log_snr)))[:, None, None, None]
     sigma = np.sqrt(1 - alpha**2)
     c_in = 1 / np.sqrt(sigma**2 + (SIGMA_DATA * alpha) ** 2) if prediction == "edm" else 1
-    eps_hat = eps_hat_in_numpy(prediction, affine(c_in * z, drawn, {}), z, alpha, sigma)
-    w = weight_in_numpy(weighting, np.exp(drawn))
+    eps_hat = eps_hat_in_numpy(prediction, affine(c_in * z, log_snr, {}), z, alpha, sigma)
+    w = weight_in_numpy(weighting, np.exp(log_snr))
     np.testing.assert_allclose(loss_b, w * ((eps_hat - eps) ** 2).mean((1, 2, 3)), rtol=2e-3)
     assert loss_b.shape == (4,) and loss_b.dtype == jnp.float32
 
@@ -201,11 +245,11 @@ def test_loss_accepts_a_bfloat16_output():
     assert loss_b.dtype == jnp.float32 and bool(jnp.isfinite(loss_b).all())
 
 
-def test_loss_draws_fresh_noise_for_every_example_and_key():
+def test_every_example_and_key_gets_its_own_noise():
     x = jnp.zeros((8, 4, 4, 3))
-    draws = [drawn_for(x, jax.random.key(seed), Schedule()) for seed in (0, 1)]
-    eps = np.concatenate([np.asarray(d[0]) for d in draws]).reshape(16, -1)
-    log_snr = np.concatenate([np.asarray(d[2]) for d in draws])
+    noises = [noise_of(x, jax.random.key(seed), Schedule()) for seed in (0, 1)]
+    eps = np.concatenate([np.asarray(d[0]) for d in noises]).reshape(16, -1)
+    log_snr = np.concatenate([np.asarray(d[2]) for d in noises])
     assert len(np.unique(eps[:, 0])) == 16 and len(np.unique(log_snr)) == 16
     assert np.abs(np.corrcoef(eps) - np.eye(16)).max() < 0.7
 
@@ -226,7 +270,7 @@ def test_low_discrepancy_times_cover_the_interval_evenly():
 
 
 def test_augment_spans_from_the_image_itself_to_pure_noise():
-    x = jnp.tanh(draw(0, (3, 16, 16, 3)))
+    x = jnp.tanh(normal(0, (3, 16, 16, 3)))
     noisy = augment(x, jnp.array([0.0, 0.5, 1.0]), jax.random.key(1))
     np.testing.assert_allclose(noisy[0], x[0], atol=5e-4)
     half, whole = np.asarray(noisy[1] - jnp.sqrt(0.5) * x[1]), np.asarray(noisy[2])
@@ -236,8 +280,8 @@ def test_augment_spans_from_the_image_itself_to_pure_noise():
     assert abs(np.corrcoef(half.ravel(), whole.ravel())[0, 1]) < 0.1
 
 
-def test_augment_with_a_key_for_each_example_does_not_see_the_batch():
-    x, levels = draw(0, (3, 4, 4, 3)), jnp.array([0.3, 0.6, 0.9])
+def test_augment_with_one_key_per_example_does_not_depend_on_the_batch():
+    x, levels = normal(0, (3, 4, 4, 3)), jnp.array([0.3, 0.6, 0.9])
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     batch = augment(x, levels, keys)
     for i in range(3):
@@ -245,8 +289,8 @@ def test_augment_with_a_key_for_each_example_does_not_see_the_batch():
         np.testing.assert_allclose(alone[0], batch[i], atol=1e-6)
 
 
-def test_drop_text_leaves_nothing_of_the_prompt():
-    text = draw(0, (3, 5, 2)).astype(jnp.bfloat16)
+def test_drop_text_removes_the_prompt_and_its_length():
+    text = normal(0, (3, 5, 2)).astype(jnp.bfloat16)
     mask = jnp.arange(5)[None, :] < jnp.array([[2], [5], [1]])
     extra = jnp.ones((3,))
     cond = {"text": text, "text_mask": mask, "aug_level": extra}

@@ -1,16 +1,17 @@
-"""Thresholding, spacing, per-sample seeds and the config, for every solver."""
+"""Thresholding, spacing, seeds and sampling settings, with every solver."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT, load_config
 from denoisers import (
     COSINE,
     SHAPE,
     Gaussian,
     blank,
-    draw,
     first_noise,
+    normal,
     null_cond,
     recording,
     run,
@@ -20,6 +21,7 @@ from denoisers import (
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.typed_config import typed
+from imagen_jax.config import parse
 from imagen_jax.diffusion import sampler, solvers
 from imagen_jax.diffusion.process import PREDICTIONS, Schedule, draw_noise, seed_keys
 from imagen_jax.diffusion.sampler import SPACINGS, SamplerConfig
@@ -28,15 +30,15 @@ from imagen_jax.diffusion.solvers import SOLVERS
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_sample_is_the_last_x_hat_and_has_no_noise(name):
-    """A denoiser that knows the answer at the last time, whatever z is, gets it out unchanged."""
-    answer = jnp.clip(draw(3, SHAPE), -0.9, 0.9)
+    """If the denoiser returns the same x_hat for every z, the sample is exactly that x_hat."""
+    answer = jnp.clip(normal(3, SHAPE), -0.9, 0.9)
     config = SamplerConfig(name, num_steps=5, gamma=1.0, threshold="none")
     x = run(lambda z, *_: z * 0 + answer[None], config, [1, 2], null_cond(2), prediction="x")
     np.testing.assert_array_equal(x, jnp.broadcast_to(answer[None], x.shape))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "flow"])
-def test_spacings_share_their_ends_and_are_even_in_what_they_say(schedule):
+def test_spacings_share_their_ends_and_are_uniform_in_their_variable(schedule):
     schedule = Schedule(schedule)
     t, log_snr = (SPACINGS[name](schedule, 0.8, 10) for name in ("t", "log_snr"))
     np.testing.assert_allclose(t, schedule.log_snr(jnp.linspace(0.8, 0, 11)), rtol=1e-6)
@@ -45,7 +47,7 @@ def test_spacings_share_their_ends_and_are_even_in_what_they_say(schedule):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_every_prediction_of_the_same_denoiser_draws_the_same_sample(prediction):
+def test_every_prediction_of_the_same_denoiser_gives_the_same_sample(prediction):
     gaussian = Gaussian(np.geomspace(0.1, 0.3, 12))
     scale = PREDICTIONS[prediction].input_scale
 
@@ -71,16 +73,16 @@ def dynamic_in_numpy(x, percentile):
 
 
 @pytest.mark.parametrize("percentile", [50.0, 99.5, 100.0])
-def test_dynamic_threshold_is_per_sample_and_as_in_numpy(percentile):
-    x = np.asarray(draw(0, (3, 16, 16, 3))) * np.array([0.2, 1.5, 9.0])[:, None, None, None]
+def test_dynamic_threshold_is_per_sample_and_matches_numpy(percentile):
+    x = np.asarray(normal(0, (3, 16, 16, 3))) * np.array([0.2, 1.5, 9.0])[:, None, None, None]
     x = x.astype(np.float32)
     ours = sampler.dynamic_threshold(jnp.asarray(x), percentile)
     np.testing.assert_allclose(ours, dynamic_in_numpy(x, percentile), rtol=1e-5)
     assert float(jnp.abs(ours).max()) <= 1
 
 
-def test_thresholds_on_either_side_of_the_range():
-    inside, outside = jnp.tanh(draw(0, (2, 8, 8, 3))), jnp.array([[-3.0, -0.5, 0.5, 3.0]])
+def test_thresholds_inside_and_outside_the_range():
+    inside, outside = jnp.tanh(normal(0, (2, 8, 8, 3))), jnp.array([[-3.0, -0.5, 0.5, 3.0]])
     for threshold in sampler.THRESHOLDS.values():
         np.testing.assert_array_equal(threshold(inside, 99.5), inside)
     np.testing.assert_array_equal(sampler.static_threshold(outside, 99.5), [[-1, -0.5, 0.5, 1]])
@@ -89,7 +91,7 @@ def test_thresholds_on_either_side_of_the_range():
 
 @pytest.mark.parametrize("threshold", sampler.THRESHOLDS)
 def test_the_step_uses_the_thresholded_x_hat(threshold):
-    """Two DDIM steps by hand, with an x_hat far out of range."""
+    """Against two DDIM steps computed here, with x_hat far out of range."""
     config = SamplerConfig("ddim", num_steps=2, threshold=threshold)
     schedule = Schedule(log_snr_min=-6.0, log_snr_max=6.0)
     x = run(lambda z, *_: 2.0 * z, config, [4], null_cond(1), schedule, "x")
@@ -129,8 +131,8 @@ def test_seeds_differ_and_repeat():
     assert float(jnp.abs(x[0] - x[1]).mean()) > 0.05
 
 
-def test_every_step_draws_fresh_noise():
-    """From t = 1 to 2/3 the mean keeps e^{-10} of z_t; with x_hat = 0 the rest is new noise."""
+def test_every_step_uses_new_noise():
+    """From t = 1 to 2/3 the mean keeps e^-10 of z_t; with x_hat = 0 the rest is new noise."""
     denoise, seen = recording(blank)
     config = SamplerConfig("ancestral", num_steps=3, gamma=1.0, threshold="none")
     run(denoise, config, [5], null_cond(1), COSINE, "x", (64, 64, 3))
@@ -168,9 +170,20 @@ def test_a_bad_value_names_key_value_and_what_is_allowed(field, value, allowed):
     assert "\n" not in message
 
 
-def test_an_interval_may_come_as_a_list_from_json():
+def test_an_interval_may_be_a_list_as_in_json():
     config = typed(SamplerConfig, {"guidance_interval": [-3, 4]}, "sampling.")
     assert config.guidance_interval == (-3.0, 4.0) and hash(config)
+
+
+@pytest.mark.parametrize("argument", ["", "tiny"])
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda f: f.stem)
+def test_shipped_configs_with_few_steps_use_a_second_order_solver_over_log_snr(file, argument):
+    """With 64 steps or fewer, first order or steps uniform in t have many times the error."""
+    if argument and f'"{argument}"' not in file.read_text():
+        pytest.skip("the config has no such size")
+    sampling = parse(load_config(file.stem, argument)).sampling
+    if sampling.num_steps <= 64:
+        assert (sampling.name, sampling.spacing) == ("dpmpp_2m", "log_snr")
 
 
 def test_an_unknown_prediction_is_a_user_error():

@@ -1,4 +1,4 @@
-"""Each solver's step, the times it is evaluated at, and exactness on Gaussian data."""
+"""The steps of the solvers, their evaluation times, and their accuracy on Gaussian data."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +9,8 @@ from denoisers import (
     Gaussian,
     alpha_sigma_in_numpy,
     blank,
-    draw,
     first_noise,
+    normal,
     null_cond,
     recording,
     run,
@@ -30,18 +30,18 @@ GAUSSIAN = Gaussian(np.geomspace(0.1, 0.3, 12))
 
 
 def test_ddim_with_the_true_x_stays_on_its_trajectory():
-    """It only swaps the coefficients: z_s has the same x and the same eps as z_t."""
-    x, eps = draw(0, (2, *SHAPE)), draw(1, (2, *SHAPE))
+    """z_s has the same x and eps as z_t; only the coefficients change."""
+    x, eps = normal(0, (2, *SHAPE)), normal(1, (2, *SHAPE))
     z_s = solvers.ddim(process.q_sample(x, eps, -1.0), x, -1.0, 2.0)
     np.testing.assert_allclose(z_s, process.q_sample(x, eps, 2.0), atol=1e-5)
 
 
 def test_ancestral_with_the_small_variance_is_the_posterior_given_x():
-    """With the true x the step turns samples of q(z_t | x) into samples of q(z_s | x)."""
-    x, eps, normal = 0.7, draw(0, (100_000,)), draw(1, (100_000,))
+    """With the true x, a step maps samples of q(z_t | x) to samples of q(z_s | x)."""
+    x, eps, noise = 0.7, normal(0, (100_000,)), normal(1, (100_000,))
     z_t = process.q_sample(jnp.full_like(eps, x), eps, -1.0)
     times = jnp.float32(-1.0), jnp.float32(2.0)
-    _, z_s = solvers.ancestral_step((), z_t, x, *times, lambda small, _: jnp.sqrt(small) * normal)
+    _, z_s = solvers.ancestral_step((), z_t, x, *times, lambda small, _: jnp.sqrt(small) * noise)
     alpha_s, sigma_s = process.alpha_sigma(jnp.float32(2.0))
     assert z_s.mean() == pytest.approx(float(alpha_s) * x, abs=0.005)
     assert z_s.std() == pytest.approx(float(sigma_s), rel=0.01)
@@ -64,14 +64,14 @@ def test_ancestral_variance_lies_between_the_papers_limits():
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_the_first_step_is_ddim(name):
-    z, x_hat = draw(0, (2, *SHAPE)), draw(1, (2, *SHAPE))
+    z, x_hat = normal(0, (2, *SHAPE)), normal(1, (2, *SHAPE))
     times = jnp.float32(-3.0), jnp.float32(1.0)
     _, z_s = SOLVERS[name].step(SOLVERS[name].init(z, times[0]), z, x_hat, *times, None)
     np.testing.assert_allclose(z_s, solvers.ddim(z, x_hat, *times), atol=1e-5)
 
 
-def test_dpmpp_2m_draws_no_line_after_a_jump_back():
-    z, x_hat, before = (draw(i, (2, *SHAPE)) for i in range(3))
+def test_dpmpp_2m_does_not_extrapolate_after_a_jump_back():
+    z, x_hat, before = (normal(i, (2, *SHAPE)) for i in range(3))
     for log_snr_before in (-1.0, 0.5):
         times = jnp.float32(-1.0), jnp.float32(0.5)
         _, z_s = solvers.dpmpp_2m_step(
@@ -81,7 +81,7 @@ def test_dpmpp_2m_draws_no_line_after_a_jump_back():
 
 
 def test_one_step_of_dpmpp_2m_errs_by_the_third_power_of_its_size():
-    """For x_hat = lambda, whose exact flow is an integral."""
+    """With x_hat = lambda, for which the exact flow is an integral."""
     errors = []
     for h in (0.2, 0.1):
         lam = np.linspace(1.0, 1.0 + h, 4001)
@@ -96,7 +96,7 @@ def test_one_step_of_dpmpp_2m_errs_by_the_third_power_of_its_size():
 
 
 def heun_in_numpy(x_of, y, s, s_next):
-    """EDM's algorithm 1 at S_churn = 0: y = z / alpha, s = sigma / alpha."""
+    """EDM's algorithm 1 with S_churn = 0; y = z / alpha, s = sigma / alpha."""
     slope = (y - x_of(y, s)) / s
     reached = y + (s_next - s) * slope
     return y + (s_next - s) * 0.5 * (slope + (reached - x_of(reached, s_next)) / s_next)
@@ -107,7 +107,7 @@ def test_heun_is_edms_algorithm_for_z_over_alpha():
         return np.tanh(y / np.sqrt(1 + s**2))
 
     times = jnp.float32(-1.0), jnp.float32(0.5)
-    z = draw(0, (2, *SHAPE))
+    z = normal(0, (2, *SHAPE))
     state = solvers.heun_init(z, times[0])
     state, reached = solvers.heun_step(state, z, jnp.tanh(z), *times, None)
     _, z_s = solvers.heun_step(state, reached, jnp.tanh(reached), times[1], times[1], None)
@@ -147,15 +147,15 @@ def test_the_denoiser_is_asked_at_the_times_that_the_config_says(name, spacing):
     assert seen[0][0].std() == pytest.approx(1, abs=0.05)
 
 
-# Whole samples of data whose optimal denoiser is known.
+# Whole samples, with the optimal denoiser of Gaussian data.
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_the_error_falls_at_the_solvers_order(name, spacing):
-    """Pixel by pixel against the exact flow, over log-SNRs where steps of either spacing are small.
+    """Against the exact flow, over a range of log-SNR where the steps of both spacings are small.
 
-    The end point is the exact x_hat at the last evaluation, so that only the solver is measured.
+    The exact result is x_hat at the last evaluation, so only the error of the solver counts.
     """
     schedule, seeds, errors = Schedule("cosine", -3.0, 3.0), range(16), []
     noise = first_noise(seeds, GAUSSIAN.shape)
@@ -173,7 +173,7 @@ def test_the_error_falls_at_the_solvers_order(name, spacing):
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_mean_and_covariance_of_gaussian_data(name, spacing):
-    """The sample is affine in the noise, A z + b: A A' is its covariance and b its mean."""
+    """The sample is affine in the noise, A z + b: its covariance is A A', its mean b."""
     seeds = range(64)
     config = SamplerConfig(name, num_steps=128, spacing=spacing, threshold="none")
     denoise = GAUSSIAN.denoiser("v")
@@ -184,7 +184,7 @@ def test_mean_and_covariance_of_gaussian_data(name, spacing):
     solution, *_ = np.linalg.lstsq(np.column_stack([z, np.ones(len(z))]), x)
     matrix, mean = solution[:-1], solution[-1]
     np.testing.assert_allclose(np.column_stack([z, np.ones(len(z))]) @ solution, x, atol=1e-4)
-    # DDIM is first order, and its 128 steps cover 40 units of log-SNR.
+    # DDIM is only first order, and 128 steps cover 40 units of log-SNR.
     rtol = {"ddim": 0.12, "dpmpp_2m": 0.01, "heun": 0.015}[name]
     np.testing.assert_allclose(mean, GAUSSIAN.mean, atol=rtol * 0.1)
     np.testing.assert_allclose(matrix.T @ matrix, GAUSSIAN.cov, atol=rtol * GAUSSIAN.cov.max())
@@ -202,7 +202,7 @@ def test_every_schedule_leads_to_the_data(schedule, name):
 
 
 def ancestral_stds_in_numpy(num_steps, gamma):
-    """The stds of the ancestral sample, by propagating those of z through appendix A."""
+    """Propagates the stds of z through the ancestral steps of appendix A."""
     lam = np.asarray(COSINE.log_snr(jnp.linspace(1, 0, num_steps + 1)), np.float64)
     alpha, sigma = alpha_sigma_in_numpy(lam)
     variance = np.ones_like(GAUSSIAN.stds)
@@ -222,15 +222,15 @@ def test_ancestral_reproduces_the_moments_of_gaussian_data(gamma):
     seeds, denoise = range(2048), GAUSSIAN.denoiser("eps")
     x = run(denoise, config, seeds, null_cond(2048), COSINE, "eps", GAUSSIAN.shape)
     along = (np.asarray(x, np.float64).reshape(2048, -1) - GAUSSIAN.mean) @ GAUSSIAN.axes
-    # Four standard errors of 2048 draws, and more for the largest of 66 correlations.
+    # Four standard errors of 2048 samples; more for the largest of 66 correlations.
     np.testing.assert_allclose(along.mean(0) / GAUSSIAN.stds, 0, atol=4 / 45)
     np.testing.assert_allclose(along.std(0), ancestral_stds_in_numpy(256, gamma), rtol=4 / 64)
     assert np.abs(np.corrcoef(along.T) - np.eye(12)).max() < 5 / 45
-    # At a finite number of steps gamma = 0 falls short of the data's std and gamma = 1 exceeds it.
+    # With finitely many steps the std is below that of the data for gamma = 0, above for gamma = 1.
     np.testing.assert_allclose(along.std(0), GAUSSIAN.stds, rtol=0.1)
 
 
-def test_ancestral_variances_bracket_the_data_and_close_in():
+def test_ancestral_stds_bracket_the_data_and_converge():
     few, many = ([ancestral_stds_in_numpy(n, gamma) for gamma in (0.0, 1.0)] for n in (64, 1024))
     order = [few[0], many[0], GAUSSIAN.stds, many[1], few[1]]
     assert np.all(np.diff(order, axis=0) > 0)

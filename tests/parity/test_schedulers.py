@@ -1,4 +1,4 @@
-"""Steps and thresholding against diffusers' schedulers, at diffusers' own noise levels."""
+"""Solver steps and thresholding against diffusers' schedulers, at diffusers' noise levels."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def make(scheduler_class, betas, prediction, **options):
 
 
 def log_snr_of(scheduler, timestep):
-    """diffusers' timestep k is the noise level after k + 1 of DDPM's steps."""
+    """Log-SNR of a timestep; diffusers' timestep k is the noise level after k + 1 DDPM steps."""
     alpha_bar = scheduler.alphas_cumprod[timestep].double().item()
     return jnp.float32(np.log(alpha_bar) - np.log1p(-alpha_bar))
 
@@ -49,7 +49,7 @@ def x_hat_of(prediction, output, z, log_snr):
 
 
 def assert_close(ours, theirs):
-    """1e-5 of the largest value: at t = 999 an eps output makes an x_hat in the hundreds."""
+    """Tolerance 1e-5 of the largest value: with eps at t = 999, x_hat is in the hundreds."""
     theirs = theirs.numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, np.abs(theirs).max()))
 
@@ -90,7 +90,7 @@ def test_ddpm_step(betas, gamma, variance_type, prediction, timestep):
 
 
 def model(z):
-    """Stands in for a network on either side: what it reads is our z."""
+    """A network for both libraries; its input is our z."""
     return (0.9 * z).tanh() + 0.1 if isinstance(z, torch.Tensor) else jnp.tanh(0.9 * z) + 0.1
 
 
@@ -98,7 +98,7 @@ def model(z):
 @pytest.mark.parametrize("prediction", OUTPUT_NAMES)
 @pytest.mark.parametrize("betas", BETAS)
 def test_dpmpp_2m_trajectory(betas, prediction, num_steps):
-    """Each step from diffusers' z and our own state; its noise levels end at its smallest sigma."""
+    """Every step starts from diffusers' z and our state; diffusers' levels end at its sigma_min."""
     scheduler = diffusers.DPMSolverMultistepScheduler(
         beta_schedule=betas,
         prediction_type=OUTPUT_NAMES[prediction],
@@ -121,7 +121,7 @@ def test_dpmpp_2m_trajectory(betas, prediction, num_steps):
 
 @pytest.mark.parametrize("prediction", OUTPUT_NAMES)
 def test_dpmpp_2m_sample(prediction):
-    """The whole way by itself, to diffusers' end at sigma = 0, which is the last x_hat."""
+    """A whole sample; diffusers ends at sigma = 0, which gives the last x_hat."""
     scheduler = diffusers.DPMSolverMultistepScheduler(
         beta_schedule="linear", prediction_type=OUTPUT_NAMES[prediction], **LINEAR
     )
@@ -142,10 +142,10 @@ def test_dpmpp_2m_sample(prediction):
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("betas", BETAS)
 def test_heun_trajectory(betas, prediction):
-    """diffusers moves y = z / alpha along sigma / alpha, in the end to 0, where y is x_hat.
+    """diffusers integrates y = z / alpha over sigma / alpha, down to 0, where y is x_hat.
 
-    Not from its last timestep: there the cosine's sigma / alpha is 20,000, and a corrected step
-    from it is mostly rounding. `solvers.evaluations` does not correct the first step.
+    It starts at timestep 949. At 999 the cosine schedule's sigma / alpha is 20,000, and a corrected
+    step is mostly rounding error; `solvers.evaluations` does not correct the first step either.
     """
     scheduler = diffusers.HeunDiscreteScheduler(
         beta_schedule=betas,
@@ -177,10 +177,10 @@ def test_linear_schedule_is_diffusers_linear():
     np.testing.assert_allclose(np.square(alpha), alpha_bar, rtol=1e-4)
 
 
-def test_cosine_schedule_is_diffusers_cosine_but_for_its_offset():
-    """diffusers has cos(pi/2 (t + s) / (1 + s)), s = 0.008, scaled to 1 at t = 0; here s = 0.
+def test_cosine_schedule_is_diffusers_cosine_except_for_its_offset():
+    """diffusers uses cos(pi/2 (t + s) / (1 + s)) with s = 0.008, scaled to 1 at t = 0; here s = 0.
 
-    The last of its steps is capped at beta = 0.999 and left out.
+    diffusers caps beta of the last step at 0.999, so that step is left out.
     """
     s = 0.008
     alpha_bar = make(diffusers.DDPMScheduler, "squaredcos_cap_v2", "eps").alphas_cumprod.numpy()
@@ -208,7 +208,7 @@ def test_forward_process():
 
 
 def test_dynamic_threshold():
-    """diffusers also caps the percentile at sample_max_value; set out of reach here."""
+    """diffusers also caps the percentile at sample_max_value, here set too high to matter."""
     scheduler = make(
         diffusers.DDIMScheduler, "linear", "eps", thresholding=True, sample_max_value=1e6
     )
