@@ -117,7 +117,7 @@ class Run:
         self.points.append((self._steps, self._seconds, self._held_out_loss()))
 
     def _held_out_loss(self) -> float:
-        return self.experiment.stage.held_out_loss(self._state.ema, self._held_out)
+        return self.experiment.stage.held_out_losses(self._state.ema, self._held_out)["eval_loss"]
 
 
 def sooner(slow: Run, fast: Run) -> float | None:

@@ -182,7 +182,7 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
     by_group = alignment(images, rows, check_example)
     return {
         "params": stage.num_params,
-        "loss": stage.held_out_loss(params, reader.eval_batches()),
+        "loss": stage.held_out_losses(params, reader.eval_batches())["eval_loss"],
         "alignment": {
             category: {
                 "num": row["num"],

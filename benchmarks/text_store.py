@@ -102,7 +102,8 @@ def losses(stage: Stage, params: Any, batches: Sequence[dict[str, np.ndarray]]) 
     ways["none"] = [jax.device_get(no_text(batch)) for batch in batches]
     rows, expected = {}, None
     for name, changed in ways.items():
-        values = np.array([stage.held_out_loss(params, [batch]) for batch in changed])
+        found = [stage.held_out_losses(params, [batch]) for batch in changed]
+        values = np.array([losses["eval_loss"] for losses in found])
         expected = values if expected is None else expected
         change = values - expected
         rows[name] = Row(values.mean(), change.mean(), change.std(ddof=1) / len(change) ** 0.5)

@@ -1,6 +1,7 @@
-"""Every config key, typed: the sections that belong to no module of their own, and the whole.
+"""Every config key, typed.
 
-A config file holds loose keys; `parse` turns them into these dataclasses once, at the start.
+`parse` converts the keys of a config file to these dataclasses once, at the start. Sections that
+belong to one module are defined there: model, optimizer, sampling, mesh.
 """
 
 from __future__ import annotations
@@ -20,23 +21,25 @@ from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.models.denoiser import POOLING, SEQUENCE, NetworkConfig
 from imagen_jax.models.networks import NETWORKS
 
-# Of the U-Net's config: what may differ between a checkpoint and the run that reads it, and what
-# stands in the section `text`.
+# Network keys that a checkpoint need not share with the run that reads it, and keys that repeat the
+# section `text`.
 NOT_WEIGHTS = ("dtype", "dropout", "scan_blocks", "text_dim", "text_parts", "pooling", "sequence")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Config section `text`: the frozen encoder, and how the U-Net reads it (section 4.1).
+    """Config section `text`: the frozen encoder, and how the network reads it (section 4.1).
 
     Attributes:
-      encoder: the name recorded in the data's embeddings, e.g. "byte-tiny", "t5-v1_1-xxl"; or
-        several joined by "+", whose tokens stand one after another. Then dim and max_tokens are
-        tuples.
-      dim: width of its embeddings; 4096 for T5-XXL.
-      max_tokens: embeddings are padded or refused at this length; 128 for T5.
-      pooling: the vector added to the time embedding: "attention", "mean" or "none".
-      sequence: "cross_attention_layernorm", "cross_attention" or "none".
+      encoder: the name recorded with the data's embeddings, such as "byte-tiny" or "t5-v1_1-xxl".
+        Several names joined by "+" concatenate the tokens of several encoders; dim and max_tokens
+        are then tuples.
+      dim: width of the embeddings; 4096 for T5-XXL.
+      max_tokens: length that embeddings are padded to; longer captions are an error. 128 for T5.
+      pooling: how the text is pooled into a vector that is added to the time embedding:
+        "attention", "mean" or "none".
+      sequence: how the network attends to the tokens: "cross_attention_layernorm",
+        "cross_attention" or "none".
     """
 
     encoder: str = "byte-tiny"
@@ -54,13 +57,13 @@ class TextConfig:
             value = getattr(self, key)
             one = isinstance(value, int)
             fits = len(names) == 1 if one else len(names) == len(value) > 1
-            allowed = f"{len(names)} number(s), one for each encoder in text.encoder"
+            allowed = f"{len(names)} number(s), one per encoder in text.encoder"
             require(fits, f"text.{key}", value, allowed)
             require(min((value,) if one else value) > 0, f"text.{key}", value, "1 or more")
 
     @property
     def parts(self) -> tuple[TextPart, ...]:
-        """The encoders in the order of their tokens."""
+        """The encoders, in the order of their tokens."""
         names = self.encoder.split("+")
         if len(names) == 1:
             return (TextPart(self.encoder, self.dim, self.max_tokens),)
@@ -68,12 +71,12 @@ class TextConfig:
 
     @property
     def width(self) -> int:
-        """D of the text: the largest dim."""
+        """Width D of the text: the largest dim."""
         return max(part.dim for part in self.parts)
 
     @property
     def tokens(self) -> int:
-        """T of the text: the most tokens of all encoders together."""
+        """Number of tokens T of the text: the sum of max_tokens."""
         return sum(part.max_tokens for part in self.parts)
 
 
@@ -109,23 +112,23 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Config section `data`; what data_pipelines.reading reads.
+    """Config section `data`, which data_pipelines.reading reads.
 
     Attributes:
-      task: a SeqIO task, see `data_pipelines.reading.tasks`.
-      dir: where the prepared datasets lie.
-      embeddings: a store to take the captions' embeddings from; "" for those in the records. With
-        several text encoders, a store of each, joined by "+".
-      categories: train on, evaluate and draw only captions of these, such as ("Colors",); () is
-        all. What `build` draws is of these alone.
-      eval_split: held out, for the evaluation loss.
-      sample_split: its first captions are drawn during training.
-      build: draw the embedded dataset if it is not there yet (scenes tasks only).
-      num_train: how many scenes to draw then.
-      image_size: side to which images are brought, of which training sees random crops of
-        model.image_size pixels; 0 is model.image_size, no crop (section 2.5: 1024 and 256).
-      in_memory: decode all images for training once, at the start, and keep them: worth it where
-        they are few, or the CPU has other work. Every host keeps all of them.
+      task: a SeqIO task (see data_pipelines.reading.tasks).
+      dir: folder of the prepared datasets.
+      embeddings: a store to read the captions' embeddings from; "" reads those in the records. For
+        several text encoders, one store each, joined by "+".
+      categories: use only captions of these categories, such as ("Colors",), in training,
+        evaluation, sample grids and `build`; () means all.
+      eval_split: split for the held-out loss.
+      sample_split: split whose first captions are sampled during training.
+      build: draw the scenes if they are missing (scenes tasks only).
+      num_train: number of training scenes that `build` draws.
+      image_size: side that images are resized to before training takes random crops of
+        model.image_size; 0 means model.image_size, without crops (section 2.5: 1024 and 256).
+      in_memory: decode all training images once, at the start, and keep them in memory. Useful if
+        they are few or the CPU is busy. Every host keeps all of them.
     """
 
     task: str
@@ -145,8 +148,8 @@ class CheckpointConfig:
     """Config section `checkpoint`.
 
     Attributes:
-      max_to_keep: the newest this many are kept.
-      keep_every: besides, every checkpoint at a multiple of this many steps is kept; 0 for none.
+      max_to_keep: number of newest checkpoints to keep.
+      keep_every: also keep every checkpoint at a multiple of this many steps; 0 keeps none.
     """
 
     max_to_keep: int = 3
@@ -159,13 +162,24 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All config keys. Intervals are in steps; 0 turns the action off.
+    """All config keys.
 
     Attributes:
-      microbatches: parts of a batch whose gradients are averaged; 0 is as few as device_batch and
-        the room on a device allow.
-      device_batch: examples that a device takes at once in fits.ROOM; read where microbatches
-        is 0. With twice the room it takes twice as many.
+      seed: seed of the weights, the order of the data and all noise.
+      num_steps: steps of the whole run.
+      batch_size: examples per step, over all devices.
+      data, text, diffusion, optimizer, sampling, mesh, checkpoint: the sections.
+      model: the network's keys; `unet` has them typed.
+      microbatches: number of parts of a batch whose gradients are averaged; 0 takes as few as
+        device_batch and the memory of a device allow.
+      device_batch: examples that a device takes at once in the memory of devices.memory.ROOM; twice
+        as many in twice the memory. Read if microbatches is 0.
+      log_every: steps between log lines.
+      eval_every, sample_every, checkpoint_every: steps between held-out losses, sample grids and
+        checkpoints; 0 turns them off (the last step still saves a checkpoint).
+      eval_batches: batches of a held-out loss.
+      num_samples: images of a sample grid.
+      ema_decay: decay of the average of the weights that is evaluated and sampled.
     """
 
     seed: int
@@ -199,19 +213,19 @@ class Config:
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 up to, not including, 1")
         buildable = len(self.text.parts) == 1 or not self.data.build
-        allowed = "false with several text encoders, whose embeddings are in stores"
+        allowed = "false with several text encoders, which need data.embeddings"
         require(buildable, "data.build", self.data.build, allowed)
 
     @property
     def stores(self) -> tuple[str, ...]:
-        """The stores of embeddings, one for each text encoder; none for those in the records."""
+        """The stores of embeddings, one per text encoder; () means those in the records."""
         if not self.data.embeddings:
             return ()
         return tuple(self.data.embeddings.split("+", len(self.text.parts) - 1))
 
     @functools.cached_property
     def unet(self) -> NetworkConfig:
-        """The section `model`, together with what it must know of the text."""
+        """The network's config: the section `model` and the shapes of the text."""
         values = {"name": "unet", **self.model}
         name, text = values.pop("name"), self.text
         require(name in NETWORKS, "model.name", name, ", ".join(NETWORKS))
@@ -228,16 +242,25 @@ class Config:
 
     @functools.cached_property
     def full_size(self) -> int:
-        """Side of the images that crops are taken from, pixels."""
+        """Side, in pixels, of the images that crops are taken from."""
         return self.data.image_size or self.unet.image_size
 
     @property
     def upscale(self) -> int:
-        """By how much a super-resolution stage enlarges its low-resolution input; 1 for a base."""
+        """Upscaling factor of a super-resolution stage; 1 for a base model."""
         return self.unet.image_size // (self.unet.low_res or self.unet.image_size)
 
+    @property
+    def loss_label(self) -> str:
+        """Label of a loss axis: what is averaged, and what the network predicts."""
+        weighting, prediction = self.diffusion.weighting, self.diffusion.prediction
+        # A weighting named after a prediction makes the loss the plain error of that prediction.
+        plain = weighting in process.PREDICTIONS
+        name = f"{weighting}-MSE" if plain else f"MSE, {weighting} weighting"
+        return f"loss ({name}; the network predicts {prediction})"
+
     def check_crop(self) -> None:
-        """Raises UserError unless crops of the images can be taken, aligned to low-res pixels."""
+        """Raises a UserError unless crops of data.image_size align with low-resolution pixels."""
         size, crop = self.data.image_size, self.unet.image_size
         allowed = f"0, or model.image_size={crop} or more in steps of {self.upscale}"
         fits = size == 0 or (size >= crop and size % self.upscale == 0)
@@ -245,7 +268,7 @@ class Config:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint belongs to: the keys that its weights have their meaning from."""
+        """The keys that the weights depend on; a checkpoint fits only a run with equal ones."""
         parts = {"text": self.text, "diffusion": self.diffusion, "model": self.unet}
         names = {
             "text": ("encoder", "dim", "pooling", "sequence"),
@@ -267,12 +290,12 @@ class Config:
 
 
 def parse(config: Mapping[str, Any]) -> Config:
-    """A ConfigDict, or nested dicts such as `config.json` holds, as typed fields.
+    """Converts a ConfigDict, or nested dicts as in config.json, to a Config.
 
     Raises:
-      UserError: naming the key that is unknown, missing or out of range.
+      UserError: a key is unknown, missing or out of range.
     """
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     parsed = typed(Config, values)
-    parsed.check_crop()  # with it, model.*: a bad key must fail here, not at the first step
+    parsed.check_crop()  # also parses model.*, so that a bad key fails here, not at the first step
     return parsed

@@ -1,63 +1,86 @@
-"""Draws held-out captions at several guidance weights, checks the pictures, and writes a report.
+"""Samples held-out captions at several guidance weights, checks the images, and writes a report.
 
     python -m imagen_jax.evaluate --workdir=runs/demo --guidance=1,3,5
 
-For models trained on the scenes: a program reads each picture and says which claims of its caption
-it satisfies. Writes evaluation/alignment.json, evaluation/samples.png and report.html into the
-workdir.
+For models trained on the scenes: a program reads each image and decides which claims of its caption
+hold. The workdir receives
+
+    report.html                               the evaluation on one page
+    evaluation/alignment.json                 the shares of claims that hold
+    evaluation/samples_guidance_<weight>.png  a grid of samples per guidance weight
+    evaluation/loss.png                       the loss curve
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from absl import flags
-from tqdm import tqdm
 
-from imagen_jax.common import cli, pictures
+from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import write_text
-from imagen_jax.devices import compilation
-from imagen_jax.evaluation import report
-from imagen_jax.evaluation.alignment import alignment
-from imagen_jax.stage import load
 
-SHOWN = 32
+if TYPE_CHECKING:
+    import numpy as np
 
+    from imagen_jax.config import Config
+    from imagen_jax.evaluation.report import Alignment
+
+SHOWN = 32  # samples per grid
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defined only by the program that runs, so that modules can be imported side by side."""
-    flags.DEFINE_string("workdir", None, "A run of imagen_jax.train.")
-    flags.DEFINE_integer("step", None, "Which checkpoint; the newest by default.")
-    flags.DEFINE_list("guidance", ["1", "3", "5"], "Guidance weights, 1 is none.")
-    flags.DEFINE_integer("num", 128, "How many held-out captions to draw.", lower_bound=1)
-    flags.DEFINE_string("split", "heldout", "The split whose captions are drawn.")
-    flags.DEFINE_integer("seed", 0, "Seed of the first sample; the next counts on.")
+    """Defines the flags; a function, so that importing this module defines none."""
+    flags.DEFINE_string(
+        "workdir", None, "Directory of the run (default: the run in runs/, if there is only one)."
+    )
+    flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
+    flags.DEFINE_list("guidance", ["1", "3", "5"], "Guidance weights; 1 means no guidance.")
+    flags.DEFINE_integer("num", 128, "Number of captions to sample.", lower_bound=1)
+    flags.DEFINE_string("split", "heldout", "Split that the captions come from.")
+    flags.DEFINE_integer("seed", 0, "Seed of the first sample; each further sample adds 1.")
     cli.define_cache_flag()
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, then evaluates."""
+    """Checks the flags and the workdir, then evaluates."""
     del argv
-    compilation.use_cache(FLAGS.compilation_cache)
+    weights = parse_guidance(FLAGS.guidance)
+
+    # Later imports are in the functions that use them, so that bad input is reported before JAX and
+    # TensorFlow are imported.
+    from imagen_jax.runs import workdir as runs
+
+    workdir = FLAGS.workdir or runs.only_run()
+    runs.check_run(workdir)
     if not FLAGS.workdir:
-        raise UserError("--workdir=DIR is needed (see --help)")
-    workdir = Path(FLAGS.workdir).absolute()
+        cli.log.info("workdir: %s, the only run (--workdir chooses another)", workdir)
+
+    from imagen_jax.devices import compilation
+
+    compilation.use_cache(FLAGS.compilation_cache)
+    evaluate(Path(workdir).absolute(), weights, FLAGS.split, FLAGS.num, FLAGS.seed, FLAGS.step)
+
+
+def parse_guidance(words: Sequence[str]) -> list[float]:
+    """Parses the values of --guidance.
+
+    Raises:
+      UserError: there are none, or one is not a finite number from 0 up.
+    """
     try:
-        weights = [float(w) for w in FLAGS.guidance]
+        weights = [float(word) for word in words]
     except ValueError:
         weights = []
     if not weights or any(w < 0 or not math.isfinite(w) for w in weights):
-        raise UserError(f"--guidance is {','.join(FLAGS.guidance)!r}; allowed: numbers from 0 up")
-    evaluate(workdir, weights, FLAGS.split, FLAGS.num, FLAGS.seed, FLAGS.step)
+        raise UserError(f"--guidance is {','.join(words)!r}; allowed: numbers from 0 up")
+    return weights
 
 
 def evaluate(
@@ -68,39 +91,69 @@ def evaluate(
     seed: int = 0,
     step: int | None = None,
 ) -> None:
-    """Draws `num` captions of a split at each guidance weight, checks the pictures, and reports."""
-    stage, params = load(workdir, step)
-    with cli.quiet_imports():  # TensorFlow takes long; a wrong workdir should fail before it
+    """Samples `num` captions of a split at each guidance weight, checks the images, and reports."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from imagen_jax.common.files import make_folder
+    from imagen_jax.evaluation.alignment import alignment
+    from imagen_jax.runs import workdir as runs
+    from imagen_jax.stage import load
+
+    config = runs.read_config(workdir)
+    if not config.data.task.startswith("scenes"):
+        raise UserError(
+            f"config.data.task is {config.data.task!r}; only scenes can be evaluated, because a "
+            "program checks them"
+        )
+    make_folder(workdir / runs.EVALUATION, "workdir")
+    check_data(config)
+    with cli.quiet_imports():
         from data_pipelines.reading.reader import Reader, stack_text
         from data_pipelines.scenes.check import check_example
 
-    if not stage.config.data.task.startswith("scenes"):
-        raise UserError(
-            f"config.data.task is {stage.config.data.task!r}; alignment can be checked for scenes"
-        )
-    prompts = Reader(stage.config).examples(split, num)
+    prompts = Reader(config).examples(split, num)
+    stage, params = load(workdir, step)
     cond = stack_text(prompts)
     seeds = np.arange(len(prompts), dtype=np.uint32) + np.uint32(seed)
     samples, rows = {}, {}
-    with tqdm(total=len(prompts) * len(weights), desc="drawing", unit="image") as bar:
+    with tqdm(total=len(prompts) * len(weights), desc="sampling", unit="image") as bar:
         for weight in weights:
-            sampler = dataclasses.replace(stage.config.sampling, guidance_weight=weight)
+            sampler = dataclasses.replace(config.sampling, guidance_weight=weight)
             samples[weight] = stage.sample(params, seeds, cond, sampler, progress=bar.update)
             rows[weight] = alignment(samples[weight], prompts, check_example)
     rows["true renders"] = alignment([p["image"] for p in prompts], prompts, check_example)
-
-    folder = workdir / "evaluation"
-    folder.mkdir(exist_ok=True)
     table = {str(name): table for name, table in rows.items()}
-    write_text(
-        folder / "alignment.json", json.dumps({"split": split, "guidance": table}, indent=2) + "\n"
-    )
-    captions = [p["caption"] for p in prompts[:SHOWN]]
+    write(workdir, split, samples, [p["caption"] for p in prompts], table)
+
+
+def check_data(config: Config) -> None:
+    """Raises a UserError, with the command that makes them, unless the scenes are there."""
+    from data_pipelines.reading.check import check_prepared
+
+    # With data.build, training draws missing scenes; evaluation does not.
+    check_prepared(dataclasses.replace(config, data=dataclasses.replace(config.data, build=False)))
+
+
+def write(
+    workdir: Path,
+    split: str,
+    samples: Mapping[float, np.ndarray],
+    captions: Sequence[str],
+    table: Alignment,
+) -> None:
+    """Writes the files of an evaluation, and prints the table and the files' names."""
+    from imagen_jax.common import pictures
+    from imagen_jax.common.files import write_json
+    from imagen_jax.evaluation import report
+    from imagen_jax.runs import workdir as runs
+
+    folder = workdir / runs.EVALUATION
+    write_json(folder / runs.ALIGNMENT, {"split": split, "guidance": table})
     sheets = {}
     for weight, images in samples.items():
-        sheets[f"guidance {weight:g}"] = folder / f"samples_guidance_{weight:g}.png"
-        sheet = pictures.grid(images[:SHOWN], captions, columns=8)
-        pictures.save(sheet, sheets[f"guidance {weight:g}"])
+        path = sheets[f"guidance {weight:g}"] = folder / f"samples_guidance_{weight:g}.png"
+        pictures.save(pictures.grid(images[:SHOWN], captions[:SHOWN], columns=8), path)
     page = report.write(workdir, sheets, table)
     print(report.text_table(table))
     for path in (*sheets.values(), page):

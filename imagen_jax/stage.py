@@ -1,10 +1,10 @@
-"""One stage of the cascade: its network, loss and sampling, and how to load a trained one.
+"""One stage of the cascade: its network, loss and sampler; `load` opens a trained one.
 
     stage, params = load("runs/demo")
     images = stage.sample(params, seeds, cond)
 
-A stage knows neither optimizer nor training state; `training.experiment` adds those. Nothing here
-imports TensorFlow.
+A stage has no optimizer and no training state; `training.experiment` adds those. Importing this
+module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Batch = dict[str, jax.Array]
 
 
 def batch_size(image_size: int, base: int = 64) -> int:
-    """Images to sample at once: `base` up to 64x64 pixels, fewer of larger ones."""
+    """Number of images to sample at once: `base` up to 64x64 pixels, fewer for larger images."""
     return max(1, base * 64**2 // max(64, image_size) ** 2)
 
 
 class Stage:
-    """The network of one config with its loss and its sampler, on a mesh of devices.
+    """The network of a config with its loss and sampler, on a device mesh.
 
     Attributes:
       config: the typed config.
@@ -47,12 +47,13 @@ class Stage:
       schedule: the noise schedule.
       abstract_params: shapes, dtypes and shardings of the weights.
       batch_sharding: sharding of every array of a batch.
-      batch_ways: number of parts that the mesh splits a batch into.
-      eval_loss: jitted (params, batch, key) -> mean loss.
+      batch_ways: number of shards of a batch.
+      eval_loss: jitted (params, batch, key, null) -> mean loss over the batch, without dropout,
+        given the captions or, if `null` is true, the null prompt.
     """
 
     def __init__(self, config: Config, mesh: sharding.Mesh | None = None):
-        """Builds the stage on `mesh`, by default all devices side by side along the batch."""
+        """Builds the stage on `mesh` (default: data parallelism over all devices)."""
         self.config = config
         self.mesh = sharding.make_mesh(sharding.MeshConfig()) if mesh is None else mesh
         d = config.diffusion
@@ -89,9 +90,9 @@ class Stage:
 
     @functools.cached_property
     def model_flops(self) -> float:
-        """FLOPs of one training step by the model's own count: three forward passes of the batch.
+        """Model FLOPs of one training step: three forward passes over the batch.
 
-        The backward pass costs twice the forward pass. Recomputation does not count.
+        The backward pass counts as two forward passes. Recomputation does not count.
         """
         network = networks.build(networks.without_scan(self.config.unet))
 
@@ -108,15 +109,15 @@ class Stage:
         return 3.0 * self.config.batch_size * (lowered.cost_analysis() or {}).get("flops", 0.0)
 
     def init_params(self) -> Params:
-        """Freshly initialized weights, from the config's seed."""
+        """Initializes the weights from the config's seed."""
         return self._network.init(jax.random.key(self.config.seed))
 
     def block_runner(self, remat: str) -> networks.BlockRunner:
-        """How the network runs its blocks on this mesh; `remat` is a key of sharding.REMAT."""
+        """Returns what runs each block on this mesh; `remat` is a key of sharding.REMAT."""
         return sharding.block_runner(self.mesh, remat, jnp.dtype(self.config.unet.dtype))
 
     def put(self, local: dict[str, np.ndarray]) -> Batch:
-        """Turns this host's rows of a batch into the global batch on the mesh."""
+        """Assembles the global batch on the mesh from each host's rows."""
         return sharding.put_batch(self.mesh, local)
 
     def put_replicated(self, tree: Any) -> Any:
@@ -130,39 +131,44 @@ class Stage:
         key: jax.Array,
         run_block: networks.BlockRunner | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The training loss: drops captions, adds noise, denoises (paper, section 2.1, Eq. 1).
+        """The training loss, with captions dropped at random (paper, section 2.1, Eq. 1).
 
         Args:
           batch: image uint8 [B, H, W, 3], text [B, T, D], text_mask bool [B, T].
           key: the source of all randomness.
-          run_block: runs each block of the network (`block_runner`); by default without remat.
+          run_block: runs each block of the network (see `block_runner`; default: without remat).
 
         Returns:
           The weighted loss and the log-SNR of each example, float32 [B] each.
         """
-        d = self.config.diffusion
         noise_key, drop_key, dropout_key, aug_key = jax.random.split(key, 4)
         x, cond = self._inputs(batch, aug_key)
-        drop_b = jax.random.bernoulli(drop_key, d.caption_dropout, (x.shape[0],))
-        dropout_key = dropout_key if self.config.unet.dropout else None
-        return diffusion_loss(
-            self._denoiser(params, run_block, dropout_key),
-            x,
-            conditioning.drop_text(cond, drop_b),
-            noise_key,
-            schedule=self.schedule,
-            prediction=d.prediction,
-            weighting=d.weighting,
-            low_discrepancy=d.low_discrepancy,
+        drop_b = jax.random.bernoulli(
+            drop_key, self.config.diffusion.caption_dropout, (x.shape[0],)
         )
+        dropout_key = dropout_key if self.config.unet.dropout else None
+        denoise = self._denoiser(params, run_block, dropout_key)
+        return self._loss(denoise, x, conditioning.drop_text(cond, drop_b), noise_key)
 
-    def held_out_loss(self, params: Params, batches: Iterable[dict[str, np.ndarray]]) -> float:
-        """The mean loss over batches of this host's rows, with the same noise at every call."""
+    def held_out_losses(
+        self, params: Params, batches: Iterable[dict[str, np.ndarray]]
+    ) -> dict[str, float]:
+        """The mean losses over held-out batches, with the same noise in every call.
+
+        Args:
+          batches: this host's rows of each batch.
+
+        Returns:
+          eval_loss, with the captions, and eval_loss_null, with the null prompt. Neither drops
+          captions at random nor applies dropout.
+        """
         losses = []
         for i, batch in enumerate(batches):
             with jax.transfer_guard("allow"):
-                losses.append(self.eval_loss(params, self.put(batch), jax.random.key(i)))
-        return float(np.mean(jax.device_get(losses)))
+                args = (params, self.put(batch), jax.random.key(i))
+                losses.append([self.eval_loss(*args, null) for null in (False, True)])
+        conditional, null = np.mean(jax.device_get(losses), axis=0)
+        return {"eval_loss": float(conditional), "eval_loss_null": float(null)}
 
     def sample(
         self,
@@ -177,12 +183,12 @@ class Stage:
 
         Args:
           params: the weights, usually the EMA.
-          seeds: uint32 [N]. A sample depends on its own seed and cond only.
-          cond: text [N, T, D] and text_mask [N, T] on the host; low_res uint8 [N, h, w, 3] for a
+          seeds: uint32 [N]. A sample depends only on its own seed and cond.
+          cond: host arrays: text [N, T, D] and text_mask [N, T]; low_res uint8 [N, h, w, 3] for a
             super-resolution stage; and the keys that `editing.sample_or_edit` reads.
-          sampler: by default the config's section `sampling`.
-          batch_size: images per batch; rounded up to a multiple of batch_ways.
-          progress: called with the number of images after each batch.
+          sampler: the sampler's settings (default: the config section `sampling`).
+          batch_size: images per batch, rounded up to a multiple of batch_ways.
+          progress: called after each batch with its number of images.
 
         Returns:
           uint8 [N, H, W, 3].
@@ -211,15 +217,37 @@ class Stage:
         return functools.partial(self._network.apply, params, run=run, dropout_key=dropout_key)
 
     def _inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, process.Cond]:
-        """A batch's images in [-1, 1] and their conditioning; `key` seeds the augmentation."""
+        """Returns a batch's images in [-1, 1] and their conditioning, augmented with `key`."""
         x = process.to_float(batch["image"])
         cond = {"text": batch["text"], "text_mask": batch["text_mask"]}
         if self.config.unet.low_res:
             cond |= conditioning.training_condition(x, self.config.unet.low_res, key)
         return x, cond
 
-    def _eval_loss(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-        return self.loss(params, batch, key)[0].mean()
+    def _loss(
+        self, denoise: process.Denoiser, x: jax.Array, cond: process.Cond, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The loss and log-SNR of each example, with the settings of the section `diffusion`."""
+        d = self.config.diffusion
+        return diffusion_loss(
+            denoise,
+            x,
+            cond,
+            key,
+            schedule=self.schedule,
+            prediction=d.prediction,
+            weighting=d.weighting,
+            low_discrepancy=d.low_discrepancy,
+        )
+
+    def _eval_loss(
+        self, params: Params, batch: Batch, key: jax.Array, null: jax.Array
+    ) -> jax.Array:
+        noise_key, _, _, aug_key = jax.random.split(key, 4)  # as in `loss`
+        x, cond = self._inputs(batch, aug_key)
+        # A traced `null` keeps both losses in one program that runs the network once.
+        cond = conditioning.drop_text(cond, jnp.full(x.shape[0], null))
+        return self._loss(self._denoiser(params), x, cond, noise_key)[0].mean()
 
     def _sample_batch(
         self, params: Params, seeds_b: jax.Array, cond: process.Cond, sampler: SamplerConfig
@@ -242,17 +270,18 @@ class Stage:
 
 
 def load(workdir: str | Path, step: int | None = None) -> tuple[Stage, Params]:
-    """Loads the stage of a finished or running workdir and its EMA weights, onto these devices.
+    """Loads a stage and its EMA weights from a workdir, onto all devices that are here.
 
-    The mesh of training need not be the mesh of sampling.
+    The mesh may differ from the one in training, and training may still be running.
 
     Args:
-      step: the checkpoint's step; by default the newest.
+      step: checkpoint step to load (default: the newest).
 
     Raises:
-      UserError: the workdir holds no run, or no such checkpoint.
+      UserError: the workdir has no run, or no such checkpoint.
     """
     config = runs.read_config(workdir)
-    stage = Stage(dataclasses.replace(config, mesh=sharding.MeshConfig()))
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        step = checkpoints.existing_step(step)  # before the network is built
+        stage = Stage(dataclasses.replace(config, mesh=sharding.MeshConfig()))
         return stage, checkpoints.restore_ema(stage.abstract_params, config.identity, step)

@@ -1,13 +1,13 @@
 """Trains one stage of the cascade.
 
-    python -m imagen_jax.train --config=configs/demo.py --workdir=runs/demo
+    python -m imagen_jax.train --config=configs/demo.py
 
-Any key of the config can be given on the command line: --config.model.embed_dim=64. Run the same
-command again to resume from the last checkpoint. The workdir holds config.json, metrics.jsonl,
-TensorBoard events, checkpoints/ and samples/.
+--config.KEY=VALUE sets any key of the config, for example --config.model.embed_dim=64. To resume
+from the newest checkpoint, run the same command again. The workdir receives config.json,
+metrics.jsonl, TensorBoard events, checkpoints/ and samples/.
 
-Exit codes: 0 trained to the last step; 75 saved and stopped before it (SIGTERM, Ctrl-C); 2 bad
-input.
+Exit codes: 0 after the last step; 75 after a stop that saved a checkpoint (SIGTERM, Ctrl-C); 2 for
+bad input.
 """
 
 from __future__ import annotations
@@ -16,68 +16,78 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import flags
 
 from imagen_jax.common import cli, typed_config
 from imagen_jax.common.errors import UserError
-from imagen_jax.config import Config, parse
-from imagen_jax.devices import compilation, memory, processes
-from imagen_jax.training import experiment as experiments
-from imagen_jax.training import profiling
+from imagen_jax.common.files import check_folder
 from imagen_jax.training.startup import Startup, process_age
+
+if TYPE_CHECKING:
+    from imagen_jax.config import Config
 
 FLAGS = flags.FLAGS
 
-# EX_TEMPFAIL of sysexits.h, "try again": whatever restarts a run must tell a preemption from its
-# end.
+# EX_TEMPFAIL of sysexits.h, "try again": a supervisor must tell preempted from finished runs.
 STOPPED = 75
 
 
 def define_flags() -> None:
-    """Defined only by the program that runs, so that modules can be imported side by side."""
+    """Defines the flags; a function, so that importing this module defines none."""
     cli.define_config_flags(
         None, "Config file, for example configs/demo.py or configs/base64.py:tiny."
     )
-    flags.DEFINE_string("workdir", None, "Directory of the run; created if missing.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of the run; created if missing (default: runs/<name of the config file>, with "
+        "its argument, such as runs/base64_tiny).",
+    )
     flags.DEFINE_bool(
         "distributed",
         False,
-        "Several hosts that JAX can discover by itself (Cloud TPU VM, GKE, SLURM).",
+        "Join the other hosts of a job that JAX can discover (Cloud TPU VM, GKE, SLURM).",
     )
-    flags.DEFINE_string("coordinator", "", "host:port of process 0, if set by hand.")
-    flags.DEFINE_integer("num_processes", 1, "Number of processes, with --coordinator.")
-    flags.DEFINE_integer("process_id", 0, "Index of this process, with --coordinator.")
-    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all processes at the start.")
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, if JAX cannot discover it.")
+    flags.DEFINE_integer("num_processes", 1, "Number of processes; needs --coordinator.")
+    flags.DEFINE_integer("process_id", 0, "Index of this process; needs --coordinator.")
+    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for all processes to join.")
     flags.DEFINE_integer(
         "heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead."
     )
     flags.DEFINE_string(
         "profile_steps",
         "",
-        "FIRST:LAST, both included: write a trace of these steps to WORKDIR/profile, for XProf.",
+        "FIRST:LAST, inclusive: trace these steps into WORKDIR/profile, for XProf.",
     )
     cli.define_cache_flag()
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, then trains."""
+    """Checks the flags, the config, the workdir and the data, in this order, then trains."""
     del argv
     startup = Startup(process_age())
+    workdir = check_flags()
+    values = typed_config.load(FLAGS.config, FLAGS.set)
+
+    # Later imports are in the functions that use them, so that bad input is reported before JAX and
+    # TensorFlow are imported.
+    from imagen_jax.config import parse
+    from imagen_jax.training import profiling
+
+    config = parse(values)
+    profiled = profiling.parse_steps(FLAGS.profile_steps, config.num_steps)
+    check_folder(workdir, "workdir")
+    check_data(config)
+    if not FLAGS.workdir:
+        cli.log.info("workdir: %s (--workdir chooses another)", workdir)
+
+    from imagen_jax.devices import compilation, processes
+
     startup.done("imports")
     compilation.use_cache(FLAGS.compilation_cache)
-    if not FLAGS.config or not FLAGS.workdir:
-        raise UserError("--config=FILE and --workdir=DIR are both needed (see --help)")
-    if "://" in FLAGS.workdir:
-        raise UserError(
-            f"--workdir is {FLAGS.workdir!r}; it must be a path that all hosts share, such as a "
-            "mounted bucket (docs/launch.md)"
-        )
-    config = parse(typed_config.load(FLAGS.config, FLAGS.set))
-    profiled = profiling.parse_steps(FLAGS.profile_steps, config.num_steps)
-    workdir = Path(FLAGS.workdir).absolute()
     start_processes({"workdir": str(workdir), "config": dataclasses.asdict(config)})
     startup.done("configs and processes")
     with processes.failing_at_once():
@@ -86,14 +96,50 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(STOPPED)
 
 
+def check_flags() -> Path:
+    """Checks the flags that need no config; returns the workdir."""
+    if not FLAGS.config:
+        raise UserError("--config=FILE is needed, for example --config=configs/demo.py")
+    if FLAGS.num_processes != 1 and not FLAGS.coordinator:
+        raise UserError(f"--num_processes is {FLAGS.num_processes}; it needs --coordinator")
+    if "://" in (FLAGS.workdir or ""):
+        raise UserError(
+            f"--workdir is {FLAGS.workdir!r}; it must be a path that all hosts share, such as a "
+            "mounted bucket (docs/launch.md)"
+        )
+    from imagen_jax.runs.workdir import RUNS
+
+    workdir = FLAGS.workdir or f"{RUNS}/{typed_config.run_name(FLAGS.config)}"
+    return Path(workdir).absolute()
+
+
+def check_data(config: Config) -> None:
+    """Checks that the data are there, or will be drawn.
+
+    Raises:
+      UserError: with the command that makes them; and the name of a config that needs none.
+    """
+    from data_pipelines.reading.check import check_prepared
+
+    try:
+        check_prepared(config)
+    except UserError as e:
+        tiny = f"{FLAGS.config}:tiny"
+        try:
+            typed_config.load(tiny)
+        except UserError:  # the config has no such argument
+            raise e from None
+        raise UserError(f"{e}; or try --config={tiny}, which draws its own data") from e
+
+
 def start_processes(settings: dict[str, Any]) -> None:
     """Joins the other processes that the flags name, if any; all must have equal `settings`."""
+    from imagen_jax.devices import processes
+
     if FLAGS.coordinator:
         job = processes.Job(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     elif FLAGS.distributed:
         job = processes.discover(FLAGS.join_timeout)
-    elif FLAGS.num_processes != 1:
-        raise UserError(f"--num_processes is {FLAGS.num_processes}; it needs --coordinator")
     else:
         return
     processes.join(job, settings, FLAGS.join_timeout, FLAGS.heartbeat_timeout)
@@ -101,10 +147,15 @@ def start_processes(settings: dict[str, Any]) -> None:
 
 def run(config: Config, workdir: Path, startup: Startup, profiled: Sequence[int]) -> bool:
     """Builds the experiment, opens its data and trains; see `training.loop.train`."""
+    import jax
+
+    from imagen_jax.devices import memory, processes
+    from imagen_jax.training import experiment as experiments
+
+    startup.done("imports")
     experiment = experiments.build(config)
     experiment.check_fits(memory.device_memory())
     startup.done("network")
-    # TensorFlow is most of a cold start, so a bad config must fail before this import.
     with cli.quiet_imports():
         from data_pipelines.reading.reader import Reader, build
         from imagen_jax.training import loop

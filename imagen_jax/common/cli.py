@@ -1,8 +1,12 @@
-"""What every command line shares: absl flags, one-line errors, exit code 2 for bad input."""
+"""What all commands share: absl flags, one-line errors, exit codes, and logging.
+
+Importing this module imports neither JAX nor TensorFlow, so --help and flag errors are quick.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
 import sys
@@ -12,61 +16,126 @@ from pathlib import Path
 from absl import app, flags
 from absl import logging as absl_logging
 
+from imagen_jax.common import typed_config
 from imagen_jax.common.errors import UserError
 
 BAD_INPUT = 2
 
-# What people watch; libraries' chatter goes to absl's logger, which stays at warnings.
+# The project's own messages. Libraries log to absl's logger, of which only warnings are shown.
 log = logging.getLogger("imagen_jax")
 
-# The flags defined here are in the --help of the program that has them defined.
+# Lists the flags defined here in the --help of the program that defines them.
 flags.disclaim_key_flags()
 
 
 def define_config_flags(default: str | None, help_text: str) -> None:
-    """Defines --config, and --set for what overrides its keys; config.load takes both."""
+    """Defines --config and --set, the arguments of typed_config.load."""
     flags.DEFINE_string("config", default, help_text)
     flags.DEFINE_multi_string(
-        "set", [], "key=value that overrides the config; --config.key=value is the same."
+        "set", [], "key=value to override a config key; --config.key=value does the same."
     )
 
 
 def define_cache_flag() -> None:
-    """Defines --compilation_cache, for programs that call compilation.use_cache with it."""
+    """Defines --compilation_cache, the argument of compilation.use_cache."""
     flags.DEFINE_string(
         "compilation_cache",
         None,
-        "Folder for compiled programs, which later runs then need not compile; by default "
-        "$JAX_COMPILATION_CACHE_DIR or else ~/.cache/imagen_jax/xla. Empty for none.",
+        "Folder that keeps compiled programs for later runs (default: $JAX_COMPILATION_CACHE_DIR, "
+        "else ~/.cache/imagen_jax/xla); empty turns the cache off.",
     )
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses flags and rejects leftover positional arguments, which absl would ignore.
+    """Parses flags; rejects positional arguments, which absl would ignore.
 
-    --config.model.embed_dim=64 is short for --set=model.embed_dim=64.
+    --config.model.embed_dim=64 is short for --set=model.embed_dim=64, and -h for --help.
     """
     argv = [a.replace("--config.", "--set=", 1) if a.startswith("--config.") else a for a in argv]
+    argv = ["--help" if a == "-h" else a for a in argv]
     try:
         rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as e:
+        fail(_unknown_flag(e.flagname, e.flagvalue))
     except flags.Error as e:
         fail(str(e).replace("\n", " "))
+    except SystemExit:  # absl exits with 1 after printing the help
+        sys.exit(0)
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; flags are written --name=value (see --help)")
     return rest
 
 
+def _unknown_flag(name: str, argument: str) -> str:
+    """The message for an unknown flag: suggests the closest flag or config key.
+
+    Args:
+      name: the flag without dashes or value, such as "num_steps" or "model.embed_dim".
+      argument: the whole argument, such as "--num_steps=10".
+    """
+    spellings = {flag: [f"--{flag}"] for flag in flags.FLAGS}
+    for key in _config_keys():
+        for alias in {key, key.rpartition(".")[2]}:
+            spellings.setdefault(alias, []).append(f"--config.{key}")
+    near = [name] if name in spellings else difflib.get_close_matches(name, spellings, n=1)
+    if near:
+        _, equals, value = argument.partition("=")
+        choices = [spelling + equals + value for spelling in spellings[near[0]]]
+        return f"--{name} is not a flag; did you mean {' or '.join(choices)}? (see --help)"
+    keys = "; config keys are written --config.KEY=VALUE" if "config" in flags.FLAGS else ""
+    return f"--{name} is not a flag (see --help){keys}"
+
+
+def _config_keys() -> list[str]:
+    """The dotted keys that the file of --config sets, the least nested first; maybe none."""
+    file = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    if not file:
+        return []
+    try:
+        return sorted(typed_config.keys(typed_config.load(file)), key=lambda key: key.count("."))
+    except UserError:  # the unknown flag is reported first
+        return []
+
+
 def fail(message: str) -> None:
     """Prints `error: message` to stderr and exits with code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    with above_bars():
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(BAD_INPUT)
 
 
 @contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Drops what native libraries print to stderr as they load; exceptions pass as usual.
+def above_bars() -> Iterator[None]:
+    """Clears tqdm's progress bars for the block and redraws them below what it prints."""
+    tqdm = sys.modules.get("tqdm")  # if it was never imported, there is no bar
+    with tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm else contextlib.nullcontext():
+        yield
 
-    TensorFlow, which only reads data here, reports each accelerator library that it does not find.
+
+class _Handler(logging.StreamHandler):
+    """Writes log lines to stderr without tearing progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_bars():
+            super().emit(record)
+
+
+def _set_up_log() -> None:
+    """Prints messages as they are, and prefixes libraries' warnings with the logger's name."""
+    for logger, line in ((log, "%(message)s"), (logging.getLogger(), "%(name)s: %(message)s")):
+        handler = _Handler()
+        handler.setFormatter(logging.Formatter(line))
+        logger.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.captureWarnings(True)
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Discards what native libraries print to stderr while they load; exceptions still propagate.
+
+    TensorFlow, which only reads data here, reports every accelerator library that it cannot find.
     """
     sys.stderr.flush()
     saved = os.dup(2)
@@ -80,10 +149,11 @@ def quiet_imports() -> Iterator[None]:
 
 
 def _quiet_libtpu() -> None:
-    """Keeps libtpu, where it is there for planning alone, from reporting that there is no TPU.
+    """Silences libtpu on a machine without a TPU, where it is installed for planning alone.
 
-    JAX tries it whenever it looks for devices, and it says at length that it cannot find out what
-    it runs on. Told so, it finds no device and is silent. A TPU VM has one of these paths.
+    JAX tries libtpu whenever it looks for devices, and libtpu complains at length that it cannot
+    find out its topology. With these variables set, it quietly finds no device. Every TPU VM has
+    one of the two paths.
     """
     if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
@@ -91,23 +161,23 @@ def _quiet_libtpu() -> None:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs `main(argv)` as a program whose user errors are one line on stderr and exit code 2."""
+    """Runs `main(argv)` as a program.
+
+    Exit codes: 0 after --help, 2 and one line on stderr after a UserError, 130 after Ctrl-C.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _quiet_libtpu()
     absl_logging.set_verbosity(absl_logging.WARNING)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
     def guarded(argv: Sequence[str]) -> None:
+        _set_up_log()  # here, because app.run installs absl's own handler first
         try:
             main(argv)
         except UserError as e:
             fail(str(e))
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            with above_bars():
+                print("interrupted", file=sys.stderr)
             sys.exit(130)
 
     app.run(guarded, flags_parser=_parse)

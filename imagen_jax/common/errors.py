@@ -1,9 +1,9 @@
-"""The one exception for what a user got wrong, as opposed to what the program got wrong."""
+"""The one exception for a user's mistakes; a mistake of the program raises anything else."""
 
 
 class UserError(ValueError):
     """A mistake in a flag, a config or an input file.
 
-    The message is one line: the flag or config key, the value found, and what is allowed. Command
-    lines print it and exit with code 2; everything else propagates with its trace.
+    The message is one line: the flag or config key, the value found, and what is allowed. Commands
+    print it and exit with code 2. Other exceptions propagate with their traceback.
     """

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that can be written."""
+"""Atomic file writes, checks for writable folders, and hashes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ P = TypeVar("P")
 
 @contextlib.contextmanager
 def replacing(path: P) -> Iterator[P]:
-    """A temporary name beside `path` to write to; renamed to `path` at the end, deleted on errors.
+    """Yields a temporary path next to `path`; renames it to `path` at the end, or deletes it.
 
-    Readers therefore see a whole file or none, and hosts that write the same file do not collide.
-    `path` is a pathlib.Path or an epath.Path.
+    Readers see the whole file or none, and hosts that write the same file do not collide.
+
+    Args:
+      path: a pathlib.Path or an epath.Path.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -33,40 +35,56 @@ def replacing(path: P) -> Iterator[P]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file, or none."""
+    """Writes a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a whole JSON file, indented, or none."""
+    """Writes an indented JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def probe_folder(folder: Path) -> None:
-    """Makes a folder if it is not there; raises OSError if nothing can be written to it."""
+    """Creates a folder if missing; raises OSError if it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def make_folder(folder: Path, flag: str) -> None:
-    """Makes the folder that a flag names, and finds out before the work if it can be written.
+    """Creates the folder that a flag names, if missing, and checks that it can be written.
 
     Raises:
-      UserError: it cannot.
+      UserError: it cannot be written.
     """
-    try:
+    with _writing(folder, flag):
         probe_folder(folder)
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Checks that the folder that a flag names can be written or created; creates nothing.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with _writing(folder, flag):
+        probe_folder(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, flag: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as e:
         raise UserError(f"--{flag}={folder} cannot be written: {e.strerror}") from e
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
+    """Reads the JSON object in a file.
 
     Raises:
-        UserError: the file is missing, or does not hold a JSON object.
+      UserError: the file is missing, or it does not hold a JSON object.
     """
     try:
         fields = json.loads(path.read_bytes())
@@ -91,5 +109,5 @@ def sha256(files: Iterable[Path], more: bytes = b"") -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of a library's message, without its source locations."""
+    """The first line of a library's error message, without locations in the library's source."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(" [source loc")[0]

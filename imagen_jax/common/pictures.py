@@ -1,4 +1,4 @@
-"""Pictures people look at: captioned sample grids and curves."""
+"""Captioned sample grids and loss curves."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MOST_ON_A_SHEET = 64
 
 
 def grid(images: np.ndarray, captions: list[str], columns: int = 4, side: int = 128) -> Image.Image:
-    """A sheet of images with their captions beneath.
+    """Arranges images on a sheet, each above its caption.
 
     Args:
       images: uint8 [N, H, W, 3].
       captions: N strings, wrapped to the width of a cell.
-      side: height of an image on the sheet; enlarged without smoothing, to show real pixels.
+      side: height of an image on the sheet. Enlarging does not smooth, so real pixels show.
     """
     font = ImageFont.load_default(11)
     pad, line = 8, 14
@@ -44,15 +44,22 @@ def grid(images: np.ndarray, captions: list[str], columns: int = 4, side: int = 
 
 
 def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
-    """Writes a PNG, with text chunks if given, under a temporary name, then renames it."""
+    """Writes a PNG atomically, with optional text chunks; creates the folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def loss_curve(steps: list[int], losses: list[float], path: Path, eval_points=()) -> None:
-    """A loss curve as PNG; `eval_points` is a list of (step, loss) drawn over it."""
-    with chart(path, xlabel="step", ylabel="loss (eps-MSE)") as axes:
+def loss_curve(
+    steps: list[int], losses: list[float], path: Path, eval_points=(), label: str = "loss"
+) -> None:
+    """Writes a loss curve as PNG.
+
+    Args:
+      eval_points: (step, held-out loss) pairs, drawn over the curve.
+      label: the loss axis, such as Config.loss_label.
+    """
+    with chart(path, xlabel="step", ylabel=label) as axes:
         axes.plot(steps, losses, lw=1, label="training")
         if eval_points:
             axes.plot(*zip(*eval_points, strict=True), "o-", ms=4, label="held out, EMA weights")
@@ -60,7 +67,7 @@ def loss_curve(steps: list[int], losses: list[float], path: Path, eval_points=()
 
 @contextlib.contextmanager
 def chart(path: Path, **settings: Any) -> Iterator[Any]:
-    """Axes to draw labelled lines on, y logarithmic; a PNG at the end. settings: of the axes."""
+    """Yields axes for labeled lines, y logarithmic; then applies `settings` and writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Config files and overrides, and how their loose keys become typed dataclasses, once, at start."""
+"""Loads config files, applies overrides, and converts the result to typed dataclasses."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from typing import Any, TypeVar
 from imagen_jax.common.errors import UserError
 
 T = TypeVar("T")
-# Slices of TPUs as Cloud names them, "v4-512"; topologies.py knows which there are.
+# TPU slices as Google Cloud names them, such as "v4-512"; topologies.py checks that they exist.
 TOPOLOGY = re.compile(r"v\d\w*-\d+|cpu|gpu")
 
 
 def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """What `get_config` of a config file returns, as nested dicts, with overrides applied.
+    """Calls `get_config` of a config file and applies overrides; returns nested dicts.
 
     Args:
-      file: a path, and after a colon an argument for get_config, or the TPU slice that becomes
-        mesh.topology, or both: "configs/base64.py:tiny", ":v4-512", ":1b,v4-128".
-      overrides: "model.embed_dim=64" each; the value is a Python literal, or else a string.
+      file: a path; then, after a colon, an argument of get_config, a TPU slice for mesh.topology,
+        or both: "configs/base64.py:tiny", "configs/base64.py:1b,v4-128".
+      overrides: strings such as "model.embed_dim=64"; a value that is not a Python literal is a
+        string.
 
     Raises:
-      UserError: no such file, an argument it does not take, or an override that is not key=value.
+      UserError: the file does not exist, it does not take the argument, or an override is not
+        key=value.
     """
     path, _, words = file.partition(":")
     topology = [w for w in words.split(",") if TOPOLOGY.fullmatch(w)]
@@ -71,6 +73,15 @@ def run_name(spec: str) -> str:
     return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
 
 
+def keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of nested dicts, such as "model.embed_dim"."""
+    out = []
+    for key, value in values.items():
+        nested = isinstance(value, Mapping)
+        out += keys(value, f"{prefix}{key}.") if nested else [prefix + key]
+    return out
+
+
 def _literal(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
@@ -81,16 +92,16 @@ def _literal(text: str) -> Any:
 
 
 def typed(cls: type[T], values: Mapping[str, Any], prefix: str = "", **extra: Any) -> T:
-    """Builds the dataclass `cls` from `values`, checking every key and every type.
+    """Builds the dataclass `cls` from `values`; checks every key and every type.
 
     Args:
       cls: a dataclass; a field whose type is itself a dataclass takes a nested mapping.
-      values: the config section, e.g. `config["optimizer"]`.
-      prefix: the section's name in messages, e.g. "optimizer.".
-      **extra: fields that come from elsewhere and are not allowed in `values`.
+      values: the config section, such as `config["optimizer"]`.
+      prefix: the section's name in messages, such as "optimizer.".
+      **extra: fields set by the caller; not allowed in `values`.
 
     Raises:
-      UserError: naming the key that is unknown, missing or of the wrong type.
+      UserError: a key is unknown, missing or of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in extra}
@@ -129,13 +140,13 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
         raise UserError(f"config.{key} is {value!r}; it must be a tuple")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    # A bool is an int to Python, but not to a config.
+    # In Python a bool is an int, in a config it is not.
     if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         raise UserError(f"config.{key} is {value!r}; it must be of type {hint.__name__}")
     return value
 
 
 def require(ok: bool, key: str, value: Any, allowed: Any) -> None:
-    """Raises a UserError naming `key`, the `value` found and what is allowed, unless `ok`."""
+    """Unless `ok`, raises a UserError that names the key, the value found and what is allowed."""
     if not ok:
         raise UserError(f"config.{key} is {value!r}; allowed: {allowed}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from imagen_jax.common import html, pictures
 from imagen_jax.common.files import write_text
+from imagen_jax.runs import workdir as runs
 
 Alignment = dict[str, dict[str, dict[str, float]]]
 
@@ -18,11 +19,12 @@ def write(workdir: Path, sheets: dict[str, Path], alignment: Alignment) -> Path:
       sheets: sample grids by title.
       alignment: what `evaluate.alignment` returns for each guidance weight.
     """
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (workdir / runs.METRICS).read_text().splitlines()]
     train = [(m["step"], m["loss"]) for m in lines if "loss" in m]
     held_out = [(m["step"], m["eval_loss"]) for m in lines if "eval_loss" in m]
-    curve = workdir / "evaluation" / "loss.png"
-    pictures.loss_curve([s for s, _ in train], [v for _, v in train], curve, held_out)
+    curve = workdir / runs.EVALUATION / "loss.png"
+    label = runs.read_config(workdir).loss_label
+    pictures.loss_curve([s for s, _ in train], [v for _, v in train], curve, held_out, label)
     speed = [m["images_per_s"] for m in lines if "images_per_s" in m]
     summary = f"Step {train[-1][0]:,}, loss {train[-1][1]:.4f}, {speed[-1]:.1f} images/s."
     note = (
@@ -37,9 +39,9 @@ def write(workdir: Path, sheets: dict[str, Path], alignment: Alignment) -> Path:
         *(html.element("h2", title) + html.image(path) for title, path in sheets.items()),
         html.element("h2", "Loss") + html.image(curve),
         html.element("h2", "Config"),
-        html.element("pre", (workdir / "config.json").read_text()),
+        html.element("pre", (workdir / runs.CONFIG).read_text()),
     ]
-    path = workdir / "report.html"
+    path = workdir / runs.REPORT
     write_text(path, html.page(workdir.name, *parts))
     return path
 

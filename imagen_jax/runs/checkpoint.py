@@ -1,27 +1,31 @@
-"""Orbax checkpoints: the training state and the position in the data, saved and restored as one."""
+"""Orbax checkpoints of the training state together with the position in the data."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import CheckpointConfig
+from imagen_jax.runs.workdir import CHECKPOINTS
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `workdir/checkpoints`.
+    """The checkpoints of one run.
 
-    A step is visible only when it is complete: Orbax writes to a temporary name and renames.
+    A checkpoint appears only once it is complete: Orbax writes a temporary folder and renames it.
+
+    Attributes:
+      directory: the folder `checkpoints` of the workdir.
     """
 
-    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
+    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig | None = None):
         config = config or CheckpointConfig()
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = epath.Path(workdir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.max_to_keep,
             keep_period=config.keep_every or None,
@@ -31,11 +35,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
+        """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def existing_step(self, step: int | None = None) -> int:
-        """`step`, or by default the newest.
+        """Returns `step` if it has a checkpoint (default: the newest step).
 
         Raises:
           UserError: there is no such checkpoint.
@@ -51,9 +55,10 @@ class Checkpoints:
         """Saves in the background; a second save waits for the first.
 
         Args:
-          state: pytree of global arrays, each host writing its own shards.
-          position: where the data stream stands, see `data.Position`.
-          identity: what the state belongs to, compared on restore (see `check_identity`).
+          state: pytree of global arrays; each host writes its own shards.
+          position: the position in the data, {"examples": global examples consumed}.
+          identity: the config keys that the weights depend on (Config.identity); `restore` compares
+            them.
         """
         if step == self.latest_step():
             return
@@ -65,13 +70,15 @@ class Checkpoints:
         self._manager.save(step, args=args)
 
     def restore(self, abstract_state: Any, identity: dict, step: int | None = None):
-        """Restores (state, position) of `step`, by default the newest, onto the given shardings.
+        """Restores (state, position) of `step` (default: the newest).
 
         Args:
-          abstract_state: ShapeDtypeStructs with shardings, which may differ from those of the save.
+          abstract_state: ShapeDtypeStructs with the shardings to restore to, which may differ from
+            those of the saved state.
+          identity: Config.identity of this run.
 
         Raises:
-          UserError: if there is no such checkpoint, or it is one of another model.
+          UserError: there is no such checkpoint, or it belongs to another model.
         """
         step = self.existing_step(step)
         self._check_identity(step, identity)
@@ -83,7 +90,7 @@ class Checkpoints:
         return restored["state"], restored["position"]
 
     def restore_ema(self, abstract_ema: Any, identity: dict, step: int | None = None) -> Any:
-        """Only the averaged weights of `step`: what sampling needs, a fraction of the state.
+        """Restores only the EMA weights of `step`, a fraction of the state; sampling needs no more.
 
         Raises:
           UserError: as `restore`.
@@ -96,37 +103,38 @@ class Checkpoints:
         return restored["ema"]
 
     def wait(self) -> None:
-        """Blocks until a save in flight is complete."""
+        """Blocks until the save in progress is complete."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then releases the background threads."""
+        """Finishes the save in progress and stops the background threads."""
         self._manager.close()
 
     def _check_identity(self, step: int, identity: dict) -> None:
         args = ocp.args.Composite(identity=ocp.args.JsonRestore())
         saved = self._manager.restore(step, args=args)["identity"]
-        # Through JSON, so that tuples and lists compare equal.
+        # A round trip through JSON makes tuples lists, as in the checkpoint.
         wanted = json.loads(json.dumps(identity))
         for key in sorted(saved.keys() | wanted.keys()):
             if saved.get(key) != wanted.get(key):
                 raise UserError(
-                    f"checkpoint {self.directory} step {step} is of another model: config.{key} "
-                    f"is {wanted.get(key)!r}, the checkpoint has {saved.get(key)!r}"
+                    f"checkpoint {self.directory} step {step} belongs to another model: "
+                    f"config.{key} is {wanted.get(key)!r}, the checkpoint has {saved.get(key)!r}; "
+                    "restore the config, or choose another --workdir"
                 )
 
     def _check_complete(self, step: int, restored: Any) -> None:
-        """What a checkpoint does not have is left as it was asked for."""
+        """Raises a UserError for a missing array, which Orbax leaves as a ShapeDtypeStruct."""
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise UserError(
                     f"checkpoint {self.directory} step {step} was written by another version of "
-                    f"this network: it has no {name}; train anew in another workdir"
+                    f"this network: it has no {name}; train again in another --workdir"
                 )
 
 
 def _restore_args(target: Any) -> ocp.args.PyTreeRestore:
-    """Reads what is in `target`, ShapeDtypeStructs with shardings, and nothing besides."""
+    """Arguments to restore only the arrays in `target`, ShapeDtypeStructs with shardings."""
     args = ocp.checkpoint_utils.construct_restore_args(target)
     return ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=True)

@@ -1,41 +1,88 @@
-"""The files of a run: their names, and the config and checkpoints it can be opened by."""
+"""A run on disk: the names of its files, and how to find a run and read its config.
+
+This module imports neither JAX nor Orbax until it parses a config or opens checkpoints, so a
+command can report a missing run at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-from pathlib import Path
+import os
+from typing import TYPE_CHECKING
+
+from etils import epath
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
-from imagen_jax.config import Config, parse
-from imagen_jax.runs.checkpoint import Checkpoints
+
+if TYPE_CHECKING:
+    from imagen_jax.config import Config
+
+RUNS = "runs"  # parent of the default workdirs
+
+# Names inside a workdir. TensorBoard's event files are next to them.
+CONFIG = "config.json"  # every config key, defaults included
+METRICS = "metrics.jsonl"  # one JSON object per line
+CHECKPOINTS = "checkpoints"  # training state and data position, by Orbax
+SAMPLES = "samples"  # grids sampled during training
+PROFILE = "profile"  # traces of --profile_steps
+EVALUATION = "evaluation"  # ALIGNMENT, sample grids and the loss curve of imagen_jax.evaluate
+ALIGNMENT = "alignment.json"  # in EVALUATION
+REPORT = "report.html"  # the evaluation on one page
 
 
-def write_config(workdir: Path, config: Config) -> None:
-    """Writes config.json, complete with every default."""
-    write_text(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+def write_config(workdir: epath.PathLike, config: Config) -> None:
+    """Writes CONFIG, complete with every default."""
+    path = epath.Path(workdir) / CONFIG
+    write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
-def read_config(workdir: str | Path) -> Config:
-    """The config of a run.
+def read_config(workdir: epath.PathLike) -> Config:
+    """Reads the config of a run.
 
     Raises:
-      UserError: the workdir holds no run.
+      UserError: the workdir has no run, or a key of its config is not valid.
     """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no run: {path.name} is missing")
-    return parse(json.loads(path.read_text()))
+    check_run(workdir)
+    from imagen_jax.config import parse
+
+    return parse(json.loads((epath.Path(workdir) / CONFIG).read_text()))
 
 
-def newest_step(workdir: str | Path) -> int:
-    """The step of a run's newest checkpoint.
+def check_run(workdir: epath.PathLike) -> None:
+    """Raises a UserError if the workdir has no run."""
+    if not (epath.Path(workdir) / CONFIG).exists():
+        raise UserError(f"--workdir={os.fspath(workdir)} holds no run: {CONFIG} is missing")
+
+
+def only_run(folder: epath.PathLike = RUNS) -> epath.Path:
+    """Returns the workdir of the only run in `folder`: the default of commands that read a run.
 
     Raises:
-      UserError: the workdir holds no run, or the run has no checkpoint.
+      UserError: there are several runs, or none.
     """
-    read_config(workdir)  # opening the checkpoints of a run that is not there would make a folder
+    found = sorted(path.parent for path in epath.Path(folder).glob(f"*/{CONFIG}"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(
+            f"--workdir is not set, and {os.fspath(folder)}/ has no run; train one with: "
+            "python -m imagen_jax.train --config=configs/demo.py"
+        )
+    names = ", ".join(map(os.fspath, found))
+    raise UserError(f"--workdir is not set, and there are several runs; choose one of: {names}")
+
+
+def newest_step(workdir: epath.PathLike) -> int:
+    """Returns the step of a run's newest checkpoint.
+
+    Raises:
+      UserError: the workdir has no run, or the run has no checkpoint.
+    """
+    check_run(workdir)  # opening the checkpoints of a missing run would create a folder
+    from imagen_jax.runs.checkpoint import Checkpoints
+
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         return checkpoints.existing_step()

@@ -1,7 +1,7 @@
-"""A config becomes an Experiment: a stage, its training state, and the jitted training step.
+"""Builds the Experiment of a config: a stage, its training state, and the jitted training step.
 
-Training, planning and the tests all build through here, so the program that is planned is the one
-that runs. Nothing here imports TensorFlow.
+Training, planning and the tests all build through this module, so the planned program is the one
+that runs. Importing this module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Experiment:
       config: the typed config.
       stage: network, loss and sampling.
       mesh: the device mesh.
-      remat: how much of a block the backward pass recomputes, a key of sharding.REMAT.
-      microbatches: number of parts that a batch is split into.
-      compiler_options: options of the step for the devices' platform.
-      abstract_state: TrainState of ShapeDtypeStructs that carry shardings.
-      init: () -> TrainState, sharded from the start: no device ever holds all of it.
+      remat: the recompute policy of a block, a key of sharding.REMAT.
+      microbatches: number of parts of a batch.
+      compiler_options: XLA's options for the step on the devices' platform.
+      abstract_state: TrainState of ShapeDtypeStructs with shardings.
+      init: () -> TrainState, sharded from the start, so that no device ever holds all of it.
       step: jitted (state, batch) -> (state, metrics); donates the state.
     """
 
@@ -62,8 +62,8 @@ class Experiment:
             scanned=getattr(config.unet, "scan_blocks", False),
         )
         sharding.check_batch(self.mesh, config.batch_size, self.microbatches)
-        # Initialization runs once, and XLA optimizes a thousand small random number generators for
-        # longer than they run on a CPU.
+        # Initialization runs once. On a CPU, XLA would take longer to optimize its thousand small
+        # random number generators than to run them.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self.init: Callable[[], TrainState] = jax.jit(
             self._init, out_shardings=shardings, compiler_options=quick
@@ -88,14 +88,17 @@ class Experiment:
 
     @functools.cached_property
     def batch_share(self) -> tuple[int, int]:
-        """Which share of a batch this host reads, and the number of shares; see sharding."""
+        """(index, number): the share of a batch that this host reads; see sharding.batch_share."""
         return sharding.batch_share(self.mesh)
 
     def check_fits(self, available: float) -> None:
-        """Raises UserError, with the figures, if a device of `available` bytes cannot hold the run.
+        """Raises a UserError, with the figures, if the run cannot fit on its devices.
 
         Counts what every run needs at least: weights, EMA, optimizer state, gradients, and the
         input and output of one block at the first level.
+
+        Args:
+          available: memory per device, bytes.
         """
         side, channels = self.config.unet.first_level
         pixels = self.config.batch_size * side**2 / (self.stage.batch_ways * self.microbatches)
@@ -113,10 +116,10 @@ class Experiment:
 
 
 def _checked_topology(config: Config, devices: list[jax.Device]) -> topologies.Topology | None:
-    """The topology that the config names, if any.
+    """Returns the topology that the config names, if any.
 
     Raises:
-      UserError: the devices are not those of the topology.
+      UserError: the topology has other devices than the ones here.
     """
     name, slices = config.mesh.topology, config.mesh.slice
     if not name:
@@ -125,13 +128,13 @@ def _checked_topology(config: Config, devices: list[jax.Device]) -> topologies.T
     if len(devices) != topology.num_chips:
         several = f" and config.mesh.slice {slices}" if slices > 1 else ""
         raise UserError(
-            f"config.mesh.topology is {name!r}{several}, {topology.num_chips} chips; here are "
+            f"config.mesh.topology is {name!r}{several}, {topology.num_chips} chips; this job has "
             f"{len(devices)} device(s)"
         )
     kind = devices[0].device_kind
     if devices[0].platform == "tpu" and kind not in topology.chip.kinds:
         raise UserError(
-            f"config.mesh.topology is {name!r}, of {topology.chip.kinds[0]}; here are {kind}"
+            f"config.mesh.topology is {name!r}, of {topology.chip.kinds[0]}; this job has {kind}"
         )
     return topology
 
@@ -139,5 +142,5 @@ def _checked_topology(config: Config, devices: list[jax.Device]) -> topologies.T
 def build(
     config: Mapping[str, Any] | Config, devices: list[jax.Device] | None = None
 ) -> Experiment:
-    """Builds the experiment of a config on `devices`, by default all of them."""
+    """Builds the experiment of a config on `devices` (default: all)."""
     return Experiment(config if isinstance(config, Config) else parse(config), devices)

@@ -1,4 +1,4 @@
-"""The training loop: starts or resumes, then runs until the last step or a request to stop."""
+"""The training loop: starts or resumes a run, then trains to the last step or a request to stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.files import make_folder
 from imagen_jax.devices.compilation import compile_ahead
 from imagen_jax.runs.checkpoint import Checkpoints
-from imagen_jax.runs.workdir import write_config
+from imagen_jax.runs.workdir import PROFILE, write_config
 from imagen_jax.training import metrics
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.periodic import Actions
@@ -23,8 +23,8 @@ from imagen_jax.training.reader import Batch, Reader
 from imagen_jax.training.startup import Startup
 from imagen_jax.training.step import TrainState
 
-# How far the host runs ahead of the device, in seconds and in steps. Each step ahead holds a batch
-# in the device's memory and delays a stop.
+# Limits on how far the host runs ahead of the device, in seconds and in steps. Each step ahead
+# keeps a batch in device memory and delays a stop.
 AHEAD_S, MOST_AHEAD = 2.0, 16
 
 
@@ -36,20 +36,20 @@ def train(
     startup: Startup | None = None,
     profiled: Sequence[int] = (),
 ) -> bool:
-    """Trains until `num_steps`, or until `stop(step)`, and leaves a checkpoint of the last step.
+    """Trains until `num_steps` or until `stop(step)` is true; saves a checkpoint of the last step.
 
     Args:
-      stop: called with each step; True ends the run after that step, on every host.
-      startup: measures the time to the first step; by default from now on.
-      profiled: the steps to trace.
+      stop: called with each step, and must agree on all hosts; True ends the run after that step.
+      startup: measures the time to the first step (default: starting now).
+      profiled: steps to trace.
 
     Returns:
-      Whether the run has now reached `num_steps`.
+      Whether the run has reached `num_steps`.
     """
     startup = startup or Startup()
     config = experiment.config
     make_folder(workdir, "workdir")
-    # Closed even if training fails, so that a pending save is finished or cleanly dropped.
+    # Closing, even after an error, finishes a pending save or discards it cleanly.
     with contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
         state, position = jax.block_until_ready(start_or_resume(experiment, checkpoints))
         if jax.process_index() == 0:
@@ -60,12 +60,12 @@ def train(
             log.info("already trained for %d steps: %s", start, workdir)
             return True
         batches = reader.train_batches(position["examples"], *experiment.batch_share)
-        # Take the first batch before compiling, so that the reader prefetches in the meantime.
+        # Take the first batch before compiling, so that the reader prefetches during compilation.
         batches = itertools.chain([next(batches)], batches)
         startup.done("first batch")
         sizes = (config.num_steps, config.batch_size, experiment.stage.model_flops)
         startup.done("network")
-        profile = Profile(profiled, workdir / "profile")
+        profile = Profile(profiled, workdir / PROFILE)
         logger = metrics.MetricLogger(workdir, *sizes)
         with contextlib.closing(logger), contextlib.closing(profile):
             logger.resume_at(start)
@@ -96,10 +96,10 @@ def _log_setup(experiment: Experiment, start: int) -> None:
 def start_or_resume(
     experiment: Experiment, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, int]]:
-    """The state and the position in the data to start from, in this order:
+    """Returns the state and the data position to start from. The first that exists wins:
 
-    1. the newest checkpoint of this workdir, with its position in the data;
-    2. freshly initialized weights and the first example.
+    1. the newest checkpoint of this workdir and its data position;
+    2. initialized weights and the first example.
     """
     if checkpoints.latest_step() is None:
         return experiment.init(), {"examples": 0}
@@ -117,10 +117,10 @@ def run_loop(
     actions: Actions,
     stop: Callable[[int], bool],
 ) -> bool:
-    """Runs the steps after `start`; returns True if it reached the last one.
+    """Runs the steps after `start`; returns whether it reached the last one.
 
-    The host runs ahead of the device by up to AHEAD_S, then fetches the metrics of all steps but
-    the newest. So the device never waits for the host, even if the host is held up for a while.
+    The host runs up to AHEAD_S ahead of the device, then fetches the metrics of all steps but the
+    newest. The device therefore never waits for the host, even if the host is briefly delayed.
     """
     config, step_fn, put = experiment.config, experiment.step, experiment.stage.put
     logger.restart_clock()
@@ -157,7 +157,7 @@ def run_loop(
 def fetch(
     logger: metrics.MetricLogger, pending: list[tuple[int, Any]], log_every: int, keep: int = 0
 ) -> None:
-    """Waits for all pending steps but the last `keep` and hands their metrics to the logger."""
+    """Waits for all pending steps but the last `keep` and logs their metrics."""
     while len(pending) > keep:
         step, step_metrics = pending.pop(0)
         logger.add(step, step_metrics)

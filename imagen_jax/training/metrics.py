@@ -1,4 +1,4 @@
-"""Metrics out: metrics.jsonl, TensorBoard and the log through CLU; the non-finite guard."""
+"""Writes metrics to metrics.jsonl, TensorBoard and the log; refuses losses that are not finite."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from clu import metric_writers, parameter_overview
+from etils import epath
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
 from imagen_jax.devices import topologies
+from imagen_jax.runs.workdir import METRICS
 from imagen_jax.training.step import bucket_names
 
 log = logging.getLogger("imagen_jax")
 
 
 def overview(params: Any) -> str:
-    """CLU's table of parameters, cut to a readable length."""
+    """CLU's table of parameters, at most 40 lines."""
     return parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=40)
 
 
 class MetricLogger:
-    """Averages step metrics between log lines and writes them everywhere; only host 0 writes.
+    """Averages step metrics between log lines and writes them; only host 0 writes files.
 
     Attributes:
-      step_time: seconds a step, by the last line; infinite before the first.
+      step_time: seconds per step, as of the last log line; infinite before the first.
     """
 
-    def __init__(self, workdir: Path, num_steps: int, batch_size: int, flops_per_step: float):
-        self._path = Path(workdir) / "metrics.jsonl"
+    def __init__(
+        self, workdir: epath.PathLike, num_steps: int, batch_size: int, flops_per_step: float
+    ):
+        self._path = epath.Path(workdir) / METRICS
         self._num_steps, self._batch_size = num_steps, batch_size
         self._flops = flops_per_step
         self._peak = topologies.device_peak_flops() * jax.device_count()
@@ -50,7 +53,7 @@ class MetricLogger:
         self._start = time.perf_counter()
 
     def resume_at(self, step: int) -> None:
-        """Drops lines of a run that went past the checkpoint, so that no step stands twice."""
+        """Drops lines after `step`, written by a run that got past its last checkpoint."""
         if not self._main or not self._path.exists():
             return
         lines = self._path.read_text().splitlines()
@@ -58,22 +61,22 @@ class MetricLogger:
         write_text(self._path, "".join(line + "\n" for line in kept))
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of one step.
+        """Adds the metrics of one step to the averages.
 
         Raises:
-          UserError: if the loss is not finite; nothing after that step is worth its time.
+          UserError: the loss is not finite, so training further is pointless.
         """
         metrics = jax.device_get(metrics)
         if not math.isfinite(metrics["loss"]):
             raise UserError(
                 f"the loss is {metrics['loss']} at step {step}; lower "
-                "config.optimizer.learning_rate or set config.optimizer.grad_clip, and start again "
-                "from the last checkpoint"
+                "config.optimizer.learning_rate or set config.optimizer.grad_clip, and run again: "
+                "it resumes from the last checkpoint"
             )
         self._window.append(metrics)
 
     def flush(self, step: int) -> None:
-        """Writes the averages since the last call, under `step`."""
+        """Writes the averages since the last call, as those of `step`."""
         seconds = (time.perf_counter() - self._start - self._paused) / len(self._window)
         self.step_time = seconds
         scalars = {k: float(np.mean([m[k] for m in self._window])) for k in ("loss", "grad_norm")}
@@ -95,18 +98,18 @@ class MetricLogger:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Starts a new window."""
+        """Discards the averages and starts timing again."""
         self._window, self._paused, self._start = [], 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Takes the block out of the step time: samples, evaluation, checkpoints."""
+        """Excludes the block from the step time: samples, evaluation, checkpoints."""
         before = time.perf_counter()
         yield
         self._paused += time.perf_counter() - before
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes scalars under `step` to metrics.jsonl and TensorBoard."""
+        """Writes the scalars of a step to metrics.jsonl and TensorBoard."""
         self.writer.write_scalars(step, scalars)
         if self._main:
             with self._path.open("a") as f:
@@ -118,7 +121,7 @@ class MetricLogger:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 1h02m, 3m05s or 12s."""
+    """Formats seconds as 1h02m, 3m05s or 12s."""
     minutes, s = divmod(int(seconds + 0.5), 60)
     hours, m = divmod(minutes, 60)
     if hours:

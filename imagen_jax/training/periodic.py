@@ -1,4 +1,4 @@
-"""What a training run does at intervals: evaluate, sample, save a checkpoint, end a profile."""
+"""Periodic actions of a training run: evaluate, sample, save a checkpoint, end a profile."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from imagen_jax.common import pictures
 from imagen_jax.common.cli import log
 from imagen_jax.diffusion.conditioning import shrink_pixels
 from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.runs.workdir import SAMPLES
 from imagen_jax.stage import batch_size
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.metrics import MetricLogger
@@ -25,7 +26,7 @@ Action = Callable[[int, TrainState], None]
 
 
 class Actions:
-    """The periodic actions of one run, each a function of (step, state)."""
+    """The periodic actions of a run, each a function of (step, state)."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class Actions:
         """Reads the held-out batches and the captions to sample.
 
         Args:
-          offset: position in the data minus step x batch size.
+          offset: examples consumed, minus step x batch size.
         """
         config = experiment.config
         self._config, self._stage, self._workdir = config, experiment.stage, workdir
@@ -60,14 +61,14 @@ class Actions:
         )
 
     def started(self, step: int, metrics: Any) -> None:
-        """Waits for the first step and logs how long each part of the start took."""
+        """Waits for the first step, then logs how long each part of the start took."""
         jax.block_until_ready(metrics)
         self._startup.done("first step")
         log.info(self._startup.summary())
         self._logger.write(step, self._startup.metrics())
 
     def due(self, step: int) -> list[Action]:
-        """The actions of this step; all of them at the last step."""
+        """Returns the actions to run after this step; the last step runs all that are on."""
         config = self._config
         last = step == config.num_steps
         table = (
@@ -79,20 +80,23 @@ class Actions:
         return [self.profile.stop, *acts] if self.profile.ends(step) else acts
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves a checkpoint of the state and of the position in the data."""
+        """Saves a checkpoint of the state and the position in the data."""
         examples = step * self._config.batch_size + self._offset
         self._checkpoints.save(step, state, {"examples": examples}, self._config.identity)
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Logs the loss of the EMA weights on held-out data, with the same noise every time."""
-        loss = self._stage.held_out_loss(state.ema, self._eval_batches)
-        self._logger.write(step, {"eval_loss": loss})
-        log.info("step %d  eval loss %.4f", step, loss)
+        """Logs the held-out losses of the EMA weights, with the same noise every time."""
+        losses = self._stage.held_out_losses(state.ema, self._eval_batches)
+        self._logger.write(step, losses)
+        log.info(
+            "step %d  eval loss %.4f, with the null prompt %.4f",
+            step, losses["eval_loss"], losses["eval_loss_null"],
+        )  # fmt: skip
 
     def sample(self, step: int, state: TrainState) -> None:
         """Saves a grid sampled with the EMA weights, always from the same prompts and seeds.
 
-        The grid of a super-resolution stage shows its input, its sample and the true image.
+        For super-resolution, each cell shows the input, the sample and the true image.
         """
         seeds = np.arange(len(self._prompts), dtype=np.uint32)
         cond = {k: np.stack([p[k] for p in self._prompts]) for k in ("text", "text_mask")}
@@ -106,7 +110,7 @@ class Actions:
             images = np.concatenate([inputs, images, true], axis=2)
         if jax.process_index() == 0:
             sheet = pictures.grid(images, [p["caption"] for p in self._prompts])
-            path = self._workdir / "samples" / f"step_{step:08d}.png"
+            path = self._workdir / SAMPLES / f"step_{step:08d}.png"
             pictures.save(sheet, path)
             self._logger.writer.write_images(step, {"samples": np.asarray(sheet)[None]})
             log.info("step %d  samples: %s", step, path)

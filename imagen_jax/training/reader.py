@@ -1,4 +1,4 @@
-"""What the training loop asks of its data. data_pipelines.reading has the implementation."""
+"""The interface of the data that the loop reads; data_pipelines.reading implements it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Batch = dict[str, np.ndarray]
 
 
 class Reader(Protocol):
-    """The data of a run, as this host's share of every batch.
+    """The data of a run.
 
-    A host reads share `shard` of `num_shards` of every batch: image uint8 [b, H, W, 3], text
+    A batch is this host's share, share `shard` of `num_shards`: image uint8 [b, H, W, 3], text
     bfloat16 [b, T, D] and text_mask bool [b, T].
     """
 
     def train_batches(self, position: int, shard: int = 0, num_shards: int = 1) -> Iterator[Batch]:
-        """Endless training batches, starting after `position` examples of the global stream."""
+        """Yields training batches without end, starting after `position` global examples."""
 
     def eval_batches(self, shard: int = 0, num_shards: int = 1) -> list[Batch]:
-        """The held-out batches, the same at every call."""
+        """Returns the held-out batches, the same in every call."""
 
     def examples(self, split: str, num: int) -> list[dict[str, Any]]:
-        """The first `num` records of a split: caption, image, text, text_mask."""
+        """Returns the first `num` records of a split: caption, image, text, text_mask."""

@@ -1,4 +1,4 @@
-"""The training state and the pure step: loss, gradients, optimizer, EMA. No I/O, no mesh."""
+"""The training state and the pure training step: loss, gradients, optimizer, EMA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optax
 
 from imagen_jax.optim import update_ema
 
-# Edges of the log-SNR buckets in which the loss is reported; the outer two are open.
+# Edges of the log-SNR buckets that the loss is reported in; the outer two are open.
 LOG_SNR_EDGES = (-6.0, -3.0, -1.0, 1.0, 3.0, 6.0)
 
 Batch = dict[str, jax.Array]
@@ -22,7 +22,7 @@ LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything that training changes, and nothing else. All leaves are arrays."""
+    """Everything that training changes. All leaves are arrays."""
 
     step: jax.Array
     params: Any
@@ -31,7 +31,7 @@ class TrainState:
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0; the EMA starts at the weights."""
+    """Returns the state at step 0; the EMA starts as a copy of the weights."""
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
@@ -43,7 +43,7 @@ def bucket_names() -> list[str]:
 
 
 def _bucket_sums(loss_b: jax.Array, log_snr_b: jax.Array) -> dict[str, jax.Array]:
-    """Sum of losses and number of examples for each log-SNR bucket, [buckets] each."""
+    """The sum of losses and the number of examples in each log-SNR bucket, [buckets] each."""
     index = jnp.searchsorted(jnp.asarray(LOG_SNR_EDGES), log_snr_b)
     one_hot = jax.nn.one_hot(index, len(LOG_SNR_EDGES) + 1)
     return {"bucket_loss": loss_b @ one_hot, "bucket_count": one_hot.sum(0)}
@@ -61,10 +61,10 @@ def _gradients(loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array):
 def accumulated_gradients(
     loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array, microbatches: int
 ):
-    """Gradients and metrics averaged over `microbatches` equal parts of the batch.
+    """Averages gradients and metrics over `microbatches` equal parts of the batch.
 
-    The parts are strided (example i goes to part i % microbatches), so that with the batch sharded
-    over devices every part stays on all of them.
+    The parts are strided: example i is in part i % microbatches. A batch sharded over devices
+    therefore splits into parts that are also sharded over all of them.
     """
     if microbatches == 1:
         return _gradients(loss_fn, params, batch, key)
@@ -96,16 +96,16 @@ def train_step(
     seed: int,
     microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of training.
+    """Runs one training step.
 
     Args:
-      state: donated by the caller's jit.
-      batch: arrays with a leading batch axis, a multiple of `microbatches`.
+      state: the caller's jit donates it.
+      batch: arrays [B, ...]; B is a multiple of `microbatches`.
       loss_fn: (params, batch, key) -> (loss [B], log_snr [B]).
-      seed: with the step, all the randomness there is, so a resumed run repeats exactly.
+      seed: seeds all randomness together with the step, so that a resumed run repeats exactly.
 
     Returns:
-      The new state and scalar metrics loss and grad_norm, plus sums by log-SNR bucket.
+      The new state, and the metrics: scalars loss and grad_norm, and sums per log-SNR bucket.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, metrics = accumulated_gradients(loss_fn, state.params, batch, key, microbatches)
