@@ -119,8 +119,8 @@ class Checkpoints:
             if saved.get(key) != wanted.get(key):
                 raise UserError(
                     f"checkpoint {self.directory} step {step} belongs to another model: "
-                    f"config.{key} is {wanted.get(key)!r}, the checkpoint has {saved.get(key)!r}; "
-                    "restore the config, or choose another --workdir"
+                    f"config.{key} is {wanted.get(key)!r}, the checkpoint has "
+                    f"{saved.get(key)!r}; restore the config, or choose another --workdir"
                 )
 
     def _check_complete(self, step: int, restored: Any) -> None:

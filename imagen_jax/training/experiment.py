@@ -128,13 +128,13 @@ def _checked_topology(config: Config, devices: list[jax.Device]) -> topologies.T
     if len(devices) != topology.num_chips:
         several = f" and config.mesh.slice {slices}" if slices > 1 else ""
         raise UserError(
-            f"config.mesh.topology is {name!r}{several}, {topology.num_chips} chips; this job has "
+            f"config.mesh.topology is {name!r}{several}, {topology.num_chips} chips; here are "
             f"{len(devices)} device(s)"
         )
     kind = devices[0].device_kind
     if devices[0].platform == "tpu" and kind not in topology.chip.kinds:
         raise UserError(
-            f"config.mesh.topology is {name!r}, of {topology.chip.kinds[0]}; this job has {kind}"
+            f"config.mesh.topology is {name!r}, of {topology.chip.kinds[0]}; here are {kind}"
         )
     return topology
 
