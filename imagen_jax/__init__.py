@@ -1,3 +1,31 @@
-"""Imagen in JAX: a text-to-image diffusion cascade trained on TPU pods, one GPU or a laptop."""
+"""Imagen in JAX: a text-to-image diffusion cascade trained on TPU pods, one GPU or a laptop.
+
+pipe = imagen_jax.load("runs/demo")
+images = pipe(["a red circle"], guidance=3, seed=0)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imagen_jax.pipeline.cascade import Cascade
 
 __version__ = "0.1.0"
+
+
+def load(*workdirs: str | os.PathLike, step: int | None = None) -> Cascade:
+    """Loads trained runs as a pipeline from prompts to images; see docs/api.md.
+
+    Args:
+      workdirs: a run, or the runs of a cascade in order.
+      step: checkpoint step to load (default: the newest of each run).
+
+    Raises:
+      UserError: a workdir holds no run or no such checkpoint, or the runs do not form a cascade.
+    """
+    # Here, because JAX takes seconds to import.
+    from imagen_jax.pipeline import cascade
+
+    return cascade.load(*workdirs, step=step)

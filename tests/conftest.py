@@ -128,6 +128,14 @@ def tiny_data(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def cascade_runs(tmp_path_factory):
+    """The workdirs of an untrained base model and an untrained super-resolution stage."""
+    from saved_runs import save_cascade
+
+    return save_cascade(tmp_path_factory)
+
+
 def train_run(config, workdir, stop=lambda step: False, **kwargs):
     """Trains as `python -m imagen_jax.train` does, without its flags."""
     from data_pipelines.reading.reader import Reader, build

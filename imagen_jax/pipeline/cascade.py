@@ -1,42 +1,54 @@
-"""The cascade: a base model samples, super-resolution stages enlarge (sections 2.4 and 4.3)."""
+"""The cascade: a base model samples, super-resolution stages enlarge (sections 2.4 and 4.3).
+
+pipe = load("runs/demo", "runs/demo_sr")
+images = pipe(["a red circle"], guidance=3, seed=0)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
-from imagen_jax.common.errors import UserError
-from imagen_jax.diffusion.conditioning import shrink, shrink_pixels
+from imagen_jax.common import cli
+from imagen_jax.diffusion.conditioning import pad_text, shrink, shrink_pixels
 from imagen_jax.diffusion.sampler import SamplerConfig
-from imagen_jax.stage import Params, Stage
+from imagen_jax.pipeline.images import read_inputs
+from imagen_jax.pipeline.prompts import Request, make_requests
+from imagen_jax.pipeline.settings import SettingError, Settings, samplers
+from imagen_jax.runs.workdir import newest_step
+from imagen_jax.stage import Params, Stage, batch_size
+from imagen_jax.stage import load as load_stage
+from imagen_jax.text import TextEncoder, load_encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedStage:
-    """A trained stage: its Experiment and EMA weights, and how it is to be sampled.
+    """A stage with its EMA weights.
 
     Attributes:
-      name: for progress and messages, usually the workdir; each stage has its own.
-      step: of the checkpoint that the weights are from.
-      stage: the stage.Stage.
+      name: for progress and messages, usually the workdir; unique in a cascade.
+      step: checkpoint step of the weights.
+      stage: the stage.
       params: the weights.
-      sampler: steps, guidance, thresholding, aug_level.
-      batch_size: images that are samples at once.
     """
 
     name: str
     step: int
     stage: Stage
     params: Params
-    sampler: SamplerConfig
-    batch_size: int
 
     @property
     def size(self) -> int:
-        """Side of the images it draws, pixels."""
+        """Side of the images it samples, pixels."""
         return self.stage.config.full_size
 
     @property
@@ -45,64 +57,226 @@ class TrainedStage:
         return self.size // self.stage.config.upscale if self.stage.config.unet.low_res else 0
 
 
-def check_order(stages: Sequence[TrainedStage], given: int | None = None) -> None:
-    """Raises UserError unless each stage enlarges what the one before draws.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One call of a cascade: everything its samples depend on, apart from the weights.
 
-    given: side of an image that the first stage is to enlarge; None if it is to draw by itself.
+    Attributes:
+      requests: one per sample.
+      samplers: one per stage.
+      inputs: the arrays that all samples start from, see `images.read_inputs`.
+      batch_size: samples per batch at 64x64 pixels and below.
+      truncate_prompts: whether to truncate prompts that are too long instead of refusing them.
     """
-    before, what = given or 0, f"the image of {given} pixels" if given else "nothing"
-    for stage in stages:
-        if stage.low_res != before:
-            needs = f"enlarges {stage.low_res} pixels" if stage.low_res else "is a base model"
-            raise UserError(f"--workdir: {stage.name} {needs}, but before it comes {what}")
-        before, what = stage.size, f"{stage.name}, which draws {stage.size}"
+
+    requests: list[Request]
+    samplers: list[SamplerConfig]
+    inputs: dict[str, np.ndarray]
+    batch_size: int
+    truncate_prompts: bool
 
 
-def sample(
-    stages: Sequence[TrainedStage],
-    seeds: np.ndarray,
-    conds: Sequence[dict[str, np.ndarray]],
-    given: dict[str, np.ndarray] | None = None,
-    progress: Callable[[TrainedStage, int], None] | None = None,
-) -> list[np.ndarray]:
-    """Draws one image per seed with each stage, every one enlarging those of the stage before.
+class Cascade:
+    """Trained stages, in order; calling it samples prompts.
+
+    Each text encoder is loaded at the first prompt that needs it, and kept.
+
+    Attributes:
+      stages: the stages.
+    """
+
+    def __init__(self, stages: Sequence[TrainedStage]):
+        """Raises SettingError unless each stage enlarges the samples of the one before."""
+        self.stages = list(stages)
+        self._load_encoder = functools.cache(load_encoder)
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if after.low_res != before.size:
+                kind = f"enlarges {after.low_res} pixels" if after.low_res else "is a base model"
+                raise SettingError(
+                    f"workdir: {after.name} {kind}, but follows {before.name}, "
+                    f"which samples {before.size} pixels"
+                )
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        return_stages: bool = False,
+        progress: bool = True,
+        **settings: Any,
+    ) -> list[Image.Image] | list[list[Image.Image]]:
+        """Samples prompts.
+
+        Args:
+          prompts: one prompt or a list of prompts.
+          return_stages: return the images of every stage.
+          progress: show a progress bar per stage.
+          **settings: the attributes of `settings.Settings`: guidance=3, seed=0, num=4, ...
+
+        Returns:
+          The last stage's images: num per prompt, prompt by prompt, or the frames in order. With
+          return_stages, one such list per stage.
+
+        Raises:
+          UserError: a setting is out of range, would have no effect, or does not suit the stages.
+          TypeError: there is no such setting.
+        """
+        parsed = Settings(**settings)
+        job = self.prepare(make_requests(prompts, parsed), parsed)
+        images: list[list[Image.Image]] = [[] for _ in self.stages]
+        for _, samples in self.sample(job, progress=progress):
+            for found, batch in zip(images, samples, strict=True):
+                found.extend(map(Image.fromarray, batch))
+        return images if return_stages else images[-1]
+
+    def prepare(self, requests: list[Request], settings: Settings) -> Job:
+        """Checks the settings against the stages, and reads the pictures they name.
+
+        Raises:
+          UserError: as for `__call__`.
+        """
+        first, last = self.stages[0], self.stages[-1]
+        if first.low_res and settings.image is None:
+            raise SettingError(
+                f"workdir: {first.name} enlarges {first.low_res} pixels, but is the first stage; "
+                "give an image to enlarge, or put a base model before it"
+            )
+        configs = [stage.stage.config for stage in self.stages]
+        return Job(
+            requests,
+            samplers(settings, configs),
+            read_inputs(settings, first.low_res, last.size),
+            settings.batch_size,
+            settings.truncate_prompts,
+        )
+
+    def sample(
+        self, job: Job, rows: Sequence[int] | None = None, progress: bool = True
+    ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+        """Samples batch by batch, each through all stages.
+
+        Args:
+          rows: indices of the requests to sample (default: all).
+          progress: show a progress bar per stage.
+
+        Yields:
+          The rows of a batch and, for each stage, their samples, uint8 [B, H, W, 3]. A sample
+          depends on its own request only, not on its batch.
+
+        Raises:
+          UserError: a prompt is too long, before the first batch.
+        """
+        rows = list(range(len(job.requests)) if rows is None else rows)
+        if not rows:
+            return
+        self._check_lengths(job)
+        size = batch_size(self.stages[0].size, job.batch_size)
+        with contextlib.ExitStack() as stack:
+            bars = [
+                stack.enter_context(
+                    tqdm(total=len(rows), desc=s.name, unit="image", disable=not progress)
+                )
+                for s in self.stages
+            ]
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                yield batch, self._sample_batch(job, [job.requests[i] for i in batch], bars)
+
+    def _sample_batch(self, job: Job, requests: list[Request], bars: list[tqdm]) -> list[Any]:
+        seeds = np.array([r.seed for r in requests], np.uint32)
+        samples: list[np.ndarray] = []
+        for stage, sampler, bar in zip(self.stages, job.samplers, bars, strict=True):
+            cond = self._text_cond(stage, requests, job.truncate_prompts)
+            for name, array in _inputs_of(stage, job.inputs).items():
+                cond[name] = np.repeat(array[None], len(requests), axis=0)
+            if samples:
+                cond["low_res"] = samples[-1]
+            size = batch_size(stage.size, job.batch_size)
+            samples.append(stage.stage.sample(stage.params, seeds, cond, sampler, size, bar.update))
+        return samples
+
+    def _text_cond(
+        self, stage: TrainedStage, requests: list[Request], truncate: bool
+    ) -> dict[str, np.ndarray]:
+        """The conditioning of a batch on the host: text [N, T, D], text_mask [N, T], and more."""
+
+        def encode(captions: Sequence[str]) -> dict[str, np.ndarray]:
+            embeddings = []
+            for encoder in self._encoders(stage):
+                texts = [encoder.truncate(c) for c in captions] if truncate else captions
+                embeddings.append(encoder.encode(texts))
+            return pad_text(stage.stage.config.text.parts, *embeddings)
+
+        starts, ends, negatives = zip(
+            *(r.texts(bool(stage.low_res)) for r in requests), strict=True
+        )
+        cond = encode(starts)
+        if requests[0].to_prompt:
+            end = encode(ends)
+            f = np.array([r.fraction for r in requests])[:, None, None]
+            mixed = (1 - f) * cond["text"] + f * end["text"]
+            cond["text"] = mixed.astype(cond["text"].dtype)
+            cond["text_mask"] |= end["text_mask"]
+        if requests[0].negative_prompt:
+            cond |= {f"negative_{k}": v for k, v in encode(negatives).items()}
+        if requests[0].to_seed is not None:
+            cond["to_seed"] = np.array([r.to_seed for r in requests], np.uint32)
+            cond["fraction"] = np.array([r.fraction for r in requests], np.float32)
+        return cond
+
+    def _encoders(self, stage: TrainedStage) -> list[TextEncoder]:
+        parts = stage.stage.config.text.parts
+        return [self._load_encoder(part.encoder, part.max_tokens) for part in parts]
+
+    def _check_lengths(self, job: Job) -> None:
+        """Raises UserError for a prompt that is too long; logs it if it will be truncated."""
+        captions: dict[TextEncoder, dict[str, None]] = {}
+        for stage in self.stages:
+            texts = [t for r in job.requests for t in r.texts(bool(stage.low_res))]
+            for encoder in self._encoders(stage):
+                captions.setdefault(encoder, {}).update(dict.fromkeys(texts))
+        for encoder, caption in ((e, c) for e, found in captions.items() for c in found):
+            tokens, most = encoder.num_tokens(caption), encoder.max_tokens
+            if tokens <= most:
+                continue
+            if not job.truncate_prompts:
+                shown = caption if len(caption) <= 40 else caption[:37] + "..."
+                raise SettingError(
+                    f"truncate_prompts is needed: prompt {shown!r} has {tokens} tokens, and the "
+                    f"text encoder takes {most}"
+                )
+            kept = encoder.truncate(caption)
+            cli.log.info("prompt truncated from %d to %d tokens: %r", tokens, most, kept)
+
+
+def _inputs_of(stage: TrainedStage, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs that a stage reads, at its size."""
+    if "image" not in inputs:
+        return inputs
+    if stage.low_res and "mask" not in inputs:
+        return {}  # only the base model starts from the image
+    scaled = {"image": shrink_pixels(inputs["image"][None], stage.size)[0]}
+    if "mask" in inputs:
+        # Repaint a pixel if any of the full-size pixels it covers is to be repainted.
+        mask = inputs["mask"][None].astype(np.float32)
+        scaled["mask"] = shrink(mask, stage.size)[0] > 0
+    return scaled
+
+
+def load(*workdirs: str | os.PathLike, step: int | None = None) -> Cascade:
+    """Loads trained runs as a cascade.
 
     Args:
-      seeds: uint32 [N]; a sample depends on its own seed and prompt only.
-      conds: for each stage, text [N, T, D] and text_mask [N, T], and what else it is to be told.
-      given: for all samples, either low_res uint8 [h, w, 3], which the first stage enlarges; or
-        image uint8 [S, S, 3] at the size of the last stage, which the base model starts from, and
-        with a mask bool [S, S, 1] all stages paint only where that is True.
-      progress: told the stage and the number of images after each of its batches.
+      workdirs: a run, or the runs of a cascade in order.
+      step: checkpoint step to load (default: the newest of each run).
 
-    Returns:
-      For each stage, uint8 [N, H, W, 3].
+    Raises:
+      UserError: a workdir holds no run or no such checkpoint, or the runs do not form a cascade.
     """
-    given = given or {}
-    samples: list[np.ndarray] = []
-    for stage, cond in zip(stages, conds, strict=True):
-        low_res = samples[-1] if samples else _repeated(given.get("low_res"), len(seeds))
-        told = {
-            **cond,
-            **({} if low_res is None else {"low_res": low_res}),
-            **{k: _repeated(v, len(seeds)) for k, v in _to_edit(stage, given).items()},
-        }
-        report = functools.partial(progress, stage) if progress else None
-        settings = (stage.sampler, stage.batch_size, report)
-        samples.append(stage.stage.sample(stage.params, seeds, told, *settings))
-    return samples
-
-
-def _repeated(x: np.ndarray | None, times: int) -> np.ndarray | None:
-    return None if x is None else np.repeat(x[None], times, axis=0)
-
-
-def _to_edit(stage: TrainedStage, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The image and mask at the size that a stage draws, if it is to read them."""
-    if "image" not in given or (stage.low_res and "mask" not in given):
-        return {}
-    parts = {"image": shrink_pixels(given["image"][None], stage.size)[0]}
-    if "mask" in given:
-        # A pixel is painted anew if any of those that it stands for is.
-        parts["mask"] = shrink(given["mask"][None].astype(np.float32), stage.size)[0] > 0
-    return parts
+    if not workdirs:
+        raise SettingError("workdir is missing; give the directory of a run")
+    stages = []
+    for workdir in map(Path, workdirs):
+        found = newest_step(workdir) if step is None else step
+        stages.append(TrainedStage(str(workdir), found, *load_stage(workdir, found)))
+    return Cascade(stages)

@@ -1,4 +1,4 @@
-"""Prompts and pictures that users hand to the samplers: read, checked, one clear line if wrong."""
+"""Prompts: read from flags and files, and combined with seeds into requests."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from imagen_jax.common.errors import UserError
+from imagen_jax.pipeline.settings import SettingError, Settings, as_list
 
 COLUMNS = ("prompt", "caption", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One picture to draw: all that it depends on besides the stages and the image given.
+    """One sample: its prompts and its seed.
 
     Attributes:
-      sr_prompt: what the super-resolution stages are told, usually the prompt.
-      to_prompt, to_sr_prompt, to_seed: the end of a way of which this is `fraction`, 0 to 1.
+      sr_prompt: prompt of the super-resolution stages, usually the same as prompt.
+      to_prompt, to_sr_prompt, to_seed: the end of an interpolation; "" and None without one.
+      fraction: position of this sample in the interpolation, 0 to 1.
     """
 
     prompt: str
@@ -33,67 +32,74 @@ class Request:
     to_seed: int | None = None
     fraction: float = 0.0
 
+    def texts(self, sr: bool) -> tuple[str, str, str]:
+        """The start, end and negative prompt that a base or super-resolution stage reads."""
+        start, end = (self.sr_prompt, self.to_sr_prompt) if sr else (self.prompt, self.to_prompt)
+        return start, end, self.negative_prompt
 
-def make_requests(
-    prompts: list[str],
-    sr_prompts: list[str],
-    seeds: Sequence[int],
-    negative_prompt: str = "",
-    frames: int = 0,
-    to_seed: int | None = None,
-) -> list[Request]:
-    """Each prompt with each seed; with frames, so many on each seed's way from start to end.
 
-    Args:
-      sr_prompts: none for the same as prompts, one for all, or one for each.
-      frames: of the way between two prompts, or from one seed to to_seed, or both.
+def make_requests(prompts: str | Sequence[str], settings: Settings) -> list[Request]:
+    """Combines each prompt with each seed or, with settings.frames, interpolates.
 
     Raises:
-      UserError: the numbers of these do not go together.
+      SettingError: a prompt is not a string, or the numbers of prompts and frames do not match.
     """
-    others = sr_prompts or prompts
-    if len(others) not in (1, len(prompts)):
-        raise UserError(f"--sr_prompts has {len(others)} prompts; allowed: 1 or {len(prompts)}")
-    others = others * len(prompts) if len(others) == 1 else others
+    prompts = _strings("prompts", prompts)
+    sr_prompts = _strings("sr_prompts", settings.sr_prompts) if settings.sr_prompts else prompts
+    if len(sr_prompts) not in (1, len(prompts)):
+        allowed = f"1 or {len(prompts)}"
+        raise SettingError(f"sr_prompts has {len(sr_prompts)} prompts; allowed: {allowed}")
+    sr_prompts = sr_prompts * len(prompts) if len(sr_prompts) == 1 else sr_prompts
+    [negative] = _strings("negative_prompt", settings.negative_prompt)
+    frames, to_seed = settings.frames, settings.to_seed
     if not frames:
         if to_seed is not None:
-            raise UserError(f"--to_seed={to_seed} needs --frames, how many to draw")
-        pairs = zip(prompts, others, strict=True)
-        return [Request(p, s, o, negative_prompt) for p, o in pairs for s in seeds]
+            raise SettingError(f"to_seed={to_seed} needs frames, the number of images")
+        pairs = zip(prompts, sr_prompts, strict=True)
+        return [Request(p, seed, sr, negative) for p, sr in pairs for seed in settings.seeds]
     if frames < 2 or len(prompts) > 2 or (len(prompts) == 1 and to_seed is None):
-        raise UserError(
-            f"--frames={frames} with {len(prompts)} prompts; allowed: 2 frames or more between "
-            "2 prompts, or of 1 prompt with --to_seed"
+        raise SettingError(
+            f"frames={frames} with {len(prompts)} prompt(s); allowed: 2 or more frames between "
+            "2 prompts, or with 1 prompt and a to_seed"
         )
     return [
         Request(
-            prompts[0], seed, others[0], negative_prompt,
-            prompts[-1], others[-1], to_seed, i / (frames - 1),
+            prompts[0], seed, sr_prompts[0], negative,
+            prompts[-1], sr_prompts[-1], to_seed, i / (frames - 1),
         )
-        for seed in seeds
+        for seed in settings.seeds
         for i in range(frames)
     ]  # fmt: skip
 
 
+def _strings(name: str, value: str | Sequence[str]) -> list[str]:
+    strings = as_list(value)
+    wrong = [s for s in strings if not isinstance(s, str)]
+    if wrong or not strings:
+        found = repr(wrong[0]) if wrong else "empty"
+        raise SettingError(f"{name} is {found}; it must be a string or a list of strings")
+    return [str(s) for s in strings]
+
+
 def read_prompts(prompts: str, file: str) -> list[str]:
-    """The prompts of a flag, separated by semicolons, or of a file.
+    """Reads the prompts of --prompts or --prompts_file.
 
     Args:
-      prompts: "a red circle; two blue stars".
-      file: a .csv with one of COLUMNS, or else a text file with a prompt a line.
+      prompts: separated by semicolons: "a red circle; two blue stars".
+      file: a .csv file with one of COLUMNS, or a text file with one prompt per line.
 
     Raises:
       UserError: none or both are given, the file cannot be read, or a prompt is empty.
     """
     if bool(prompts) == bool(file):
         raise UserError('give either --prompts="a red circle" or --prompts_file=FILE (see --help)')
+    flag = "--prompts" if prompts else f"--prompts_file={file}"
     found = prompts.split(";") if prompts else _from_file(Path(file))
     found = [prompt.strip() for prompt in found]
     if not any(found):
-        raise UserError(f"{'--prompts' if prompts else f'--prompts_file={file}'} holds no prompt")
+        raise UserError(f"{flag} holds no prompt")
     if not all(found):
-        where = "--prompts" if prompts else f"--prompts_file={file}"
-        raise UserError(f"{where}: prompt {found.index('') + 1} is empty")
+        raise UserError(f"{flag}: prompt {found.index('') + 1} is empty")
     return found
 
 
@@ -114,41 +120,3 @@ def _from_file(path: Path) -> list[str]:
             f"--prompts_file={path} has the columns {found}; one must be {', '.join(COLUMNS)}"
         )
     return [row[column] or "" for row in rows]
-
-
-def read_image(flag: str, file: str, size: int) -> np.ndarray:
-    """An RGB picture of size x size pixels, uint8 [size, size, 3].
-
-    Raises:
-      UserError: it cannot be read, or has another size or mode (alpha, gray, 16 bits).
-    """
-    return np.asarray(_opened(flag, file, size, "RGB"))
-
-
-def read_mask(flag: str, file: str, size: int) -> np.ndarray:
-    """A black and white picture, bool [size, size, 1]: True (white) where there is to be drawn.
-
-    Raises:
-      UserError: as read_image; or it is black all over.
-    """
-    mask = np.asarray(_opened(flag, file, size, "L", "1").convert("L"))[..., None] > 127
-    if not mask.any():
-        raise UserError(f"{flag}={file} is black all over; white is where there is to be drawn")
-    return mask
-
-
-def _opened(flag: str, file: str, size: int, *modes: str) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except FileNotFoundError as e:
-        raise UserError(f"{flag}={file}: there is no such file") from e
-    except OSError as e:
-        raise UserError(f"{flag}={file} is no picture that can be read") from e
-    if image.mode not in modes or image.size != (size, size):
-        width, height = image.size
-        raise UserError(
-            f"{flag}={file} is {width}x{height} in mode {image.mode}; it must be {size}x{size} in "
-            f"mode {' or '.join(modes)}"
-        )
-    return image

@@ -1,53 +1,71 @@
-"""What joins the stages: shrinking, crops, noise and order agree in training and sampling."""
+"""How stages connect: shrinking, crops, noise and order agree in training and sampling."""
 
 import dataclasses
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_config, random_batch, shrink_sr, train_run
+from conftest import FakeEncoder, load_config, shrink_sr, train_run
 from conftest import shrink as shrink_run
 from PIL import Image
+from saved_runs import ShortEncoder
 
 from data_pipelines.reading.reader import Reader
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
 from imagen_jax.diffusion import process
 from imagen_jax.diffusion.conditioning import (
+    pad_text,
     sampling_condition,
     shrink,
     shrink_pixels,
     training_condition,
 )
 from imagen_jax.pipeline import cascade
+from imagen_jax.pipeline.cascade import Cascade, TrainedStage
 from imagen_jax.stage import Stage, load
 
 
-def stages_of(*configs):
+def untrained(*configs):
+    """A stage of freshly initialized weights for each config."""
     stages = [Stage(parse(c)) for c in configs]
-    return [
-        cascade.Stage(str(i), 0, b, b.init().ema, b.config.sampling, batch_size=8)
-        for i, b in enumerate(stages)
-    ]
+    return [TrainedStage(f"run{i}", 0, s, jax.jit(s.init_params)()) for i, s in enumerate(stages)]
 
 
 @pytest.fixture(scope="module")
 def stages():
-    """An untrained cascade, 32 -> 64."""
-    base, sr = shrink_run(load_config("demo")), shrink_sr(load_config("sr256", "tiny"))
-    return stages_of(base, sr)
+    """A base model of 32 pixels, and super-resolution from 32 to 64."""
+    return untrained(shrink_run(load_config("demo")), shrink_sr(load_config("sr256", "tiny")))
 
 
-def test_shrinking_a_crop_is_cropping_the_shrunk_image():
+@pytest.fixture
+def encoders_loaded(monkeypatch):
+    """The arguments with which text encoders are loaded; the encoder itself is a fake one."""
+    loaded = []
+    monkeypatch.setattr(cascade, "load_encoder", lambda *args: loaded.append(args) or FakeEncoder())
+    return loaded
+
+
+@pytest.fixture
+def pipe(stages, encoders_loaded):
+    return Cascade(stages)
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_shrinking_a_crop_equals_cropping_the_shrunk_image():
     image = np.random.default_rng(0).random((1, 64, 64, 3))
     small = shrink(image, 16)
     crop = shrink(image[:, 8:40, 12:44], 8)
     np.testing.assert_allclose(crop, small[:, 2:10, 3:11], rtol=1e-12)
 
 
-def test_crops_lie_on_low_resolution_pixels_and_are_random_but_repeatable(tiny_data):
+def test_crops_are_random_repeatable_and_aligned_to_low_resolution_pixels(tiny_data):
     values = shrink_sr(load_config("sr256", "tiny")).to_dict()
     values["data"].update(dir=tiny_data, task="scenes_32", image_size=32)
     values["model"].update(image_size=16, low_res=4)
@@ -75,7 +93,7 @@ def test_crops_lie_on_low_resolution_pixels_and_are_random_but_repeatable(tiny_d
     assert row["image"].shape == (16, 16, 3)
 
 
-def test_the_training_condition_is_noised_by_its_own_level():
+def test_in_training_each_low_res_image_has_its_own_noise_level():
     x = jnp.full((64, 32, 32, 3), 0.5)
     cond = training_condition(x, 8, jax.random.key(0))
     assert cond["low_res"].shape == (64, 8, 8, 3) and cond["aug_level"].shape == (64,)
@@ -84,83 +102,114 @@ def test_the_training_condition_is_noised_by_its_own_level():
     assert np.corrcoef(level, spread)[0, 1] > 0.9
 
 
-def test_sampling_without_augmentation_shows_the_image_itself():
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
-    cond = sampling_condition(pixels, 0.0, np.arange(2, dtype=np.uint32))
-    np.testing.assert_array_equal(process.to_uint8(np.array(cond["low_res"])), pixels)
-    noised = sampling_condition(pixels, 0.5, np.arange(2, dtype=np.uint32))
-    alone = sampling_condition(pixels[1:], 0.5, np.array([1], np.uint32))
+def test_sampling_without_augmentation_passes_the_image_unchanged():
+    image = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+    cond = sampling_condition(image, 0.0, np.arange(2, dtype=np.uint32))
+    np.testing.assert_array_equal(process.to_uint8(np.array(cond["low_res"])), image)
+    noised = sampling_condition(image, 0.5, np.arange(2, dtype=np.uint32))
+    alone = sampling_condition(image[1:], 0.5, np.array([1], np.uint32))
     np.testing.assert_allclose(noised["low_res"][1], alone["low_res"][0], rtol=1e-6)
 
 
-def cond_of(stages, num):
-    config = dataclasses.replace(stages[0].stage.config, batch_size=num)
-    batch = random_batch(config)
-    return [{k: batch[k] for k in ("text", "text_mask")}] * len(stages)
-
-
-def test_each_stage_enlarges_what_the_one_before_drew(stages):
-    cascade.check_order(stages)
-    conds, told = cond_of(stages, 3), []
-    seeds = np.arange(3, dtype=np.uint32)
-    small, large = cascade.draw(
-        stages, seeds, conds, progress=lambda s, n: told.append((s.name, n))
-    )
-    assert small.shape == (3, 32, 32, 3) and large.shape == (3, 64, 64, 3)
-    assert told == [("0", 3), ("1", 3)]
-    given = conds[1] | {"low_res": small}
-    again = stages[1].stage.sample(stages[1].params, seeds, given, stages[1].sampler)
-    np.testing.assert_array_equal(again, large)
-
-
-def test_super_resolution_trained_on_crops_draws_whole_images(stages):
+def test_each_stage_enlarges_the_samples_of_the_one_before(pipe, stages):
+    prompts = ["a red circle", "two stars"]
+    small, large = pipe(prompts, seed=3, num=2, steps=[2, 3], return_stages=True)
+    assert [i.size for i in small] == [(32, 32)] * 4 and [i.size for i in large] == [(64, 64)] * 4
     sr = stages[1]
-    cond = cond_of(stages, 1)[1] | {"low_res": np.zeros((1, 64, 64, 3), np.uint8)}
-    drawn = sr.stage.sample(sr.params, np.zeros(1, np.uint32), cond, sr.sampler)
-    assert drawn.shape == (1, 128, 128, 3)
+    text = FakeEncoder().encode(np.repeat(prompts, 2).tolist())
+    cond = pad_text(sr.stage.config.text.parts, text) | {"low_res": pixels(small)}
+    sampler = dataclasses.replace(sr.stage.config.sampling, num_steps=3)
+    again = sr.stage.sample(sr.params, np.array([3, 4, 3, 4], np.uint32), cond, sampler)
+    np.testing.assert_array_equal(again, pixels(large))
 
 
-def test_outside_the_mask_nothing_changes(stages):
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    mask = np.zeros((64, 64, 1), bool)
+def test_a_sample_depends_on_its_own_prompt_and_seed_only(pipe):
+    several = pipe(["a", "b", "c"], seed=7, batch_size=2)
+    np.testing.assert_array_equal(np.asarray(pipe("c", seed=7)[0]), np.asarray(several[2]))
+    assert (pixels(pipe("c", seed=8)) != pixels(several[2:])).any()
+
+
+def test_stages_share_a_text_encoder_that_is_loaded_once(pipe, encoders_loaded):
+    assert not encoders_loaded
+    for prompt in "ab":
+        pipe(prompt)
+    assert encoders_loaded == [("byte-tiny", 6)]
+
+
+def test_a_progress_bar_can_be_turned_off(pipe, capsys):
+    pipe("a", progress=False)
+    assert capsys.readouterr().err == ""
+    pipe("a")
+    assert "run1: 100%" in capsys.readouterr().err
+
+
+def test_long_prompts_are_refused_or_truncated(stages, monkeypatch, caplog):
+    monkeypatch.setattr(cascade, "load_encoder", lambda *args: ShortEncoder())
+    monkeypatch.setattr(logging.getLogger("imagen_jax"), "propagate", True)
+    caplog.set_level(logging.INFO, "imagen_jax")
+    base = Cascade(stages[:1])
+    with pytest.raises(
+        UserError, match=r"^truncate_prompts is needed: prompt 'abcdefgh' has 9 .* 6$"
+    ):
+        base(["abc", "abcdefgh"])
+    for words in ({"negative_prompt": "abcdefgh"}, {"frames": 2}):
+        with pytest.raises(UserError, match="'abcdefgh' has 9 tokens"):
+            base(["abc", "abcdefgh"] if "frames" in words else "abc", guidance=2, **words)
+    images = base(["abc", "abcdefgh"], truncate_prompts=True)
+    np.testing.assert_array_equal(pixels(images), pixels(base(["abc", "abcde"])))
+    assert [r.getMessage() for r in caplog.records] == [
+        "prompt truncated from 9 to 6 tokens: 'abcde'"
+    ]
+
+
+def test_super_resolution_trained_on_crops_samples_whole_images(stages):
+    sr = stages[1]
+    cond = pad_text(sr.stage.config.text.parts, FakeEncoder().encode(["a"]))
+    cond["low_res"] = np.zeros((1, 64, 64, 3), np.uint8)
+    samples = sr.stage.sample(sr.params, np.zeros(1, np.uint32), cond)
+    assert samples.shape == (1, 128, 128, 3)
+
+
+def test_nothing_changes_outside_the_mask(pipe):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    mask = np.zeros((64, 64), bool)
     mask[:, 32:] = True
-    given, seeds = {"image": image, "mask": mask}, np.arange(2, dtype=np.uint32)
-    small, large = cascade.draw(stages, seeds, cond_of(stages, 2), given)
-    for picture in large:
-        np.testing.assert_array_equal(picture[:, :32], image[:, :32])
-        assert (picture[:, 32:] != image[:, 32:]).any()
-    assert np.array_equal(small[0, :, :16], shrink_pixels(image[None], 32)[0, :, :16])
+    small, large = pipe("a", num=2, image=image, mask=mask, resample=1, return_stages=True)
+    for sample in pixels(large):
+        np.testing.assert_array_equal(sample[:, :32], image[:, :32])
+        assert (sample[:, 32:] != image[:, 32:]).any()
+    shrunk = shrink_pixels(image[None], 32)[0]
+    np.testing.assert_array_equal(pixels(small)[0, :, :16], shrunk[:, :16])
 
 
-def test_little_strength_changes_little():
+def test_a_small_strength_changes_the_image_little(encoders_loaded):
     image = np.full((32, 32, 3), 40, np.uint8)
     image[:16] = 200
     values = shrink_run(load_config("demo"))
-    values.diffusion.prediction = "eps"  # untrained, it predicts 0: all of z is the picture
-    base, seeds = stages_of(values), np.zeros(1, np.uint32)
+    values.diffusion.prediction = "eps"  # untrained, it predicts 0: all of z is the image
+    base = Cascade(untrained(values))
 
     def changed(strength):
-        sampler = dataclasses.replace(base[0].sampler, strength=strength, num_steps=8)
-        stage = dataclasses.replace(base[0], sampler=sampler)
-        [drawn] = cascade.draw([stage], seeds, cond_of(base, 1), {"image": image})
-        return np.abs(drawn[0].astype(float) - image).mean()
+        samples = pixels(base("a", image=image, strength=strength, steps=8))
+        return np.abs(samples[0].astype(float) - image).mean()
 
     assert changed(0.05) < 0.5 * changed(0.9)
 
 
-def test_a_cascade_in_the_wrong_order_is_one_line(stages):
-    with pytest.raises(
-        UserError, match="--workdir: 1 enlarges 32 pixels, but before it comes noth"
-    ):
-        cascade.check_order(stages[1:])
-    with pytest.raises(UserError, match="0 is a base model, but before it comes 1, which draws 64"):
-        cascade.check_order(stages[::-1], 32)
-    cascade.check_order(stages[1:], 32)
+def test_the_wrong_order_of_stages_is_one_line(stages):
+    message = "^workdir: run0 is a base model, but follows run1, which samples 64 pixels$"
+    with pytest.raises(UserError, match=message):
+        Cascade(stages[::-1])
+    message = "^workdir: run1 enlarges 32 pixels, but follows run1, which samples 64 pixels$"
+    with pytest.raises(UserError, match=message):
+        Cascade([stages[0], stages[1], stages[1]])
+    with pytest.raises(UserError, match=r"^workdir: run1 enlarges 32 pixels, .* give an image"):
+        Cascade(stages[1:])("a")
+    [enlarged] = Cascade(stages[1:])("a", image=np.zeros((32, 32, 3), np.uint8))
+    assert enlarged.size == (64, 64)
 
 
-def test_super_resolution_trains_draws_grids_and_resumes(tiny_data, tmp_path):
-
+def test_super_resolution_trains_writes_grids_and_is_loaded(tiny_data, tmp_path):
     values = shrink_sr(load_config("sr256", "tiny")).to_dict()
     values["data"].update(dir=tiny_data, task="scenes_32", build=False, image_size=0)
     values["model"].update(image_size=32, low_res=8)

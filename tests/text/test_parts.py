@@ -25,7 +25,7 @@ from imagen_jax.config import TextConfig, parse
 from imagen_jax.diffusion.conditioning import pad_text
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.unet import UNetConfig
-from imagen_jax.pipeline import writer
+from imagen_jax.pipeline import cascade
 from imagen_jax.stage import Stage
 from imagen_jax.text.encoder import Batch
 
@@ -190,7 +190,7 @@ def test_training_and_sampling_work_with_two_encoders(
     assert {k: v.shape for k, v in batch.items()} == {k: v.shape for k, v in shapes.items()}
     assert batch["text_mask"][:, 6:].any() and batch["text_mask"][:, :6].any()
     train_run(config, tmp_path / "run")
-    monkeypatch.setattr(writer, "load_encoder", lambda name, max_tokens: encoders[name])
+    monkeypatch.setattr(cascade, "load_encoder", lambda name, max_tokens: encoders[name])
     before = set(flags.FLAGS)
     sample.define_flags()
     try:

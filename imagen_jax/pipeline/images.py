@@ -1,0 +1,127 @@
+"""Pictures to edit or enlarge: read from files or memory, and fitted to the model's size."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from imagen_jax.common import cli
+from imagen_jax.pipeline.settings import Picture, SettingError, Settings
+
+
+def read_inputs(settings: Settings, low_res: int, size: int) -> dict[str, np.ndarray]:
+    """Reads settings.image and settings.mask as the arrays that all samples start from.
+
+    Args:
+      low_res: side of the images that the first stage enlarges, pixels; 0 for a base model.
+      size: side of the images that the last stage samples.
+
+    Returns:
+      low_res uint8 [low_res, low_res, 3] if the first stage enlarges; otherwise image uint8
+      [size, size, 3] and, with a mask, mask bool [size, size, 1]. Empty without an image.
+
+    Raises:
+      SettingError: a picture cannot be read or the two do not match, or nothing would change.
+    """
+    if settings.image is None:
+        return {}
+    label, image = _open("image", settings.image)
+    if low_res:
+        return {"low_res": _pixels(label, image, low_res)}
+    inputs = {"image": _pixels(label, image, size)}
+    if settings.mask is not None:
+        mask_label, mask = _open("mask", settings.mask)
+        if not _same_shape(image.size, mask.size):
+            (w, h), (mask_w, mask_h) = image.size, mask.size
+            raise SettingError(
+                f"{mask_label} is {mask_w}x{mask_h}, but the image is {w}x{h}; "
+                "the mask must have the image's aspect ratio"
+            )
+        inputs["mask"] = _mask_pixels(mask_label, mask, size)
+    elif settings.strength in (None, 1):
+        raise SettingError(f"{label} needs a strength below 1 (try 0.6) or a mask")
+    return inputs
+
+
+def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two sizes have the same aspect ratio, up to rounding to whole pixels."""
+    return abs(a[0] * b[1] - b[0] * a[1]) <= max(*a, *b)
+
+
+def _open(name: str, picture: Picture) -> tuple[str, Image.Image]:
+    """Returns the picture, turned upright, and its label for messages."""
+    if isinstance(picture, np.ndarray):
+        picture = _from_array(name, picture)
+    label = name if isinstance(picture, Image.Image) else f"{name}={picture}"
+    try:
+        image = picture if isinstance(picture, Image.Image) else _from_file(picture)
+        upright = ImageOps.exif_transpose(image)
+    except FileNotFoundError as e:
+        raise SettingError(f"{label}: no such file") from e
+    except Exception as e:  # decoders raise anything on a broken file
+        raise SettingError(f"{label} is not a readable picture ({type(e).__name__})") from e
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        cli.log.info("%s: turned upright as its EXIF orientation says", label)
+    return label, upright
+
+
+def _from_file(path: str | os.PathLike) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def _from_array(name: str, array: np.ndarray) -> Image.Image:
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not shaped or not array.size:
+        raise SettingError(
+            f"{name} is an array {array.dtype} {list(array.shape)}; allowed: uint8 [H, W], "
+            "[H, W, 3] or [H, W, 4], or bool [H, W]"
+        )
+    return Image.fromarray(array)
+
+
+def _pixels(label: str, image: Image.Image, size: int) -> np.ndarray:
+    """An image as uint8 [size, size, 3]; area filter to shrink, bicubic to enlarge."""
+    method = Image.Resampling.BOX if min(image.size) > size else Image.Resampling.BICUBIC
+    if image.mode != "RGB":
+        cli.log.info("%s: converted from mode %s to RGB", label, image.mode)
+    return np.asarray(_fit(label, _to_rgb(image, "white"), size, method))
+
+
+def _mask_pixels(label: str, mask: Image.Image, size: int) -> np.ndarray:
+    """A mask as bool [size, size, 1], True where it is white; transparent pixels are black."""
+    gray = _to_rgb(mask, "black").convert("L")
+    pixels = np.asarray(_fit(label, gray, size, Image.Resampling.NEAREST))[..., None] > 127
+    if not pixels.any():
+        raise SettingError(f"{label} is black everywhere; white marks what to repaint")
+    return pixels
+
+
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+    """Converts any mode to RGB: transparency shows the background, 16 bits become 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
+
+
+def _fit(label: str, image: Image.Image, size: int, method: Image.Resampling) -> Image.Image:
+    """Crops to the center square and resizes it to size x size."""
+    (width, height), side = image.size, min(image.size)
+    if width != height:
+        cli.log.info("%s: %dx%d cropped to its center %dx%d", label, width, height, side, side)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        cli.log.info("%s: resized from %dx%d to %dx%d", label, side, side, size, size)
+        image = image.resize((size, size), method)
+    return image
