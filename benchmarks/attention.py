@@ -1,12 +1,12 @@
-"""Our attention against jax.nn.dot_product_attention, in one run.
+"""Compares our attention with jax.nn.dot_product_attention, in one run.
 
     python -m benchmarks.attention --shapes=32x8,16x12 --batch_size=2
 
-Attention as the base model has it, with half its heads, on this machine's device. At each size of
-the image (--shapes are SIZExHEADS, of 64 channels a head; the model has 32x16 and 16x24) all pixels
-attend to all pixels and 128 tokens. Called in turn are a forward pass and one with gradients;
-beside the median of the times stands the temporary memory that XLA plans. In brackets, how many
-times less than JAX's. On a GPU JAX's has a second row in bfloat16, through cuDNN.
+Measures the base model's attention, by default with half its heads, on this machine's device. At
+each shape in --shapes (SIZExHEADS, with 64 channels per head; the model has 32x16 and 16x24) all
+pixels attend to all pixels and 128 tokens. A forward pass and one with gradients take turns. The
+table reports the median time and the temporary memory XLA plans; brackets show how many times less
+that is than for JAX's attention. On a GPU in bfloat16, JAX's cuDNN implementation has a row too.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ KINDS = ("forward", "with gradients")
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("shapes", ["32x8", "16x12"], "Sides of the image x heads.")
-    flags.DEFINE_integer("batch_size", 2, "Images a call.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 9, "How often each program is timed.", lower_bound=1)
-    flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of queries, keys and values.")
-    flags.DEFINE_string("json", "", "Also write the figures to this file.")
+    flags.DEFINE_list("shapes", ["32x8", "16x12"], "Image sizes and heads, SIZExHEADS.")
+    flags.DEFINE_integer("batch_size", 2, "Images per call.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 9, "Number of times each program is timed.", lower_bound=1)
+    flags.DEFINE_enum(
+        "dtype", "bfloat16", ["float32", "bfloat16"], "Type of queries, keys, values."
+    )
+    flags.DEFINE_string("json", "", "File to write the figures to, as JSON.")
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints a table in Markdown."""
+    """Measures every shape and prints a table in Markdown."""
     del argv
     found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text) for text in FLAGS.shapes]
     if not all(found):
@@ -63,10 +65,10 @@ def main(argv: list[str]) -> None:
 
 
 def functions() -> dict[str, Callable[..., jax.Array]]:
-    """(q, k, v, mask) -> the attention's output, by name."""
+    """Returns the attention functions (q, k, v, mask) -> output, by name."""
 
     def jaxs(q, k, v, mask, implementation=None):
-        # cuDNN wants a row for every query.
+        # cuDNN requires a mask row for every query.
         mask = jnp.broadcast_to(mask[:, None, None, :], (q.shape[0], 1, q.shape[1], k.shape[1]))
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
@@ -77,7 +79,7 @@ def functions() -> dict[str, Callable[..., jax.Array]]:
 
 
 def programs(function: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]]:
-    """The jitted functions of (q, k, v, mask, gradient of the output) that are timed."""
+    """Returns the jitted functions of (q, k, v, mask, output gradient) to time."""
 
     def with_gradients(q, k, v, mask, g):
         out, pull = jax.vjp(lambda q, k, v: function(q, k, v, mask), q, k, v)
@@ -88,7 +90,7 @@ def programs(function: Callable[..., jax.Array]) -> dict[str, Callable[..., Any]
 
 
 def measure(size: int, heads: int, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds and bytes of each function's programs, timed in turn."""
+    """Measures seconds and bytes of each function; the programs take turns."""
     keys = jax.random.split(jax.random.key(0), 4)
     lengths = [size**2, size**2 + TOKENS, size**2 + TOKENS, size**2]
     shapes = [(batch, length, heads, HEAD_DIM) for length in lengths]
@@ -105,7 +107,7 @@ def measure(size: int, heads: int, batch: int, rounds: int) -> dict[str, dict[st
         for key, program in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(program(*args))
-            if turn:  # the first is not counted
+            if turn:  # the first turn is a warm-up
                 seconds[key].append(time.perf_counter() - start)
     results: dict[str, dict[str, Any]] = {name: {} for name, _ in compiled}
     for (name, kind), program in compiled.items():
@@ -115,7 +117,7 @@ def measure(size: int, heads: int, batch: int, rounds: int) -> dict[str, dict[st
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown, each with how many times less it takes than JAX's."""
+    """Formats the rows in Markdown, each with its ratio to JAX's attention."""
     head = " | ".join(f"{kind}, ms | {kind}, temporary MiB" for kind in KINDS)
     lines = [f"| pixels, heads | attention | {head} |", "|---" * (2 + 2 * len(KINDS)) + "|"]
     bases = {(row["size"], row["heads"]): row for row in rows if row["name"] == JAXS}

@@ -1,12 +1,13 @@
-"""The Efficient U-Net against the ordinary one, and scanned against unrolled blocks, in one run.
+"""Compares the Efficient U-Net with the ordinary one, and scanned with unrolled blocks, in one run.
 
     python -m benchmarks.efficient_unet --json=efficient_unet.json
 
-The first table has the networks at nearly the same number of parameters on the same task, an image
-enlarged four times: time of a forward pass and of a training step (loss and gradient, without the
-optimizer), called in turn so that a change of the machine's load meets all, and the temporary
-memory that XLA plans. In brackets, how many times less than the ordinary network. The second table
-has the time of compiling a training step with more and more equal blocks.
+The first table compares networks of nearly equal parameter counts on the same task, 4x
+super-resolution. It reports the time of a forward pass and of a training step (loss and gradient,
+without the optimizer) and the temporary memory XLA plans. The programs take turns, so that a change
+in machine load affects all of them. Brackets show how many times less a network takes than the
+ordinary one. The second table reports the time to compile a training step as the number of equal
+blocks grows.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "width", 16, "Channels of the Efficient U-Net's first level; a multiple of 4."
     )
-    flags.DEFINE_integer("batch_size", 1, "Images a call.")
-    flags.DEFINE_integer("rounds", 5, "How often each program is timed.")
-    flags.DEFINE_list("blocks", ["2", "4", "8"], "Blocks a level in the table of compile times.")
+    flags.DEFINE_integer("batch_size", 1, "Images per call.")
+    flags.DEFINE_integer("rounds", 5, "Number of times each program is timed.")
+    flags.DEFINE_list("blocks", ["2", "4", "8"], "Blocks per level in the table of compile times.")
     flags.DEFINE_enum(
         "clock",
         "wall",
         list(CLOCKS),
-        "cpu counts this process alone, for a CPU shared with others.",
+        "cpu counts only the time of this process, for a machine that other processes share.",
     )
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the activations.")
-    flags.DEFINE_string("json", "", "Also write the figures to this file.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type of the activations.")
+    flags.DEFINE_string("json", "", "File to write the figures to, as JSON.")
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints two tables in Markdown."""
+    """Measures both tables and prints them in Markdown."""
     del argv
     if not all(text.isdecimal() and int(text) > 0 for text in FLAGS.blocks):
         raise UserError(f"--blocks is {FLAGS.blocks}; it must be whole numbers above 0")
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def efficient(width: int, image_size: int, **common: Any) -> EfficientUNetConfig:
-    """sr256 with its widths scaled to a first level of `width`."""
+    """Returns sr256 scaled to a first level of `width` channels."""
     widths = tuple(width * mult for mult in (1, 2, 4, 8))
     return EfficientUNetConfig(
         image_size=image_size, widths=widths, cond_width=4 * width, num_heads=4, **common
@@ -87,9 +88,9 @@ def efficient(width: int, image_size: int, **common: Any) -> EfficientUNetConfig
 
 
 def ordinary(width: int, image_size: int, **common: Any) -> UNetConfig:
-    """The usual U-Net for super-resolution: two blocks a level, attention at the last.
+    """Returns the usual super-resolution U-Net: two blocks per level, attention at the last level.
 
-    Half as wide again as the Efficient one, which gives it about as many parameters.
+    It is 1.5 times as wide as the Efficient U-Net, which gives about the same number of parameters.
     """
     width = 3 * width // 2
     return UNetConfig(
@@ -109,7 +110,7 @@ def network(config: EfficientUNetConfig | UNetConfig) -> Functional:
 
 
 def inputs(config: EfficientUNetConfig | UNetConfig, batch: int) -> tuple[Any, ...]:
-    """Random z, log_snr and cond."""
+    """Returns random z, log_snr and cond."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -125,7 +126,7 @@ def inputs(config: EfficientUNetConfig | UNetConfig, batch: int) -> tuple[Any, .
 
 
 def programs(config: EfficientUNetConfig | UNetConfig) -> dict[str, Callable[..., Any]]:
-    """The jitted functions of (params, z, log_snr, cond) that are timed."""
+    """Returns the jitted functions of (params, z, log_snr, cond) to time."""
     apply = network(config).apply
 
     def loss(params, z, log_snr, cond):
@@ -135,7 +136,7 @@ def programs(config: EfficientUNetConfig | UNetConfig) -> dict[str, Callable[...
 
 
 def compare(configs: dict, batch: int, rounds: int, clock: Callable[[], float]) -> dict:
-    """Parameters, seconds and bytes of each network's programs, timed in turn."""
+    """Measures parameters, seconds and bytes of each network; the programs take turns."""
     runs, results = {}, {name: {} for name in configs}
     for name, config in configs.items():
         shapes = jax.eval_shape(network(config).init, jax.random.key(0))
@@ -161,7 +162,7 @@ def compare(configs: dict, batch: int, rounds: int, clock: Callable[[], float]) 
 def compile_times(
     config: EfficientUNetConfig, blocks: list[int], clock: Callable[[], float]
 ) -> list[dict]:
-    """Seconds to trace and compile a training step, for each number of blocks a level."""
+    """Measures the seconds to trace and compile a training step, per number of blocks."""
     rows = []
     for count in blocks:
         row = {"blocks": count}
@@ -197,9 +198,9 @@ def _number(values: np.ndarray) -> str:
 
 
 def compile_table(compiling: list[dict], clock: str) -> str:
-    """Seconds of compiling, by blocks a level."""
+    """Formats the compile times, one row per number of blocks."""
     lines = [
-        f"| blocks a level | scanned, {clock} s | unrolled, {clock} s | ratio |",
+        f"| blocks per level | scanned, {clock} s | unrolled, {clock} s | ratio |",
         "|---|---|---|---|",
     ]
     for row in compiling:

@@ -60,7 +60,7 @@ def get_config(size: str = "2b") -> ConfigDict:
 
     config.diffusion = ConfigDict()
     config.diffusion.schedule = "cosine"
-    config.diffusion.prediction = "eps"
+    config.diffusion.prediction = "eps"  # as in the paper
     config.diffusion.caption_dropout = 0.1
 
     config.optimizer = ConfigDict()

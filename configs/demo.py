@@ -50,8 +50,8 @@ def get_config() -> ConfigDict:
     config.text.max_tokens = 64  # every caption pays for the longest; longer captions are left out
 
     config.diffusion = ConfigDict()
-    # With such large patches eps is harder to predict than the image, and the samples of a short
-    # run stay noisy (arXiv:2511.13720).
+    # At this patch size eps is harder to predict than the picture, and the samples of a short run
+    # stay noisy (arXiv:2511.13720). The output layers follow the prediction, see models/unet.py.
     config.diffusion.prediction = "x"
     config.diffusion.weighting = "x"
     config.diffusion.low_discrepancy = True

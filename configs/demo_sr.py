@@ -50,8 +50,9 @@ def get_config() -> ConfigDict:
     config.text.max_tokens = 64
 
     config.diffusion = ConfigDict()
-    # The noise of single pixels has to pass a level of half the size before eps can be told; x has
-    # not, and a short run learns it first.
+    # The network could predict eps, as in the paper. But the low-resolution image is already close
+    # to x, while the noise has to pass through a level of half the resolution: a short run learns x
+    # first.
     config.diffusion.prediction = "x"
     config.diffusion.weighting = "x"
     config.diffusion.low_discrepancy = True

@@ -21,9 +21,12 @@ from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.models.denoiser import POOLING, SEQUENCE, NetworkConfig
 from imagen_jax.models.networks import NETWORKS
 
-# Network keys that a checkpoint need not share with the run that reads it, and keys that repeat the
-# section `text`.
-NOT_WEIGHTS = ("dtype", "dropout", "scan_blocks", "text_dim", "text_parts", "pooling", "sequence")
+# Fields of the U-Net's config that a checkpoint and the run that reads it may disagree on, or that
+# follow from the sections `text` and `diffusion`.
+NOT_WEIGHTS = (
+    *("dtype", "dropout", "scan_blocks"),
+    *("text_dim", "text_parts", "pooling", "sequence", "head"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,11 +228,12 @@ class Config:
 
     @functools.cached_property
     def unet(self) -> NetworkConfig:
-        """The network's config: the section `model` and the shapes of the text."""
+        """The section `model`, with the fields that follow from `text` and `diffusion`."""
         values = {"name": "unet", **self.model}
         name, text = values.pop("name"), self.text
         require(name in NETWORKS, "model.name", name, ", ".join(NETWORKS))
         parts = [(part.max_tokens, part.dim) for part in text.parts]
+        head = "norm" if self.diffusion.prediction == "eps" else "gated"
         return typed(
             NETWORKS[name].config,
             values,
@@ -238,6 +242,7 @@ class Config:
             text_parts=tuple(parts) if len(parts) > 1 else (),
             pooling=text.pooling,
             sequence=text.sequence,
+            **({"head": head} if name == "unet" else {}),
         )
 
     @functools.cached_property

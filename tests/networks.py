@@ -1,4 +1,4 @@
-"""What the tests of both U-Nets share: states and inputs made from a config alone."""
+"""Helpers for the tests of both U-Nets: states and inputs derived from a config."""
 
 import math
 from functools import partial
@@ -14,27 +14,27 @@ from imagen_jax.models.unet import UNet, UNetConfig
 NETWORKS = {UNetConfig: UNet, EfficientUNetConfig: EfficientUNet}
 BATCH, TOKENS = 2, 5
 
-# The tiny programs compile twice as fast without XLA's expensive passes.
+# Tiny programs compile twice as fast without XLA's expensive passes.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(config):
-    """rngs -> the network of a config, whichever it is."""
+    """Returns the constructor rngs -> network for either kind of config."""
     return lambda rngs: NETWORKS[type(config)](config, rngs=rngs)
 
 
 def abstract(config):
-    """The network's graphdef and its state without memory."""
+    """Returns the network's graphdef and its state as shapes, without allocating."""
     return nnx.split(nnx.eval_shape(lambda: make(config)(nnx.Rngs(0))))
 
 
 def count(config):
-    """Its number of parameters."""
+    """Counts the network's parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
 
 
 def random_state(config):
-    """A state whose every parameter is random, so that no zero at the start hides a path."""
+    """Returns a state with all parameters random, so that no zero initialization hides a path."""
     leaves, treedef = jax.tree.flatten(abstract(config)[1])
     rng = np.random.default_rng(0)
     filled = [jnp.asarray(0.2 * rng.standard_normal(x.shape), jnp.float32) for x in leaves]
@@ -42,7 +42,7 @@ def random_state(config):
 
 
 def inputs(config, scale=1):
-    """z, log_snr and cond of a batch whose images are `scale` times as large as it trains on."""
+    """Returns z, log_snr and cond for a batch of images `scale` times the training size."""
     rng = np.random.default_rng(1)
     size, small = scale * config.image_size, scale * config.low_res
     z = rng.standard_normal((BATCH, size, size, 3))
@@ -56,5 +56,5 @@ def inputs(config, scale=1):
 
 
 def with_text(cond, token):
-    """The same conditioning with the embedding of one token of the first example changed."""
+    """Returns the conditioning with one token embedding of the first example changed."""
     return {**cond, "text": cond["text"].at[0, token].add(3.0)}

@@ -1,1 +1,1 @@
-"""The denoising networks. They know nothing of config files, meshes or diffusion."""
+"""The denoising networks; independent of config files, meshes and diffusion."""

@@ -1,10 +1,10 @@
-"""Attention that keeps no logits.
+"""Attention that does not store its logits.
 
-At 32x32 pixels, 16 heads and 8 examples the base model's logits are 600 MB in float32, and a
-softmax that writes them down goes over them again and again. Training therefore computes them
-twice, once for each row's maximum and once for its exponentials (where all is recomputed, as often
-again), and two arrays of their size are kept, in the type of the activations: the exponentials, and
-in the backward pass the gradient of the logits.
+At 32x32 pixels, 16 heads and 8 examples, the base model's logits take 600 MB in float32, and a
+softmax that writes them to memory reads them several times. Training therefore computes the logits
+twice, once for the maximum of each row and once for the exponentials (and again twice if the block
+is recomputed). Only two arrays of this size are stored, both in the type of the activations: the
+exponentials and, in the backward pass, the gradient of the logits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MASKED = -0.7 * jnp.finfo(jnp.float32).max
 def attention(
     q_bshd: jax.Array, k_bthd: jax.Array, v_bthd: jax.Array, mask_bt: jax.Array | None = None
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v for each head, [B, S, heads, d]; softmax and sums in float32.
+    """Computes softmax(q k^T / sqrt(d)) v per head, [B, S, heads, d].
 
-    q, k and v are of one dtype, as are the output and the gradients.
-    Keys where the mask is False are ignored; where none is True the output is zero.
+    The softmax and its sums are in float32. q, k and v must share a dtype, which the output and the
+    gradients also have. Keys with a False mask are ignored; if all are False, the output is zero.
     """
     return _forward(q_bshd, k_bthd, v_bthd, mask_bt, twice=False)[0]
 
@@ -36,14 +36,14 @@ def _logits(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 def _forward(q, k, v, mask, twice=True):
     logits = _logits(q, k, mask)
-    # Of its name, as the output: a policy that keeps attention need not look for them again.
+    # Shares the output's checkpoint name, so a policy that saves attention saves this too.
     largest = checkpoint_name(jnp.maximum(logits.max(-1), MASKED / 2), "attention")
     if twice:
-        # Behind this barrier the same logits are others, or XLA would keep them.
+        # The barrier stops XLA from merging the two computations, which would store the logits.
         q_again, largest = jax.lax.optimization_barrier((q, largest))
         logits = _logits(q_again, k, mask)
     weights = jnp.exp(logits - largest[..., None])
-    # The largest weight is about 1, unless there is no key.
+    # The largest weight is about 1 unless every key is masked, so 0.5 only guards that case.
     total = checkpoint_name(jnp.maximum(weights.sum(-1), 0.5), "attention")
     total_bsh1 = total.transpose(0, 2, 1)[..., None]
     weights = weights.astype(q.dtype)
@@ -52,11 +52,11 @@ def _forward(q, k, v, mask, twice=True):
     return out, (q, k, v, weights, total_bsh1, out)
 
 
-def _backward(kept, g_bshd):
-    """With p the softmax, dL/dlogits = p (g v^T - sum(g out)): arXiv:2205.14135, appendix B.2."""
-    q, k, v, weights, total_bsh1, out = kept
+def _backward(residuals, g_bshd):
+    """Computes dL/dlogits = p (g v^T - sum(g out)), p the softmax (arXiv:2205.14135, B.2)."""
+    q, k, v, weights, total_bsh1, out = residuals
     g = (g_bshd.astype(jnp.float32) / total_bsh1).astype(q.dtype)
-    # Of the rounded g, as the product below, or the two would not cancel.
+    # Uses the rounded g, like the product below; otherwise the two terms would not cancel.
     mean = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1)[..., None]
     dv = jnp.einsum("bhst,bshd->bthd", weights, g)
     dweights = jnp.einsum("bshd,bthd->bhst", g, v, preferred_element_type=jnp.float32)

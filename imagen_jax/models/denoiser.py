@@ -1,16 +1,17 @@
-"""What both U-Nets have around their blocks: shared config keys, and what goes in.
+"""What both U-Nets share: config keys, inputs and conditioning.
 
-Both are called as `network(z_bhwc, log_snr_b, cond, run_block=..., dropout_key=...)`.
+Both have the signature `network(z_bhwc, log_snr_b, cond, run_block=..., dropout_key=...)`.
 
-`cond` is a dict of arrays whose first axis is the batch:
-- text [B, T, text_dim] and text_mask bool [B, T], True for real tokens; not read when pooling and
-  sequence are "none".
-- low_res [B, h, w, C] in [-1, 1], noised already, and aug_level [B] in [0, 1], which says how much;
-  not read when config.low_res is 0.
+`cond` is a dict of arrays with a leading batch axis:
 
-`run_block(module, *args)` must return module(*args): every parameter is used through it, and args
-and results are arrays (or None, or cond, or Conditioning) whose first axis is the batch, except the
-dropout key, always last.
+- text [B, T, text_dim] and text_mask bool [B, T], True for real tokens; not read if pooling and
+  sequence are both "none".
+- low_res [B, h, w, C] in [-1, 1], already noised, and aug_level [B] in [0, 1], its amount of noise;
+  not read if config.low_res is 0.
+
+`run_block(module, *args)` must return module(*args). Every parameter is used through it. Arguments
+and results are arrays with a leading batch axis, or None, cond or Conditioning; the one exception
+is the dropout key, always the last argument.
 """
 
 from __future__ import annotations
@@ -35,28 +36,28 @@ MAY_BE_0 = ("low_res", "cond_width")
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is an int above 0; a bool is not."""
+    """Returns whether `value` is an int above 0; a bool is not an int here."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """The config keys that both U-Nets have.
+    """The config keys both U-Nets share.
 
     Attributes:
-      image_size: height and width of the images it is trained on, pixels.
-      channels: of the images, in and out.
-      low_res: height and width of the low-resolution images it is trained to enlarge, pixels; 0 for
-        a network that enlarges none.
-      cond_width: channels of the time embedding and of the text tokens; 0 is 4 times the first
-        level's.
+      image_size: height and width of the training images, pixels.
+      channels: channels of the images, in and out.
+      low_res: height and width of the low-resolution training images, pixels; 0 for a network that
+        does no super-resolution.
+      cond_width: channels of the time embedding and of the text tokens; 0 means 4 times the
+        channels of the first level.
       text_dim: width of the text encoder's embeddings.
-      text_parts: of several encoders, (tokens, width) of each: so many tokens of the text are its,
-        and so many of their text_dim numbers.
-      pooling: how the text becomes one vector, added to the time embedding.
-      sequence: how the text tokens enter attention, with LayerNorm, without, or not at all.
-      dropout: rate inside residual blocks, active only when a dropout key is passed.
-      dtype: of activations; parameters and output are float32.
+      text_parts: with several encoders, (tokens, width) of each: the number of tokens it
+        contributes, and how many of the text_dim channels it fills.
+      pooling: how the text becomes the vector added to the time embedding.
+      sequence: how text tokens enter attention: with a LayerNorm, without one, or not at all.
+      dropout: rate inside residual blocks; active only if a dropout key is passed.
+      dtype: type of the activations; parameters and output are float32.
     """
 
     image_size: int = 64
@@ -72,16 +73,16 @@ class NetworkConfig:
 
     @property
     def emb_width(self) -> int:
-        """Channels of the time embedding and of the text tokens, whether configured or not."""
+        """Channels of the time embedding and of the text tokens, after defaults."""
         raise NotImplementedError
 
     @property
     def in_channels(self) -> int:
-        """Channels of the noisy image and of the enlarged one beside it."""
+        """Channels of the input: the noisy image and, if any, the enlarged low-resolution image."""
         return self.channels * (2 if self.low_res else 1)
 
     def __post_init__(self):
-        """Raises UserError for a value out of range, or values that do not fit together."""
+        """Raises UserError for a value out of range or for inconsistent values."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and field.name in MAY_BE_0:
@@ -106,9 +107,9 @@ class NetworkConfig:
 def with_low_res(
     z_bhwc: jax.Array, cond: Mapping[str, jax.Array], config: NetworkConfig
 ) -> jax.Array:
-    """z and, in a super-resolution model, the low-resolution image at its size as more channels.
+    """Concatenates the low-resolution image to z along the channels; without low_res returns z.
 
-    It is enlarged bilinearly to whatever size z has, [B, h, w, C] -> [B, H, W, C].
+    The image is enlarged bilinearly to the size of z, [B, h, w, C] -> [B, H, W, C].
     """
     if not config.low_res:
         return z_bhwc
@@ -118,9 +119,9 @@ def with_low_res(
 
 
 class Conditioner(nnx.Module):
-    """log-SNR [B] and cond -> Conditioning, emb_width wide; the text is projected only once.
+    """Maps log-SNR [B] and cond to Conditioning of width emb_width; projects the text once.
 
-    time_dim is the width of the sinusoids, head_dim that of a head of the pooling's attention.
+    time_dim is the number of sinusoids, head_dim the width of a head in attention pooling.
     """
 
     def __init__(self, config: NetworkConfig, time_dim: int, head_dim: int, *, rngs: nnx.Rngs):
@@ -128,7 +129,7 @@ class Conditioner(nnx.Module):
         self.time = ScalarEmbedding(time_dim, width, **kw)
         self.aug = ScalarEmbedding(time_dim, width, **kw) if config.low_res else None
         reads_text = config.pooling != "none" or config.sequence != "none"
-        # No bias: the zeros of the null prompt stay zeros until a LayerNorm gives them a value.
+        # No bias: the null prompt stays zero until a LayerNorm, whose bias makes it trainable.
         project = partial(nnx.Linear, out_features=width, use_bias=False, **kw)
         pool = partial(TextPooling, config.pooling, width, head_dim, **kw)
         self.text_parts = config.text_parts
@@ -150,7 +151,7 @@ class Conditioner(nnx.Module):
         return Conditioning(emb if self.pool is None else emb + self.pool(text, mask), text, mask)
 
     def _projected(self, text_btd: jax.Array) -> jax.Array:
-        """The text at the network's width, each encoder's tokens by a projection of their own."""
+        """Projects the text to the network's width, with one projection per encoder."""
         if not self.text_parts:
             return self.text(text_btd)
         ends = np.cumsum([tokens for tokens, _ in self.text_parts])
@@ -159,5 +160,5 @@ class Conditioner(nnx.Module):
 
 
 def call_block(block: nnx.Module, *args: Any) -> Any:
-    """The plainest `run_block`."""
+    """The default `run_block`: calls the block."""
     return block(*args)

@@ -1,10 +1,11 @@
 """The Efficient U-Net of the super-resolution stages (arXiv:2205.11487, B.1, figures A.27 to A.30).
 
-Against the ordinary U-Net it has its depth at low resolutions, and resamples in reversed order: a
-level downsamples before its residual blocks and upsamples after them, so that almost nothing runs
-at full resolution. It is fully convolutional: trained on crops, it draws whole images.
+It differs from the ordinary U-Net in two ways. Most of its blocks are at low resolutions. And it
+resamples in the opposite order: a level downsamples before its residual blocks and upsamples after
+them, so almost nothing runs at full resolution. The network is fully convolutional: it trains on
+crops and samples whole images.
 
-Read top to bottom: the config, a residual block, the scan over equal ones, the levels, the network.
+Reading order: the config, a residual block, a stack of blocks, the levels, the network.
 """
 
 from __future__ import annotations
@@ -26,14 +27,8 @@ from imagen_jax.models.denoiser import (
     is_positive,
     with_low_res,
 )
-from imagen_jax.models.layers import (
-    Attention,
-    Conditioning,
-    GroupNorm,
-    dropout,
-    upsample,
-    zeros_init,
-)
+from imagen_jax.models.layers import Attention, Conditioning, GroupNorm, dropout, zeros_init
+from imagen_jax.models.resampling import Upsample
 
 SKIP = ("concat", "add")
 SKIP_SCALE = 2**-0.5
@@ -41,14 +36,14 @@ SKIP_SCALE = 2**-0.5
 
 @dataclasses.dataclass(frozen=True)
 class EfficientUNetConfig(NetworkConfig):
-    """The shape of the network; the defaults are the paper's sr256, 613,805,699 parameters.
+    """Hyperparameters; the defaults are the paper's sr256, 613,805,699 parameters.
 
-    The paper gives widths, blocks and heads (F.2, F.3), and 600M (sr256) and 400M (sr1024), which
-    no one reading of its figures meets. What they leave open:
-    - How a skip joins: every block of a decoder level is fed the output of one encoder block,
-      scaled by 1/sqrt(2) and concatenated, or added.
-    - How wide the time embedding and the text tokens are: as wide as in the base model, 2048, or 4
-      times the first level, 512.
+    The paper gives widths, blocks and heads (F.2, F.3) and the totals 600M (sr256) and 400M
+    (sr1024). No single reading of its figures meets both totals. The paper leaves open:
+    - How a skip joins the decoder. Every decoder block receives the output of one encoder block,
+      scaled by 1/sqrt(2), which is either concatenated or added.
+    - How wide the time embedding and the text tokens are: 2048 as in the base model, or 512, which
+      is 4 times the width of the first level.
 
                         sr256    sr1024 (self_attention=False)
         concat, 2048    614M *   605M
@@ -56,22 +51,23 @@ class EfficientUNetConfig(NetworkConfig):
         add,    2048    506M     498M
         add,     512    451M     443M *        * chosen: the nearest
 
-    Attention after every block instead of once a level would come to 598M with "add" and 512, but
-    is not what figure A.28 shows. Leaving out the 1x1 convolutions of blocks that keep their width
-    would save 22M ("add") or 11M ("concat").
+    Attention after every block instead of once per level would give 598M with "add" and 512, but
+    figure A.28 shows one attention layer per level. Removing the 1x1 convolution from blocks that
+    keep their width would save 22M ("add") or 11M ("concat").
 
-    Attributes, besides those of NetworkConfig:
-      widths: channels of each level; each has half the resolution of the one before, and the first
-        half that of the image.
+    Attributes, in addition to those of NetworkConfig:
+      widths: channels of each level. Each level has half the resolution of the previous one; the
+        first has half the resolution of the image.
       num_res_blocks: residual blocks of each level, in the encoder and again in the decoder.
-      skip: how a skip joins, "concat" or "add".
-      num_heads: of the attention, which the last level has after its blocks, on both sides. Its
-        queries, keys and values are twice as wide as the level. Also of the text pooling.
-      self_attention: pixels attend to pixels as well as to text; without, to text alone (sr1024).
-      scan_blocks: the equal blocks of a level are compiled once and looped over, with the same
-        parameters. Compiling is then quicker, and takes no longer with more of them; but a step
-        takes a third longer on a TPU, which fills and empties the loop's buffers, and many times as
-        long on a CPU, where XLA is slow at the gradient of a convolution inside a loop.
+      skip: how a skip joins the decoder, "concat" or "add".
+      num_heads: attention heads, in the text pooling and in the last level, which attends after its
+        blocks in both encoder and decoder. Queries, keys and values have twice the level's width.
+      self_attention: whether pixels attend to pixels as well as to text; if False, they attend to
+        text only (sr1024).
+      scan_blocks: compile the equal blocks of a level once and loop over them. The parameters are
+        the same. Compile time then does not grow with the number of blocks, but a step takes a
+        third longer on a TPU, which fills and empties the loop's buffers. On a CPU it takes many
+        times as long, because XLA is slow at the gradient of a convolution inside a loop.
     """
 
     image_size: int = 256
@@ -90,11 +86,11 @@ class EfficientUNetConfig(NetworkConfig):
 
     @property
     def first_level(self) -> tuple[int, int]:
-        """Height (and width) of the largest activations of blocks, and their channels."""
+        """Height (and width) of the largest block activations, and their channels."""
         return self.image_size // 2, self.widths[0]
 
     def __post_init__(self):
-        """Raises UserError for a value out of range, or values that do not fit together."""
+        """Raises UserError for a value out of range or for inconsistent values."""
         super().__post_init__()
         for key in ("widths", "num_res_blocks"):
             value = getattr(self, key)
@@ -107,16 +103,16 @@ class EfficientUNetConfig(NetworkConfig):
         factor = 2**levels
         self._check("image_size", self.image_size % factor == 0, f"a multiple of {factor}")
         self._check("skip", self.skip in SKIP, " | ".join(SKIP))
-        for of, width in (("attention", 2 * self.widths[-1]), ("text", self.emb_width)):
-            fits = f"a divisor of the {width} channels of the {of}"
+        for part, width in (("attention", 2 * self.widths[-1]), ("text", self.emb_width)):
+            fits = f"a divisor of the {width} channels of the {part}"
             self._check("num_heads", width % self.num_heads == 0, fits)
 
 
 class ResNetBlock(nnx.Module):
-    """Figure A.27, fed a skip from the encoder if it is one of the decoder's.
+    """Residual block of figure A.27; in the decoder it also takes a skip from the encoder.
 
-    Norm, swish and convolution, twice; a 1x1 convolution on the other branch. The second 3x3
-    convolution starts at zero.
+    One branch is norm, swish, 3x3 convolution, twice; the other is a 1x1 convolution. The second
+    3x3 convolution starts at zero.
     """
 
     def __init__(
@@ -144,10 +140,10 @@ class ResNetBlock(nnx.Module):
 
 
 class Blocks(nnx.Module):
-    """Equal residual blocks in a row, as one whose parameters have the number of the block first.
+    """A stack of equal residual blocks; the leading axis of each parameter is the block index.
 
-    The decoder's run from the last to the first, each fed the output of the encoder's block of the
-    same number.
+    The decoder runs its blocks from last to first. Each takes the output of the encoder block with
+    the same index.
     """
 
     def __init__(
@@ -174,7 +170,7 @@ class Blocks(nnx.Module):
         run_block: Callable[..., Any],
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The last block's output and, in the encoder, those of all, [count, B, H, W, C]."""
+        """Returns the last output and, in the encoder, every output, [count, B, H, W, C]."""
         graphdef, stacked = nnx.split(self.stacked)
 
         def step(h, numbered):
@@ -186,7 +182,7 @@ class Blocks(nnx.Module):
         each = (jnp.arange(self.count), stacked, skips_nbhwc)
         if not self.unroll:
             return jax.lax.scan(step, h_bhwc, each, reverse=self.decodes)
-        # Not scan's own unrolling, which leaves a loop around a single block.
+        # scan(unroll=count) still leaves a loop of one iteration in the program.
         h, outputs = h_bhwc, []
         for i in reversed(range(self.count)) if self.decodes else range(self.count):
             h, output = step(h, jax.tree.map(lambda x, i=i: x[i], each))
@@ -195,7 +191,7 @@ class Blocks(nnx.Module):
 
 
 class CombineEmbs(nnx.Module):
-    """Scales and shifts the channels by the embedding of time, augmentation and pooled text."""
+    """Scales and shifts channels by the embedding of time, augmentation level and pooled text."""
 
     def __init__(self, channels: int, config: EfficientUNetConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -207,21 +203,11 @@ class CombineEmbs(nnx.Module):
         return (h_bhwc * (1.0 + scale) + shift).astype(h_bhwc.dtype)
 
 
-class Upsample(nnx.Module):
-    """Doubles height and width, then convolves."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, dtype: Any, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(in_channels, out_channels, (3, 3), dtype=dtype, rngs=rngs)
-
-    def __call__(self, h_bhwc: jax.Array) -> jax.Array:
-        return self.conv(upsample(h_bhwc))
-
-
 class Level(nnx.Module):
-    """A DBlock (figure A.28), or with `decodes` a UBlock (figure A.29).
+    """A DBlock (figure A.28), or a UBlock (figure A.29) if `decodes` is set.
 
-    A DBlock halves the resolution by a strided convolution, from outer_channels to its width,
-    before anything else; a UBlock doubles it by a convolution to outer_channels, after all else.
+    A DBlock starts with a strided convolution, which halves the resolution and takes the previous
+    level's width to its own. A UBlock ends with a transposed one, which reverses both.
     """
 
     def __init__(self, index: int, config: EfficientUNetConfig, *, decodes: bool, rngs: nnx.Rngs):
@@ -258,7 +244,7 @@ class Level(nnx.Module):
         run_block: Callable[..., Any],
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The level's output and, of a DBlock, what its UBlock gets as skips."""
+        """Returns the level's output and, from a DBlock, the skips for its UBlock."""
         h = h_bhwc if self.decodes else run_block(self.resample, h_bhwc)
         h = run_block(self.combine, h, cond.emb)
         h, saved = self.blocks(h, skips_nbhwc, run_block, dropout_key)
@@ -279,7 +265,7 @@ class EfficientUNet(nnx.Module):
         self.stem = nnx.Conv(config.in_channels, width, (3, 3), dtype=dtype, rngs=rngs)
         self.encoder = nnx.List([Level(i, config, decodes=False, rngs=rngs) for i in levels])
         self.decoder = nnx.List([Level(i, config, decodes=True, rngs=rngs) for i in levels])
-        # In float32, and with no norm before it: a norm would take the color of an even crop away.
+        # Float32, with no norm before it: a norm would erase the color of a uniform crop.
         self.head = nnx.Linear(width, config.channels, kernel_init=zeros_init, rngs=rngs)
 
     def __call__(
@@ -291,11 +277,11 @@ class EfficientUNet(nnx.Module):
         run_block: Callable[..., Any] = call_block,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Predicts eps, x or v (whatever it is trained for), float32 in the shape of z.
+        """Returns the prediction the network is trained for, float32 in the shape of z.
 
-        z may be of any size that is a multiple of 2^levels, and low_res of any size. `cond` and
-        `run_block` are those of network.py; where blocks are scanned, run_block gets the weights of
-        one. Without a dropout key nothing is dropped.
+        The height and width of z may be any multiple of 2^levels; low_res may have any size.
+        network.py describes `cond` and `run_block`. With scan_blocks, run_block receives the
+        weights of one block at a time. Without a dropout key nothing is dropped.
         """
 
         def key(i):

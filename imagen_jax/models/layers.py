@@ -1,9 +1,9 @@
-"""The parts of the U-Nets: embeddings, normalization, residual blocks, attention to image and text.
+"""Layers of the U-Nets: embeddings, normalization, residual blocks, attention to image and text.
 
-The arrangement is ADM's (arXiv:2105.05233) with text brought in as in GLIDE (arXiv:2112.10741):
-Imagen's base model builds on both (arXiv:2205.11487, appendix F.1). Images are [B, H, W, C].
-Parameters are float32; `dtype` is what activations and matrix products are computed in.
-Statistics and softmax are always float32.
+The design is ADM's (arXiv:2105.05233), with text attention as in GLIDE (arXiv:2112.10741). Imagen's
+base model builds on both (arXiv:2205.11487, appendix F.1). Images are [B, H, W, C]. Parameters are
+float32; `dtype` is the type of activations and matrix products. Statistics and softmax are always
+in float32.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from imagen_jax.models.attention import attention
+from imagen_jax.models.resampling import downsample, upsample
 
 zeros_init = nnx.initializers.zeros_init()
+RESAMPLE = {None: lambda x: x, "down": downsample, "up": upsample}
 
 
 class Conditioning(NamedTuple):
-    """What blocks are told: emb [B, E]; text [B, T, E] and its bool mask [B, T], or both None."""
+    """Conditioning passed to every block.
+
+    emb [B, E]; text [B, T, E] and its bool mask [B, T], or None for both.
+    """
 
     emb: jax.Array
     text: jax.Array | None
@@ -29,7 +34,7 @@ class Conditioning(NamedTuple):
 
 
 def sinusoidal_embedding(position_b: jax.Array, dim: int) -> jax.Array:
-    """Embeds positions of about [0, 1000] as cosines and sines, float32 [B, dim]; dim is even."""
+    """Embeds positions, roughly in [0, 1000], as cosines and sines, float32 [B, dim]; dim even."""
     half = dim // 2
     freqs = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = position_b.astype(jnp.float32)[:, None] * freqs[None, :]
@@ -37,64 +42,33 @@ def sinusoidal_embedding(position_b: jax.Array, dim: int) -> jax.Array:
 
 
 def cosine_time(log_snr_b: jax.Array) -> jax.Array:
-    """The time in [0, 1] at which the cosine schedule has this log-SNR, float32 [B].
+    """Returns the time in [0, 1] at which the cosine schedule has this log-SNR, float32 [B].
 
-    Any finite log-SNR has one, whatever the schedule it came from, and the useful range of log-SNRs
-    is spread evenly over them (as in arXiv:2202.00512).
+    It exists for any finite log-SNR, whichever schedule produced it, and it spreads the useful
+    range of log-SNRs evenly (as in arXiv:2202.00512).
     """
     return (2 / jnp.pi) * jnp.arctan(jnp.exp(-0.5 * log_snr_b.astype(jnp.float32)))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of x and rescales the rest; without a key, or at rate 0, returns x."""
+    """Zeroes a fraction `rate` of x and rescales the rest; without a key returns x."""
     if rate == 0.0 or key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0)
 
 
-def downsample(x_bhwc: jax.Array) -> jax.Array:
-    """Halves height and width, both even, by averaging 2x2 pixels."""
-    return nnx.avg_pool(x_bhwc.astype(jnp.float32), (2, 2), (2, 2)).astype(x_bhwc.dtype)
-
-
-@jax.custom_vjp
-def upsample(x_bhwc: jax.Array) -> jax.Array:
-    """Doubles height and width by repeating each pixel."""
-    b, h, w, c = x_bhwc.shape
-    x = jnp.broadcast_to(x_bhwc[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-    return x.reshape(b, 2 * h, 2 * w, c)
-
-
-# JAX would sum over two axes of length 2, which a TPU has to bring into another layout first.
-upsample.defvjp(lambda x: (upsample(x), None), lambda _, g: (4 * downsample(g),))
-
-
-def space_to_depth(x_bhwc: jax.Array, size: int) -> jax.Array:
-    """Folds each size x size square of pixels into channels: [B, H/size, W/size, C size^2]."""
-    b, h, w, c = x_bhwc.shape
-    x = x_bhwc.reshape(b, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h // size, w // size, size * size * c)
-
-
-def depth_to_space(x_bhwc: jax.Array, size: int) -> jax.Array:
-    """The inverse of space_to_depth."""
-    b, h, w, c = x_bhwc.shape
-    x = x_bhwc.reshape(b, h, w, size, size, c // size**2).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * size, w * size, c // size**2)
-
-
-RESAMPLE = {None: lambda x: x, "down": downsample, "up": upsample}
-
-
 def num_groups(channels: int) -> int:
-    """Up to 32 groups that divide the channels evenly, each of 4 channels or more if it can be."""
+    """Returns the most groups, up to 32, that divide the channels and leave 4 or more in each.
+
+    With fewer than 8 channels there is one group.
+    """
     most = min(32, max(1, channels // 4))
     return max(g for g in range(1, most + 1) if channels % g == 0)
 
 
 class GroupNorm(nnx.Module):
-    """Group normalization, with an optional scale and shift per example (FiLM) folded into it."""
+    """Group normalization with an optional scale and shift per example (FiLM)."""
 
     def __init__(self, channels: int, *, dtype: Any):
         self.groups = num_groups(channels)
@@ -105,7 +79,7 @@ class GroupNorm(nnx.Module):
     def __call__(self, x_bhwc: jax.Array, film: tuple[jax.Array, jax.Array] | None = None):
         b, _, _, c = x_bhwc.shape
         x = x_bhwc.astype(jnp.float32)
-        # Pixels first, then channels of a group: the channel axis stays minor in the big pass.
+        # Reduces pixels first, then channels, so the channel axis stays minor in the large pass.
         grouped = (b, self.groups, c // self.groups)
         mean = x.mean((1, 2)).reshape(grouped).mean(2, keepdims=True)
         mean_square = jnp.square(x).mean((1, 2)).reshape(grouped).mean(2, keepdims=True)
@@ -121,7 +95,7 @@ class GroupNorm(nnx.Module):
 
 
 class ScalarEmbedding(nnx.Module):
-    """Numbers in [0, 1], [B] -> [B, width]: `dim` sinusoids of ADM's 1000 steps, then an MLP."""
+    """Embeds numbers in [0, 1], [B] -> [B, width]: `dim` sinusoids (ADM's 1000 steps), an MLP."""
 
     def __init__(self, dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
         self.dim = dim
@@ -133,16 +107,16 @@ class ScalarEmbedding(nnx.Module):
 
 
 def masked_mean(x_btd: jax.Array, mask_bt: jax.Array) -> jax.Array:
-    """The mean over the tokens whose mask is True, [B, D]; zeros where none is."""
+    """Averages the tokens whose mask is True, [B, D]; zero if there are none."""
     total = jnp.where(mask_bt[:, :, None], x_btd, 0).sum(1)
     return total / jnp.maximum(mask_bt.sum(1, keepdims=True), 1).astype(x_btd.dtype)
 
 
 class TextPooling(nnx.Module):
-    """Text tokens [B, T, width] -> one vector [B, width], after a LayerNorm on the tokens.
+    """Pools text tokens [B, T, width] to one vector [B, width], after a LayerNorm on the tokens.
 
-    "mean" averages the real tokens. "attention" lets that mean attend over the real tokens and
-    itself (as CLIP pools its image); since the mean is always there, no softmax is ever empty.
+    "mean" averages the real tokens. "attention" uses that mean as a query over the real tokens and
+    itself, as CLIP pools its image. The mean is always a key, so no softmax is empty.
     """
 
     def __init__(self, kind: str, width: int, head_dim: int, *, dtype: Any, rngs: nnx.Rngs):
@@ -170,21 +144,21 @@ class TextPooling(nnx.Module):
 def attend(
     q_bsc: jax.Array, k_btc: jax.Array, v_btc: jax.Array, mask_bt: jax.Array | None, head_dim: int
 ) -> jax.Array:
-    """Multi-head attention, [B, S, C], with the heads side by side among the channels.
+    """Multi-head attention, [B, S, C], with each head's channels contiguous.
 
-    Splitting the channels over devices therefore splits heads.
+    Sharding the channels therefore shards the heads.
     """
     q, k, v = (x.reshape(*x.shape[:2], -1, head_dim) for x in (q_bsc, k_btc, v_btc))
     return attention(q, k, v, mask_bt).reshape(q_bsc.shape)
 
 
 class Attention(nnx.Module):
-    """Residual attention from pixels to pixels and text: one softmax over the keys of both.
+    """Residual attention from pixels to pixels and text, with one softmax over the keys of both.
 
-    text_width 0 leaves the text out, `self_attention=False` the pixels; an example whose text has
-    no token is then left as it is. Queries, keys and values are `hidden` wide, as wide as the
-    pixels by default. `text_norm` puts a LayerNorm on the text embeddings, which the paper found to
-    help (section 4.1). The output projection starts at zero.
+    text_width=0 removes the text keys; self_attention=False removes the pixel keys, and then an
+    example without text tokens passes unchanged. Queries, keys and values have `hidden` channels,
+    by default as many as the pixels. `text_norm` adds a LayerNorm on the text embeddings, which the
+    paper found to help (section 4.1). The output projection starts at zero.
     """
 
     def __init__(
@@ -205,7 +179,7 @@ class Attention(nnx.Module):
         self.self_attention = self_attention
         self.use_text = text_width > 0
         self.norm = GroupNorm(channels, dtype=dtype)
-        # Each a matrix of its own: cutting up one product costs a TPU a copy in another layout.
+        # Separate matrices: splitting one fused product costs a TPU a relayout.
         self.q = nnx.Linear(channels, hidden, **kw)
         if self_attention:
             self.k = nnx.Linear(channels, hidden, **kw)
@@ -239,8 +213,9 @@ class Attention(nnx.Module):
 class ResBlock(nnx.Module):
     """BigGAN-style residual block: norm, swish, resample, conv, norm with FiLM, swish, conv.
 
-    `resample` ("down", "up" or None) acts on both branches. The second convolution starts at zero.
-    Without `scale_shift` the embedding is added before the second norm instead of modulating it.
+    `resample` ("down", "up" or None) applies to both branches. The second convolution starts at
+    zero. Without `scale_shift` the embedding is added before the second norm instead of scaling and
+    shifting its output.
     """
 
     def __init__(

@@ -42,9 +42,9 @@ class Functional:
 
     Attributes:
       init: key -> params, nested dicts of float32 arrays with string keys.
-      apply: (params, *args, run=None, **kwargs) -> what calling the module returns. `run`, if
-        given, runs every block of the network as run(pure_function, its_params, *arrays): this is
-        where rematerialisation and the gathering of weights come in (see sharding.block_runner).
+      apply: (params, *args, run=None, **kwargs) -> the module's output. If `run` is given, every
+        block is called as run(pure_function, its_params, *arrays), which lets the caller
+        rematerialize blocks and all-gather their weights (see sharding.block_runner).
     """
 
     init: Callable[[jax.Array], Params]
@@ -52,7 +52,7 @@ class Functional:
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
-    """Wraps the module that `make(rngs)` builds; its structure is traced once, without memory."""
+    """Wraps the module that `make(rngs)` builds, tracing its structure once without allocating."""
     graphdef, template = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Params:
@@ -87,7 +87,7 @@ def _run_pure(run: BlockRunner, block: nnx.Module, *arrays: Any) -> Any:
 
 
 def _string_keys(tree: Any) -> Any:
-    """nnx.List numbers its children with ints; checkpoints and overviews want strings."""
+    """Converts the int keys of nnx.List to strings, as checkpoints and overviews require."""
     return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 

@@ -1,8 +1,7 @@
 """The base U-Net: noisy 64x64 image, log-SNR and text -> raw prediction (arXiv:2205.11487, F.1).
 
-With `low_res` it is a super-resolution model instead, which efficient_unet.py is measured against.
-Read top to bottom: the config, the plan of blocks that follows from it, a block, the head,
-the network.
+With `low_res` it becomes a super-resolution model, the baseline for efficient_unet.py.
+Reading order: the config, the plan of blocks it implies, a block, the head, the network.
 """
 
 from __future__ import annotations
@@ -23,37 +22,49 @@ from imagen_jax.models.denoiser import (
     is_positive,
     with_low_res,
 )
-from imagen_jax.models.layers import (
-    Attention,
-    Conditioning,
-    GroupNorm,
-    ResBlock,
-    depth_to_space,
-    space_to_depth,
-    zeros_init,
-)
+from imagen_jax.models.layers import Attention, Conditioning, GroupNorm, ResBlock, zeros_init
+from imagen_jax.models.resampling import depth_to_space, space_to_depth
+
+# The layers after the last block. "norm" is the paper's, for eps: norm, swish, convolution. A norm
+# erases the color and contrast of a picture, so a network that predicts x could not even return a
+# clean input. "gated" has no norm, and adds z by a gate: out = of_z z + of_out conv(h).
+#
+# Squared error of x for x-prediction on 32x32 scenes, patch 4, 150 steps of 8:
+#
+# | log-SNR                    |  -4   |   0   |   2   |   4   |   8   |
+# |----------------------------|-------|-------|-------|-------|-------|
+# | the paper's ("norm")       | 0.185 | 0.116 | 0.116 | 0.115 | 0.114 |
+# | norm and swish, both gated | 0.174 | 0.106 | 0.059 | 0.020 | 0.013 |
+# | convolution alone          | 0.194 | 0.061 | 0.045 | 0.044 | 0.044 |
+# | convolution, plus z gated  | 0.195 | 0.064 | 0.037 | 0.031 | 0.032 |
+# | both gated ("gated")       | 0.184 | 0.065 | 0.038 | 0.023 | 0.020 |
+#
+# With v-prediction the error of x at log-SNR 0 is 0.295 with "norm" and 0.057 with "gated".
+HEADS = ("norm", "gated")
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(NetworkConfig):
-    """The shape of the network; the defaults are the paper's 2B model, 1,988,589,571 parameters.
+    """Hyperparameters; the defaults are the paper's 2B model, 1,988,589,571 parameters.
 
-    Three things that the paper leaves open, what is chosen here, and the sizes of the alternatives:
-    - The time embedding and the text tokens are 4 x embed_dim wide: one projection takes the tokens
-      there before any attention (DeepFloyd IF projects first, too). Keys and values made straight
-      from the encoder's 4096 would come to 2.14B.
-    - A decoder level has as many blocks as its encoder level, each fed the output of one of them.
-      ADM has one more, fed the level's input: `decoder_extra_block=True`, 2.26B.
-    - The blocks that resample come on top of num_res_blocks and have neither skip nor attention.
+    The paper leaves three things open. The choices here, with the sizes of the alternatives:
+    - The time embedding and the text tokens are 4 x embed_dim wide: one projection brings the
+      tokens to this width before any attention, as in DeepFloyd IF. Keys and values computed
+      directly from the encoder's 4096 channels would give 2.14B.
+    - A decoder level has as many blocks as its encoder level, and each takes the output of one
+      encoder block. ADM has one more, which takes the level's input: `decoder_extra_block=True`,
+      2.26B.
+    - The blocks that resample are in addition to num_res_blocks; they have no skip or attention.
 
-    Attributes, besides those of NetworkConfig:
-      patch_size: the first level sees the image with squares of this many pixels folded into
-        channels (arXiv:2301.11093, section 2.3); 1, the paper's, leaves it as it is.
+    Attributes, in addition to those of NetworkConfig:
+      patch_size: side of the pixel squares folded into channels before the first level
+        (arXiv:2301.11093, section 2.3); 1 folds nothing, as in the paper.
       embed_dim: channels at the first level; level i has embed_dim * channel_mult[i].
-      num_res_blocks: blocks a level, besides the resampling one.
-      attention_resolutions: the resolutions whose blocks attend to pixels and text.
+      num_res_blocks: blocks per level, not counting the one that resamples.
+      attention_resolutions: resolutions at which blocks attend to pixels and text.
       per_head_channels: channels of one attention head.
       use_scale_shift_norm: the embedding scales and shifts the norm instead of being added.
+      head: the output layers, one of HEADS. It follows from diffusion.prediction.
     """
 
     patch_size: int = 1
@@ -64,6 +75,7 @@ class UNetConfig(NetworkConfig):
     per_head_channels: int = 64
     use_scale_shift_norm: bool = True
     decoder_extra_block: bool = False
+    head: str = "norm"
 
     @property
     def emb_width(self) -> int:
@@ -84,8 +96,9 @@ class UNetConfig(NetworkConfig):
         return tuple(self.embed_dim * mult for mult in self.channel_mult)
 
     def __post_init__(self):
-        """Raises UserError for a value out of range, or values that do not fit together."""
+        """Raises UserError for a value out of range or for inconsistent values."""
         super().__post_init__()
+        self._check("head", self.head in HEADS, " | ".join(HEADS))
         self._check("embed_dim", self.embed_dim % 2 == 0, "an even number")
         mult, attending = self.channel_mult, self.attention_resolutions
         ok = isinstance(mult, tuple) and len(mult) > 0 and all(map(is_positive, mult))
@@ -106,11 +119,11 @@ class UNetConfig(NetworkConfig):
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """One block of the U-Net: its channels, and what happens to its input and output.
+    """Channels and wiring of one block of the U-Net.
 
     Attributes:
-      skip_channels: channels of the encoder output joined to the input; 0 is none.
-      saves_skip: whether the output is kept for the decoder.
+      skip_channels: channels of the encoder output concatenated to the input; 0 for none.
+      saves_skip: whether the decoder needs the output.
     """
 
     in_channels: int
@@ -122,7 +135,7 @@ class BlockSpec:
 
 
 def plan_blocks(config: UNetConfig) -> tuple[list[BlockSpec], list[BlockSpec], list[BlockSpec]]:
-    """Every block of the encoder, middle and decoder in order, all channels settled."""
+    """Returns the blocks of the encoder, middle and decoder in order, with all channel counts."""
     extra = config.decoder_extra_block
     attends = [resolution in config.attention_resolutions for resolution in config.resolutions]
     levels = list(zip(config.widths, attends, strict=True))
@@ -149,7 +162,7 @@ def plan_blocks(config: UNetConfig) -> tuple[list[BlockSpec], list[BlockSpec], l
 
 
 class Block(nnx.Module):
-    """A residual block and, where planned, its attention: the unit of rematerialization."""
+    """A residual block and its attention, if planned: the unit of rematerialization."""
 
     def __init__(self, spec: BlockSpec, config: UNetConfig, *, rngs: nnx.Rngs):
         self.res = ResBlock(
@@ -186,8 +199,8 @@ class Block(nnx.Module):
         return h if self.attention is None else self.attention(h, cond)
 
 
-class Head(nnx.Module):
-    """Norm, swish and a convolution that starts at zero, all in float32."""
+class NormHead(nnx.Module):
+    """The paper's head: norm, swish and a convolution that starts at zero, all in float32."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
         self.norm = GroupNorm(in_channels, dtype=jnp.float32)
@@ -197,8 +210,24 @@ class Head(nnx.Module):
         return self.conv(jax.nn.silu(self.norm(h_bhwc)))
 
 
+class Gate(nnx.Module):
+    """Gains of z and of the convolution's output in the prediction, each [B, 1, 1, channels].
+
+    They start at 0 and 1 and depend on the embedding, and so on the log-SNR.
+    """
+
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+        kw = {"kernel_init": zeros_init, "dtype": jnp.float32, "rngs": rngs}
+        self.linear = nnx.Linear(config.emb_width, 2 * config.channels, **kw)
+
+    def __call__(self, emb_be: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gains = self.linear(jax.nn.silu(emb_be))[:, None, None, :]
+        of_z, of_out = jnp.split(gains, 2, axis=-1)
+        return of_z, 1.0 + of_out
+
+
 class UNet(nnx.Module):
-    """The network. Its state holds nnx.Param only, so that it is a pure function of a dict."""
+    """The network. Its state holds only nnx.Param, so it is a pure function of a dict."""
 
     def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
         encoder, middle, decoder = plan_blocks(config)
@@ -210,7 +239,14 @@ class UNet(nnx.Module):
         patch = config.patch_size**2
         self.stem = nnx.Conv(config.in_channels * patch, width, (3, 3), dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([Block(spec, config, rngs=rngs) for spec in specs])
-        self.head = Head(specs[-1].out_channels, config.channels * patch, rngs=rngs)
+        channels = (specs[-1].out_channels, config.channels * patch)
+        if config.head == "norm":
+            self.head = NormHead(*channels, rngs=rngs)
+            self.gate = None
+        else:
+            kw = {"kernel_init": zeros_init, "dtype": jnp.float32, "rngs": rngs}
+            self.head = nnx.Conv(*channels, (3, 3), **kw)
+            self.gate = Gate(config, rngs=rngs)
 
     def __call__(
         self,
@@ -221,9 +257,9 @@ class UNet(nnx.Module):
         run_block: Callable[..., Any] = call_block,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Predicts eps, x or v (whatever it is trained for), float32 in the shape of z.
+        """Returns the prediction the network is trained for, float32 in the shape of z.
 
-        `cond` and `run_block` are those of network.py. Without a dropout key nothing is dropped.
+        network.py describes `cond` and `run_block`. Without a dropout key nothing is dropped.
         """
         conditioning = run_block(self.conditioner, log_snr_b, cond)
         patch = self.config.patch_size
@@ -235,4 +271,8 @@ class UNet(nnx.Module):
             h = run_block(block, h, skip, conditioning, key)
             if spec.saves_skip:
                 skips.append(h)
-        return depth_to_space(run_block(self.head, h), patch)
+        out = depth_to_space(run_block(self.head, h), patch)
+        if self.gate is None:
+            return out
+        of_z, of_out = run_block(self.gate, conditioning.emb)
+        return of_z * z_bhwc + of_out * out

@@ -1,4 +1,4 @@
-"""Attention and its own gradient against JAX's."""
+"""Compares attention and its custom gradient with JAX's."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def with_gradients(function, mask, q, k, v, g):
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all keys", "masked"])
 @pytest.mark.parametrize("spread", [1.0, 100.0])
-def test_it_is_jaxs_and_so_are_its_gradients(mask, spread):
-    given = arrays(spread=spread)
-    found = with_gradients(attention, mask, *given)
-    for one, expected in zip(found, with_gradients(jaxs, mask, *given), strict=True):
+def test_output_and_gradients_match_jax(mask, spread):
+    inputs = arrays(spread=spread)
+    found = with_gradients(attention, mask, *inputs)
+    for one, expected in zip(found, with_gradients(jaxs, mask, *inputs), strict=True):
         assert one.shape == expected.shape and np.abs(expected).max() > 0.01
         np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def test_without_keys_there_is_nothing():
+def test_output_and_gradients_are_zero_without_keys():
     mask = MASK.at[3].set(False)
     found = with_gradients(attention, mask, *arrays())
     for one, expected in zip(found, with_gradients(attention, MASK, *arrays()), strict=True):
@@ -50,13 +50,13 @@ def test_without_keys_there_is_nothing():
 
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_in_bfloat16_gradients_lose_no_more_than_rounding(offset):
-    """Also where what is subtracted is large: gradients and values far from zero."""
+def test_bfloat16_gradients_lose_only_rounding(offset):
+    """Includes gradients and values far from zero, where the subtracted term is large."""
     keys = jax.random.split(jax.random.key(1), 4)
     lengths = (256, 640, 640, 256)
-    given = [jax.random.normal(k, (1, n, 2, 64)) for k, n in zip(keys, lengths, strict=True)]
+    normal = [jax.random.normal(k, (1, n, 2, 64)) for k, n in zip(keys, lengths, strict=True)]
     q, k, v, g = (
-        x.astype(jnp.bfloat16) for x in (*given[:2], given[2] + offset, given[3] + offset)
+        x.astype(jnp.bfloat16) for x in (*normal[:2], normal[2] + offset, normal[3] + offset)
     )
     exact = with_gradients(jaxs, None, *(x.astype(jnp.float32) for x in (q, k, v, g)))
     for one, expected in zip(with_gradients(attention, None, q, k, v, g), exact, strict=True):
@@ -66,18 +66,18 @@ def test_in_bfloat16_gradients_lose_no_more_than_rounding(offset):
 
 
 @pytest.mark.parametrize("remat", REMAT)
-def test_gradients_are_the_same_however_much_is_recomputed(remat):
+def test_gradients_do_not_depend_on_the_remat_policy(remat):
     if remat == "offload":
-        pytest.skip("a CPU has no other memory to keep arrays in")
-    given = arrays()
+        pytest.skip("a CPU has no second memory to offload to")
+    inputs = arrays()
     again = jax.checkpoint(attention, policy=REMAT[remat])
     for one, expected in zip(
-        with_gradients(again, MASK, *given), with_gradients(attention, MASK, *given), strict=True
+        with_gradients(again, MASK, *inputs), with_gradients(attention, MASK, *inputs), strict=True
     ):
         np.testing.assert_allclose(one, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_logits_are_computed_twice_in_training_alone():
+def test_logits_are_computed_twice_only_in_training():
     def flops(function):
         return jax.jit(function).lower(*arrays(), MASK).cost_analysis()["flops"]
 
@@ -89,18 +89,18 @@ def test_logits_are_computed_twice_in_training_alone():
     assert 2 * product < alone < 3 * product < flops(trained)
 
 
-def test_policies_that_keep_attention_compute_its_logits_no_more_often():
+def test_policies_that_save_attention_recompute_no_logits():
     def products(remat):
         again = jax.checkpoint(attention, policy=REMAT[remat])
-        jaxpr = jax.make_jaxpr(lambda given: with_gradients(again, MASK, *given))(arrays())
+        jaxpr = jax.make_jaxpr(lambda inputs: with_gradients(again, MASK, *inputs))(arrays())
         return str(jaxpr).count("dot_general")
 
-    # Two of logits, the output's, four of gradients; then the exponentials' again, or all three.
+    # Logits twice, the output, four gradients; then the logits once more, or all three again.
     assert (products("save_attention"), products("block")) == (8, 10)
 
 
-def test_no_logits_are_kept_for_the_backward_pass():
+def test_the_backward_pass_stores_only_the_exponentials():
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in arrays())
     _, pull = jax.vjp(attention, q, k, v)
-    kept = [x for x in jax.tree.leaves(pull) if x.shape == (4, 2, 6, 9)]
-    assert [x.dtype for x in kept] == [jnp.bfloat16]
+    stored = [x for x in jax.tree.leaves(pull) if x.shape == (4, 2, 6, 9)]
+    assert [x.dtype for x in stored] == [jnp.bfloat16]

@@ -1,4 +1,4 @@
-"""The Efficient U-Net: what reaches the output, scanned blocks, sizes, meshes, config errors."""
+"""The Efficient U-Net: reach of each input, scanned blocks, sizes, meshes, config errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tiny(**changes) -> EfficientUNetConfig:
 
 @lru_cache
 def compiled(config: EfficientUNetConfig):
-    """(state, z, log_snr, cond) -> output and the gradient of its mean square by the state."""
+    """Compiles (state, z, log_snr, cond) -> output, gradient of its mean square by the state."""
     graphdef, _ = abstract(config)
 
     def loss(state, *args):
@@ -59,9 +59,10 @@ def compiled(config: EfficientUNetConfig):
 
 
 def assert_trees_close(tree, expected, tolerance):
-    """Leaf by leaf, relative to the leaf's largest value.
+    """Compares leaf by leaf, relative to the leaf's largest value.
 
-    Or to a thousandth of the tree's: a bias of keys moves all logits alike, and has no gradient.
+    The scale is at least a thousandth of the tree's largest value: the bias of attention keys
+    shifts all logits equally, so its gradient is zero up to rounding.
     """
     most = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected))
 
@@ -73,7 +74,7 @@ def assert_trees_close(tree, expected, tolerance):
 
 
 def string_keys(tree):
-    """Parameters as checkpoints hold them."""
+    """Converts keys to strings, as in checkpoints."""
     return {str(k): string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
@@ -81,7 +82,7 @@ def forward(config, state, z, log_snr, cond):
     return compiled(config)(state, z, log_snr, cond)[0]
 
 
-def test_a_new_model_gives_zeros_in_float32_and_its_state_is_float32_parameters():
+def test_a_new_model_outputs_float32_zeros_and_its_state_is_float32():
     network = functional(make(TINY))
     params = jit(network.init)(jax.random.key(0))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
@@ -90,7 +91,7 @@ def test_a_new_model_gives_zeros_in_float32_and_its_state_is_float32_parameters(
     out = jit(network.apply)(params, z, log_snr, cond)
     assert out.shape == z.shape and out.dtype == jnp.float32
     np.testing.assert_array_equal(out, 0.0)
-    # Stacked blocks are drawn one by one, not copied.
+    # Stacked blocks are initialized independently, not copied.
     kernel = params["encoder"]["0"]["blocks"]["stacked"]["conv1"]["kernel"]
     assert kernel.shape == (2, 3, 3, 16, 16) and jnp.abs(kernel[0] - kernel[1]).min() > 0
     np.testing.assert_allclose(kernel.std(), (9 * 16) ** -0.5, rtol=0.1)
@@ -102,13 +103,13 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(changes):
     _, grads = compiled(config)(random_state(config), *inputs(config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
-        # Of stacked blocks, every one.
+        # Checks each of the stacked blocks.
         each = leaf if "stacked" in jax.tree_util.keystr(path) else leaf[None]
         assert all(np.any(one) for one in each), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_each_input_reaches_the_output_of_its_own_example_only(changes):
+def test_each_input_reaches_only_the_output_of_its_own_example(changes):
     config = tiny(**changes)
     state = random_state(config)
     z, log_snr, cond = inputs(config)
@@ -135,8 +136,8 @@ def test_a_caption_without_tokens_is_not_read(changes):
     assert all(np.isfinite(leaf).all() for leaf in [out, *jax.tree.leaves(grads)])
 
 
-def test_it_is_the_papers_figures_written_out():
-    """Figures A.28 to A.30 in a plain loop, each decoder block with the skip of its counterpart."""
+def test_it_matches_the_papers_figures_as_a_plain_loop():
+    """Runs figures A.28 to A.30; each decoder block takes the skip of its counterpart."""
     config = tiny(**VARIANTS[0])
     graphdef, _ = abstract(config)
     state, (z, log_snr, cond) = random_state(config), inputs(config)
@@ -147,7 +148,7 @@ def test_it_is_the_papers_figures_written_out():
         return [nnx.merge(stacked, each) for each in slices]
 
     @jit
-    def written_out(state):
+    def plain_loop(state):
         net = nnx.merge(graphdef, state)
         conditioning = net.conditioner(log_snr, cond)
         enlarged = jax.image.resize(cond["low_res"], z.shape, "bilinear")
@@ -167,7 +168,7 @@ def test_it_is_the_papers_figures_written_out():
             h = level.resample(h)
         return net.head(h)
 
-    expected = written_out(state)
+    expected = plain_loop(state)
     np.testing.assert_allclose(
         forward(config, state, z, log_snr, cond), expected, atol=1e-5 * jnp.abs(expected).max()
     )
@@ -184,7 +185,7 @@ def test_skips_are_scaled_by_one_over_the_root_of_two():
     np.testing.assert_allclose(block(x, skip, None), block(seen, None, None), atol=1e-6)
 
 
-def test_it_draws_images_larger_than_it_was_trained_on():
+def test_it_samples_images_larger_than_its_training_size():
     config = tiny(image_size=32, low_res=8)
     z, log_snr, cond = inputs(config, scale=2)
     out = jit(nnx.merge(abstract(config)[0], random_state(config)))(z, log_snr, cond)
@@ -204,7 +205,7 @@ def test_scanned_and_unrolled_blocks_agree_on_the_same_parameters():
     assert_trees_close(grads, expected_grads, 1e-5)
 
 
-def test_more_blocks_make_no_longer_program():
+def test_scanned_programs_do_not_grow_with_the_number_of_blocks():
     def lines(config):
         shapes, args = abstract(config), inputs(config)
         lowered = jax.jit(lambda state: nnx.merge(shapes[0], state)(*args)).lower(shapes[1])
@@ -214,7 +215,7 @@ def test_more_blocks_make_no_longer_program():
     assert lines(many) == lines(few)
 
 
-def test_run_block_gets_every_parameter_and_of_scanned_blocks_one_at_a_time():
+def test_run_block_gets_every_parameter_and_scanned_blocks_one_at_a_time():
     seen, config = [], tiny(scan_blocks=True)
 
     def run_block(block, *args):
@@ -234,7 +235,7 @@ def test_run_block_gets_every_parameter_and_of_scanned_blocks_one_at_a_time():
 
 
 def test_sharded_weights_and_rematerialized_blocks_give_the_gradients_of_one_device(monkeypatch):
-    # Otherwise nothing of a tiny model is worth sharding.
+    # By default the weights of a tiny model are too small to shard.
     monkeypatch.setattr("imagen_jax.devices.sharding.MIN_SHARDED_SIZE", 1)
     network = functional(make(TINY))
     state, args = random_state(TINY), inputs(TINY)
@@ -242,7 +243,7 @@ def test_sharded_weights_and_rematerialized_blocks_give_the_gradients_of_one_dev
     runner = sharding.block_runner(mesh, "block", jnp.float32)
     params = string_keys(nnx.to_pure_dict(state))
     placed = jax.device_put(params, sharding.weight_shardings(mesh, params))
-    # The same two examples four times have the gradient of two.
+    # Repeating the two examples four times leaves the mean gradient unchanged.
     batch = jax.tree.map(lambda x: jnp.concatenate([x] * 4), args)
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(placed))
@@ -274,7 +275,7 @@ def test_dropout_differs_by_key():
 
 
 def shipped(name: str, argument: str | None = None) -> EfficientUNetConfig:
-    """The network of a shipped config."""
+    """Returns the network config of a shipped config."""
     config = load_config(name, argument)
     values = config.model.to_dict()
     assert values.pop("name") == "efficient_unet"
@@ -297,7 +298,7 @@ def test_the_paper_configs_have_600_and_400_million_parameters():
         ("add", 512, 451_293_315, 442_896_515),
     ],
 )
-def test_readings_of_the_paper_have_the_sizes_stated(skip, cond_width, sr256, sr1024):
+def test_readings_of_the_paper_have_the_documented_sizes(skip, cond_width, sr256, sr1024):
     config = EfficientUNetConfig(skip=skip, cond_width=cond_width)
     assert count(config) == sr256
     assert count(dataclasses.replace(config, self_attention=False)) == sr1024
@@ -306,7 +307,7 @@ def test_readings_of_the_paper_have_the_sizes_stated(skip, cond_width, sr256, sr
 @pytest.mark.parametrize("name", ["sr256", "sr1024"])
 def test_the_small_siblings_are_small(name):
     assert count(shipped(name, "tiny")) < 2_000_000
-    # A loop would cost a TPU a quarter of the step.
+    # A loop would make a TPU step a third longer.
     assert not shipped(name).scan_blocks
 
 
@@ -337,7 +338,7 @@ def test_the_small_siblings_are_small(name):
         ({"low_res": 3}, "model.low_res is 3; it must be 0 or a divisor of image_size, 8"),
     ],
 )
-def test_a_bad_config_is_one_line_with_key_value_and_what_is_allowed(changes, message):
+def test_a_bad_config_raises_one_line_with_key_value_and_allowed_values(changes, message):
     with pytest.raises(UserError) as error:
         tiny(**changes)
     assert str(error.value) == message

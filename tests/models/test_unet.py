@@ -1,4 +1,4 @@
-"""The base U-Net: shapes, what each kind of conditioning reaches, config errors, sizes."""
+"""The base U-Net: shapes, the reach of each conditioning, heads, config errors, sizes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import load_config
 from flax import nnx
-from networks import BATCH, abstract, count, inputs, jit, random_state, with_text
+from networks import BATCH, abstract, count, inputs, jit, make, random_state, with_text
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.models import layers
+from imagen_jax.config import parse
+from imagen_jax.diffusion import process
 from imagen_jax.models.denoiser import with_low_res
 from imagen_jax.models.layers import GroupNorm, dropout, num_groups
+from imagen_jax.models.networks import functional
 from imagen_jax.models.unet import UNet, UNetConfig, plan_blocks
 
 TINY = UNetConfig(
@@ -38,6 +42,7 @@ VARIANTS = [
     {"use_scale_shift_norm": False},
     {"decoder_extra_block": True},
     {"low_res": 4, "patch_size": 2, "cond_width": 24},
+    {"head": "gated", "patch_size": 2},
 ]
 
 
@@ -47,7 +52,7 @@ def tiny(**changes) -> UNetConfig:
 
 @lru_cache
 def compiled(config: UNetConfig):
-    """(state, z, log_snr, cond) -> output and the gradient of its mean square by the state."""
+    """Compiles (state, z, log_snr, cond) -> output, gradient of its mean square by the state."""
     graphdef, _ = abstract(config)
 
     def loss(state, *args):
@@ -66,7 +71,7 @@ def forward(config: UNetConfig, state, z, log_snr, cond):
     return compiled(config)(state, z, log_snr, cond)[0]
 
 
-def test_a_new_model_jitted_gives_zeros_in_float32_in_the_shape_of_z():
+def test_a_new_model_outputs_float32_zeros_in_the_shape_of_z():
     graphdef, _ = abstract(TINY)
     state = jax.jit(lambda: nnx.state(UNet(TINY, rngs=nnx.Rngs(0))))()
     z, log_snr, cond = inputs(TINY)
@@ -75,7 +80,7 @@ def test_a_new_model_jitted_gives_zeros_in_float32_in_the_shape_of_z():
     np.testing.assert_array_equal(out, 0.0)
 
 
-def test_state_is_float32_parameters_and_nothing_else():
+def test_the_state_is_only_float32_parameters():
     model = nnx.eval_shape(lambda: UNet(tiny(dropout=0.1), rngs=nnx.Rngs(0)))
     _, params, rest = nnx.split(model, nnx.Param, ...)
     assert not jax.tree.leaves(rest)
@@ -117,7 +122,7 @@ def test_a_caption_without_tokens_gives_finite_output_and_gradients(pooling):
 
 
 def test_the_null_prompt_gives_finite_output_and_gradients():
-    """Zero embeddings, whose LayerNorm divides by its epsilon, at the start of training."""
+    """Its embeddings are zero, so the LayerNorm divides by its epsilon."""
     _, log_snr, cond = inputs(TINY)
     z = jnp.zeros((BATCH, 8, 8, 3))
     null = {
@@ -129,15 +134,15 @@ def test_the_null_prompt_gives_finite_output_and_gradients():
     assert jnp.abs(grads["conditioner"]["text"]["kernel"][...]).max() == 0
 
 
-def test_without_pooling_and_sequence_the_text_is_not_read():
+def test_the_text_is_not_read_without_pooling_and_sequence():
     config = tiny(pooling="none", sequence="none")
     z, log_snr, _ = inputs(config)
     out = forward(config, random_state(config), z, log_snr, {})
     assert jnp.isfinite(out).all() and jnp.abs(out).max() > 0
 
 
-def test_layer_norm_makes_attention_blind_to_the_scale_of_the_text():
-    """Without the LayerNorm the same change of scale shows."""
+def test_layer_norm_makes_attention_invariant_to_the_scale_of_the_text():
+    """Without the LayerNorm the same change of scale changes the output."""
     changed = {}
     for sequence in ("cross_attention_layernorm", "cross_attention"):
         config = tiny(pooling="none", sequence=sequence)
@@ -170,7 +175,7 @@ def test_the_low_resolution_image_and_its_noise_level_matter_in_a_super_resoluti
         np.testing.assert_array_equal(out[1], changed[1])
 
 
-def test_a_constant_image_stays_constant_when_enlarged_beside_z():
+def test_a_constant_low_resolution_image_stays_constant_when_enlarged():
     config = tiny(low_res=4)
     z, _, cond = inputs(config)
     shades = jnp.array([0.25, -0.5])[:, None, None, None]
@@ -180,7 +185,7 @@ def test_a_constant_image_stays_constant_when_enlarged_beside_z():
     assert with_low_res(z, {}, TINY) is z
 
 
-def test_examples_of_a_batch_do_not_see_each_other():
+def test_examples_of_a_batch_are_independent():
     state = random_state(TINY)
     z, log_snr, cond = inputs(TINY)
     out = forward(TINY, state, z, log_snr, cond)
@@ -199,7 +204,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_every_parameter_is_used_through_run_block():
-    """A runner that rematerializes pure functions sees all parameters and changes no output."""
+    """A runner that rematerializes blocks sees every parameter and leaves the output unchanged."""
     seen = []
 
     def run_block(block, *args):
@@ -224,14 +229,14 @@ def test_dropout_needs_a_key_and_differs_by_key():
     assert jnp.abs(first - without).max() > 1e-3 and jnp.abs(first - second).max() > 1e-3
 
 
-def test_dropout_keeps_the_mean_and_drops_its_share():
+def test_dropout_keeps_the_mean_and_drops_the_given_fraction():
     x = jnp.ones((64, 64))
     out = dropout(x, 0.25, jax.random.key(0))
     assert set(np.unique(out)) == {np.float32(0), np.float32(1) / np.float32(0.75)}
     assert abs(float((out == 0).mean()) - 0.25) < 0.03 and abs(float(out.mean()) - 1) < 0.05
 
 
-def test_group_norm_is_the_textbook_formula_and_film_comes_after():
+def test_group_norm_matches_its_definition_and_film_follows_it():
     rng = np.random.default_rng(0)
     x = 2.0 + rng.standard_normal((2, 4, 4, 16)).astype(np.float32)
     gain, offset = rng.standard_normal((2, 2, 16)).astype(np.float32)
@@ -250,7 +255,7 @@ def test_groups_divide_the_channels():
 
 
 @pytest.mark.parametrize("extra", [False, True])
-def test_the_plan_saves_as_many_skips_as_it_uses_and_widths_follow(extra):
+def test_the_plan_uses_every_saved_skip_and_its_widths_match(extra):
     config = UNetConfig(decoder_extra_block=extra)
     encoder, middle, decoder = plan_blocks(config)
     saved = [config.embed_dim] if extra else []
@@ -309,23 +314,51 @@ def test_the_paper_config_has_two_billion_parameters():
             {"cond_width": 20},
             "model.per_head_channels is 8; it must be a divisor of the 20 channels of the text",
         ),
+        ({"head": "linear"}, "model.head is 'linear'; it must be norm | gated"),
         ({"dtype": "float16"}, "model.dtype is 'float16'; it must be bfloat16 | float32"),
     ],
 )
-def test_a_bad_config_is_one_line_with_key_value_and_what_is_allowed(changes, message):
+def test_a_bad_config_raises_one_line_with_key_value_and_allowed_values(changes, message):
     with pytest.raises(UserError) as error:
         tiny(**changes)
     assert str(error.value) == message
 
 
-def test_patches_fold_and_unfold_without_loss():
-    x = jnp.arange(2 * 8 * 4 * 3.0).reshape(2, 8, 4, 3)
-    folded = layers.space_to_depth(x, 2)
-    assert folded.shape == (2, 4, 2, 12)
-    # One output pixel holds one square of input pixels.
-    np.testing.assert_array_equal(folded[0, 1, 0], x[0, 2:4, 0:2].reshape(-1))
-    np.testing.assert_array_equal(layers.depth_to_space(folded, 2), x)
-    np.testing.assert_array_equal(layers.space_to_depth(x, 1), x)
+def test_the_head_for_x_passes_a_clean_picture():
+    """With the paper's head the same steps leave an error above 0.02."""
+    config = tiny(head="gated", pooling="none", sequence="none", attention_resolutions=())
+    network = functional(make(config))
+    optimizer = optax.adam(3e-3)
+
+    def loss(params, key):
+        keys = jax.random.split(key, 4)
+        color = jax.random.uniform(keys[0], (16, 1, 1, 3), minval=-1)
+        texture = 0.2 * jax.random.normal(keys[1], (16, 8, 8, 3))
+        x = color + jax.random.uniform(keys[2], (16, 1, 1, 1)) * texture
+        z = process.q_sample(x, jax.random.normal(keys[3], x.shape), jnp.float32(10))
+        return jnp.square(network.apply(params, z, jnp.full(16, 10.0), {}) - x).mean()
+
+    @jit
+    def step(params, opt_state, key):
+        value, grads = jax.value_and_grad(loss)(params, key)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    params = jit(network.init)(jax.random.key(0))
+    opt_state = optimizer.init(params)
+    for key in jax.random.split(jax.random.key(1), 80):
+        params, opt_state, value = step(params, opt_state, key)
+    assert value < 0.005
+
+
+@pytest.mark.parametrize(
+    ("prediction", "head"), [("eps", "norm"), ("x", "gated"), ("v", "gated"), ("flow", "gated")]
+)
+def test_the_head_follows_the_prediction(prediction, head):
+    values = load_config("demo")
+    values.diffusion.prediction = values.diffusion.weighting = prediction
+    config = parse(values)
+    assert config.unet.head == head
 
 
 def test_patches_move_the_first_level_to_a_coarser_grid():
@@ -333,17 +366,3 @@ def test_patches_move_the_first_level_to_a_coarser_grid():
     assert patched.resolutions == (16, 8, 4, 2)
     with pytest.raises(UserError, match="image_size is 20; it must be a multiple of 32"):
         UNetConfig(image_size=20, patch_size=4, attention_resolutions=())
-
-
-def test_resampling_and_its_gradients_are_means_and_sums_of_2x2_pixels():
-    x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
-    blocks = np.asarray(x).reshape(2, 2, 2, 3, 2, 3)
-    np.testing.assert_allclose(layers.downsample(x), blocks.mean((2, 4)), rtol=1e-6, atol=1e-6)
-    enlarged, pull = jax.vjp(layers.upsample, layers.downsample(x))
-    np.testing.assert_array_equal(enlarged[:, ::2, 1::2], layers.downsample(x))
-    np.testing.assert_allclose(pull(x)[0], blocks.sum((2, 4)), rtol=1e-6, atol=1e-6)
-    (gradient,) = jax.vjp(layers.downsample, x)[1](layers.downsample(x))
-    np.testing.assert_allclose(4 * gradient, enlarged, rtol=1e-6)
-    half = x.astype(jnp.bfloat16)
-    (gradient,) = jax.vjp(layers.upsample, layers.downsample(half))[1](half)
-    assert layers.downsample(half).dtype == gradient.dtype == jnp.bfloat16
