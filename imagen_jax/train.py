@@ -33,6 +33,10 @@ FLAGS = flags.FLAGS
 # EX_TEMPFAIL of sysexits.h, "try again": a supervisor must tell preempted from finished runs.
 STOPPED = 75
 
+# Share of a machine's memory that training on its CPU may fill; Python, TensorFlow and the reader
+# need the rest. Without it, a run that barely fits is killed instead of refused.
+CPU_SHARE = 0.8
+
 
 def define_flags() -> None:
     """Defines the flags; a function, so that importing this module defines none."""
@@ -87,8 +91,8 @@ def main(argv: Sequence[str]) -> None:
     from imagen_jax.devices import compilation, processes
 
     startup.done("imports")
-    compilation.use_cache(FLAGS.compilation_cache)
     start_processes({"workdir": str(workdir), "config": dataclasses.asdict(config)})
+    compilation.use_cache(FLAGS.compilation_cache)
     startup.done("configs and processes")
     with processes.failing_at_once():
         finished = run(config, workdir, startup, profiled)
@@ -154,7 +158,10 @@ def run(config: Config, workdir: Path, startup: Startup, profiled: Sequence[int]
 
     startup.done("imports")
     experiment = experiments.build(config)
-    experiment.check_fits(memory.device_memory())
+    available = memory.device_memory()
+    if jax.default_backend() == "cpu":
+        available *= CPU_SHARE
+    experiment.check_fits(available)
     startup.done("network")
     with cli.quiet_imports():
         from data_pipelines.reading.reader import Reader, build

@@ -1,4 +1,4 @@
-"""Test-wide settings (one CPU made into 8 devices, rank promotion an error) and a tiny config."""
+"""Settings of all tests (8 CPU devices, rank promotion is an error), tiny configs and tiny data."""
 
 import atexit
 import importlib.util
@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# Compiling is most of a test's time: do little of it, and no program twice.
+# Compiling takes most of a test's time: optimize little, and compile no program twice.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="imagen_jax_tests_")
 
 import jax
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def load_config(name, argument=None):
-    """The shipped config `configs/<name>.py`, as the command line would load it."""
+    """Loads the shipped config `configs/<name>.py`."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,7 +49,7 @@ def _shrink_run(config):
 
 
 def shrink(config):
-    """A shipped config made so small that a step takes milliseconds; the recipe stays."""
+    """Shrinks a shipped base config until a step takes milliseconds; keeps the recipe."""
     config.data.categories = ()
     config.model.image_size = 32
     config.model.patch_size = 4
@@ -62,7 +62,7 @@ def shrink(config):
 
 
 def shrink_sr(config):
-    """The same for a super-resolution config: 32x32 to 64x64."""
+    """Shrinks a shipped super-resolution config, to 32x32 -> 64x64."""
     config.data.image_size = 64
     config.model.image_size = 64
     config.model.low_res = 32
@@ -79,7 +79,7 @@ def tiny_config():
 
 
 def random_batch(config, seed=0):
-    """A batch as `data.train_batches` yields it, of noise."""
+    """A batch of noise, in the format of Reader.train_batches."""
     from ml_dtypes import bfloat16
 
     rng = np.random.default_rng(seed)
@@ -93,7 +93,7 @@ def random_batch(config, seed=0):
 
 
 class FakeEncoder:
-    """Stands in for a text encoder: random but fixed embeddings of a few tokens a caption."""
+    """Replaces a text encoder: fixed random embeddings, a few tokens per caption."""
 
     max_tokens = 6
 
@@ -116,7 +116,7 @@ class FakeEncoder:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A data dir with a few scenes at 32, embedded to fit `shrink`."""
+    """A data dir with a few 32x32 scenes, embedded to fit `shrink`."""
     from data_pipelines.records import writing
     from data_pipelines.scenes.builder import Scenes
 
@@ -137,7 +137,7 @@ def cascade_runs(tmp_path_factory):
 
 
 def train_run(config, workdir, stop=lambda step: False, **kwargs):
-    """Trains as `python -m imagen_jax.train` does, without its flags."""
+    """Trains as `python -m imagen_jax.train` does, without flags."""
     from data_pipelines.reading.reader import Reader, build
     from imagen_jax.training import experiment, loop
 

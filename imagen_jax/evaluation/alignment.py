@@ -1,4 +1,4 @@
-"""Alignment: do the pictures show what their captions claim?"""
+"""Alignment: whether images show what their captions claim."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from imagen_jax.common.intervals import wilson
 
 Example = dict[str, Any]
-# (image uint8 [H, W, 3], example) -> (groups that the example counts in, verdict of each claim).
+# (image uint8 [H, W, 3], example) -> (the example's groups, whether each of its claims holds).
 Check = Callable[[np.ndarray, Example], tuple[list[str], list[bool]]]
 
 
 def alignment(
     images: Sequence[np.ndarray], examples: Sequence[Example], check: Check
 ) -> dict[str, dict[str, float]]:
-    """How far pictures satisfy the claims of their captions, by group and for "all".
+    """Measures how many claims of the captions hold, for each group and for "all".
 
     Args:
-      check: the program that reads a picture, such as data_pipelines.scenes.check.check_example.
+      check: the program that reads an image, such as data_pipelines.scenes.check.check_example.
 
     Returns:
       {group: {"claims": share of satisfied claims, "fully": share of pictures that satisfy all

@@ -1,4 +1,4 @@
-"""Config sections become typed fields; what does not fit is one line naming the key."""
+"""Config sections become typed fields; a value that does not fit is an error naming the key."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.common.typed_config import load, require, run_name, typed
+from imagen_jax.common.typed_config import keys, load, require, run_name, typed
 from imagen_jax.config import parse
 
 
@@ -43,7 +43,7 @@ def test_values_and_defaults():
         ({"rate": 1.0, "mults": ["a"]}, ["config.o.mults is 'a'", "int"]),
     ],
 )
-def test_misfits_are_one_line(values, words):
+def test_values_that_do_not_fit_are_one_line_errors(values, words):
     with pytest.raises(UserError) as e:
         typed(Outer, values, "o.")
     assert "\n" not in str(e.value)
@@ -78,8 +78,13 @@ def test_an_override_of_the_topology_wins():
         ("configs/base64.py", "base64"),
         ("configs/base64.py:tiny", "base64_tiny"),
         ("configs/base64.py:1b,v4-128", "base64_1b_v4-128"),
+        ("/a/b/base64.py:1b,v4-128", "base64_1b_v4-128"),
         ("/a b/my config.py:x/../y,", "my_config_x_.._y"),
     ],
 )
 def test_a_run_is_named_after_its_config(spec, name):
     assert run_name(spec) == name
+
+
+def test_nested_keys_are_dotted():
+    assert keys({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == ["a", "b.c", "b.d.e"]

@@ -1,4 +1,4 @@
-"""A config becomes an experiment whose step learns, repeats exactly, and is one on any mesh."""
+"""An experiment learns, repeats exactly, and gives the same losses on every mesh."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from imagen_jax.training.experiment import build
 
 
 def run(config, steps=3, devices=None):
-    """The losses of a few steps on random batches, and what they leave."""
+    """Trains a few steps on random batches; returns (losses, state, experiment)."""
     experiment = build(config, devices)
     state = experiment.init()
     losses = []
@@ -35,7 +35,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def one_device(config):
-    """(losses, state after them, experiment) of three steps on one device."""
+    """(losses, state, experiment) after three steps on one device."""
     return run(config, devices=jax.devices()[:1])
 
 
@@ -54,7 +54,7 @@ def test_same_config_and_seed_give_the_same_losses_bit_for_bit(config, one_devic
     "mesh", [{"data": 8}, {"fsdp": 2, "data": 4, "remat": "block"}], ids=["data", "fsdp-remat"]
 )
 def test_every_mesh_gives_the_losses_of_one_device(config, one_device, mesh, monkeypatch):
-    # Otherwise nothing of a tiny model is worth sharding.
+    # By default the arrays of a tiny model are too small to shard.
     monkeypatch.setattr("imagen_jax.devices.sharding.MIN_SHARDED_SIZE", 1)
     sharded = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
     many, state, experiment = run(sharded)
@@ -69,14 +69,14 @@ def test_every_mesh_gives_the_losses_of_one_device(config, one_device, mesh, mon
 def test_the_loss_falls_on_one_batch(one_device):
     _, _, experiment = one_device
     batch = random_batch(experiment.config)
-    batch["image"][:] = 200  # random pixels have nothing to learn
+    batch["image"][:] = 200  # random pixels cannot be learned
     state, batch, key = experiment.init(), experiment.stage.put(batch), jax.random.key(0)
-    before = float(experiment.stage.eval_loss(state.params, batch, key))
+    before = float(experiment.stage.eval_loss(state.params, batch, key, False))
     for _ in range(30):
         state, _ = experiment.step(state, batch)
-    assert float(experiment.stage.eval_loss(state.params, batch, key)) < 0.8 * before
-    # The average follows the weights.
-    assert float(experiment.stage.eval_loss(state.ema, batch, key)) < 0.9 * before
+    assert float(experiment.stage.eval_loss(state.params, batch, key, False)) < 0.8 * before
+    # The EMA follows the weights.
+    assert float(experiment.stage.eval_loss(state.ema, batch, key, False)) < 0.9 * before
 
 
 def test_a_sample_depends_on_its_seed_and_prompt_not_on_its_batch(config, one_device):
@@ -92,7 +92,7 @@ def test_a_sample_depends_on_its_seed_and_prompt_not_on_its_batch(config, one_de
     assert np.abs(chunked.astype(int) - together.astype(int)).max() <= 1
 
 
-def test_config_json_gives_the_same_config_back(config):
+def test_config_json_restores_the_same_config(config):
     written = json.loads(json.dumps(dataclasses.asdict(config)))
     again = parse(written)
     assert again.unet == config.unet and again.identity == config.identity
@@ -101,7 +101,7 @@ def test_config_json_gives_the_same_config_back(config):
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused(config, one_device, tmp_path):
     _, state, experiment = one_device
-    state = jax.tree.map(lambda x: x, state)  # the dicts are new
+    state = jax.tree.map(lambda x: x, state)  # copies the dicts
     del state.params["head"], state.ema["head"]
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(3, state, {"examples": 0}, config.identity)
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(config, one_device, tmp_pat
     checkpoints.close()
 
 
-def test_checkpoint_comes_back_on_another_mesh_and_not_into_another_model(
+def test_a_checkpoint_restores_on_another_mesh_but_not_into_another_model(
     config, one_device, tmp_path
 ):
     _, state, _ = one_device
@@ -152,7 +152,7 @@ def test_checkpoint_comes_back_on_another_mesh_and_not_into_another_model(
         ("text.pooling", "max", "config.text.pooling is 'max'; allowed: attention"),
     ],
 )
-def test_bad_values_are_one_line(tiny_config, key, value, words):
+def test_bad_values_are_one_line_errors(tiny_config, key, value, words):
     values = tiny_config.to_dict()
     section, _, last = key.rpartition(".")
     (values.setdefault(section, {}) if section else values)[last] = value
@@ -161,7 +161,7 @@ def test_bad_values_are_one_line(tiny_config, key, value, words):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-def test_paper_scale_is_built_without_memory():
+def test_the_paper_scale_experiment_is_built_without_memory():
     experiment = build(parse(load_config("base64")), jax.devices()[:1])
     assert experiment.config.unet.image_size == 64
     assert experiment.stage.num_params == 1_988_589_571

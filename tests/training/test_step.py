@@ -1,4 +1,4 @@
-"""The pure step, on a toy loss: microbatches, buckets, reproducibility."""
+"""The pure training step on a toy loss: microbatches, buckets, reproducibility."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ from imagen_jax.training.step import (
 
 
 def toy_loss(params, batch, key):
-    """Quadratic, no randomness: microbatches must not change it."""
+    """A quadratic without randomness, so that microbatches do not change it."""
     del key
     error = batch["x"] @ params["w"] - batch["y"]
     return jnp.square(error), batch["log_snr"]
@@ -48,7 +48,7 @@ def test_microbatches_average_to_the_whole_batch(toy, microbatches):
         np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-5)
 
 
-def test_buckets_hold_each_loss_once(toy):
+def test_each_loss_is_in_one_bucket(toy):
     params, batch = toy
     _, metrics = accumulated_gradients(toy_loss, params, batch, jax.random.key(0), 1)
     loss_b, log_snr_b = toy_loss(params, batch, None)
@@ -67,7 +67,7 @@ def noisy_loss(params, batch, key):
     return jnp.square(batch["x"] @ params["w"] - noise), batch["log_snr"]
 
 
-def test_randomness_comes_from_the_seed_and_the_step_alone(toy):
+def test_randomness_depends_only_on_the_seed_and_the_step(toy):
     params, batch = toy
     optimizer = optax.sgd(0.1)
     step = functools.partial(train_step, loss_fn=noisy_loss, optimizer=optimizer, ema_decay=0.9)
@@ -80,6 +80,6 @@ def test_randomness_comes_from_the_seed_and_the_step_alone(toy):
     losses = {float(m["loss"]) for m in (metrics, other_seed, other_step)}
     assert len(losses) == 3
     assert int(first.step) == 1
-    # d = min(0.9, 1/10) at step 0
+    # The decay at step 0 is min(0.9, 1/10).
     expected = 0.1 * params["w"] + 0.9 * first.params["w"]
     np.testing.assert_allclose(first.ema["w"], expected, rtol=1e-5)

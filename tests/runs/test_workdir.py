@@ -1,0 +1,39 @@
+"""Runs are found by their config.json, and the default workdir is never a guess."""
+
+import re
+
+import pytest
+
+from imagen_jax.common.errors import UserError
+from imagen_jax.runs import workdir
+
+
+def add_run(folder, name):
+    (folder / name).mkdir(parents=True)
+    (folder / name / workdir.CONFIG).write_text("{}")
+    return folder / name
+
+
+def test_the_only_run_is_the_default(tmp_path):
+    run = add_run(tmp_path, "demo")
+    (tmp_path / "notes").mkdir()
+    assert workdir.only_run(tmp_path) == run
+
+
+def test_without_a_run_the_error_names_the_command(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"has no run; train one with: python -m imagen_jax"):
+            workdir.only_run(folder)
+
+
+def test_several_runs_are_listed(tmp_path):
+    runs = [add_run(tmp_path, name) for name in ("b", "a")]
+    with pytest.raises(UserError, match=re.escape(f"choose one of: {runs[1]}, {runs[0]}")):
+        workdir.only_run(tmp_path)
+
+
+def test_a_missing_run_is_an_error_and_creates_nothing(tmp_path):
+    for read in (workdir.read_config, workdir.newest_step):
+        with pytest.raises(UserError, match=r"holds no run: config\.json is missing"):
+            read(tmp_path / "none")
+    assert not list(tmp_path.iterdir())
