@@ -130,7 +130,7 @@ def tiny_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cascade_runs(tmp_path_factory):
-    """The workdirs of an untrained base model and an untrained super-resolution stage."""
+    """The workdirs of a base model and a super-resolution stage with random weights."""
     from saved_runs import save_cascade
 
     return save_cascade(tmp_path_factory)

@@ -213,10 +213,11 @@ class Cascade:
         cond = encode(starts)
         if requests[0].to_prompt:
             end = encode(ends)
-            f = np.array([r.fraction for r in requests])[:, None, None]
-            mixed = (1 - f) * cond["text"] + f * end["text"]
+            f = np.array([r.fraction for r in requests])[:, None]
+            mixed = (1 - f[..., None]) * cond["text"] + f[..., None] * end["text"]
             cond["text"] = mixed.astype(cond["text"].dtype)
-            cond["text_mask"] |= end["text_mask"]
+            # The first and last frame see the tokens of their own prompt only.
+            cond["text_mask"] = (cond["text_mask"] & (f < 1)) | (end["text_mask"] & (f > 0))
         if requests[0].negative_prompt:
             cond |= {f"negative_{k}": v for k, v in encode(negatives).items()}
         if requests[0].to_seed is not None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import FakeEncoder, load_config, shrink_sr, train_run
 from conftest import shrink as shrink_run
 from PIL import Image
-from saved_runs import ShortEncoder
+from saved_runs import ShortEncoder, random_params
 
 from data_pipelines.reading.reader import Reader
 from imagen_jax.common.errors import UserError
@@ -29,16 +29,12 @@ from imagen_jax.pipeline.cascade import Cascade, TrainedStage
 from imagen_jax.stage import Stage, load
 
 
-def untrained(*configs):
-    """A stage of freshly initialized weights for each config."""
-    stages = [Stage(parse(c)) for c in configs]
-    return [TrainedStage(f"run{i}", 0, s, jax.jit(s.init_params)()) for i, s in enumerate(stages)]
-
-
 @pytest.fixture(scope="module")
 def stages():
     """A base model of 32 pixels, and super-resolution from 32 to 64."""
-    return untrained(shrink_run(load_config("demo")), shrink_sr(load_config("sr256", "tiny")))
+    configs = shrink_run(load_config("demo")), shrink_sr(load_config("sr256", "tiny"))
+    loaded = [Stage(parse(c)) for c in configs]
+    return [TrainedStage(f"run{i}", 0, s, random_params(s)) for i, s in enumerate(loaded)]
 
 
 @pytest.fixture
@@ -126,7 +122,8 @@ def test_each_stage_enlarges_the_samples_of_the_one_before(pipe, stages):
 def test_a_sample_depends_on_its_own_prompt_and_seed_only(pipe):
     several = pipe(["a", "b", "c"], seed=7, batch_size=2)
     np.testing.assert_array_equal(np.asarray(pipe("c", seed=7)[0]), np.asarray(several[2]))
-    assert (pixels(pipe("c", seed=8)) != pixels(several[2:])).any()
+    for other in (pipe("c", seed=8), pipe("d", seed=7), pipe("c", seed=7, sr_prompts="d")):
+        assert (pixels(other) != pixels(several[2:])).any()
 
 
 def test_stages_share_a_text_encoder_that_is_loaded_once(pipe, encoders_loaded):
@@ -186,8 +183,10 @@ def test_a_small_strength_changes_the_image_little(encoders_loaded):
     image = np.full((32, 32, 3), 40, np.uint8)
     image[:16] = 200
     values = shrink_run(load_config("demo"))
-    values.diffusion.prediction = "eps"  # untrained, it predicts 0: all of z is the image
-    base = Cascade(untrained(values))
+    values.diffusion.prediction = "eps"  # with zero weights, it predicts 0: all of z is the image
+    stage = Stage(parse(values))
+    zeros = jax.tree.map(jnp.zeros_like, random_params(stage))
+    base = Cascade([TrainedStage("run", 0, stage, zeros)])
 
     def changed(strength):
         samples = pixels(base("a", image=image, strength=strength, steps=8))
@@ -196,7 +195,7 @@ def test_a_small_strength_changes_the_image_little(encoders_loaded):
     assert changed(0.05) < 0.5 * changed(0.9)
 
 
-def test_the_wrong_order_of_stages_is_one_line(stages):
+def test_the_wrong_order_of_stages_is_one_line(stages, encoders_loaded):
     message = "^workdir: run0 is a base model, but follows run1, which samples 64 pixels$"
     with pytest.raises(UserError, match=message):
         Cascade(stages[::-1])
