@@ -6,7 +6,7 @@ For models trained on the scenes: a program reads each image and decides which c
 hold. The workdir receives
 
     report.html                               the evaluation on one page
-    evaluation/alignment.json                 the shares of claims that hold
+    evaluation/<metric>.json                  the figures of each metric, such as alignment
     evaluation/samples_guidance_<weight>.png  a grid of samples per guidance weight
     evaluation/loss.png                       the loss curve
 """
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from imagen_jax.config import Config
-    from imagen_jax.evaluation.report import Alignment
+    from imagen_jax.evaluation.metric import Metric
+    from imagen_jax.evaluation.report import Measured
 
 SHOWN = 32  # samples per grid
 
@@ -96,7 +97,7 @@ def evaluate(
     from tqdm import tqdm
 
     from imagen_jax.common.files import make_folder
-    from imagen_jax.evaluation.alignment import alignment
+    from imagen_jax.evaluation.report import TRUE, Measured
     from imagen_jax.runs import workdir as runs
     from imagen_jax.stage import load
 
@@ -110,21 +111,31 @@ def evaluate(
     check_data(config)
     with cli.quiet_imports():
         from data_pipelines.reading.reader import Reader, stack_text
-        from data_pipelines.scenes.check import check_example
 
     prompts = Reader(config).examples(split, num)
     stage, params = load(workdir, step)
     cond = stack_text(prompts)
     seeds = np.arange(len(prompts), dtype=np.uint32) + np.uint32(seed)
-    samples, rows = {}, {}
+    samples = {}
     with tqdm(total=len(prompts) * len(weights), desc="sampling", unit="image") as bar:
         for weight in weights:
             sampler = dataclasses.replace(config.sampling, guidance_weight=weight)
             samples[weight] = stage.sample(params, seeds, cond, sampler, progress=bar.update)
-            rows[weight] = alignment(samples[weight], prompts, check_example)
-    rows["true renders"] = alignment([p["image"] for p in prompts], prompts, check_example)
-    table = {str(name): table for name, table in rows.items()}
-    write(workdir, split, samples, [p["caption"] for p in prompts], table)
+    columns = {str(weight): images for weight, images in samples.items()}
+    columns[TRUE] = [p["image"] for p in prompts]
+    results = {
+        name: Measured(metric, {c: metric.measure(i, prompts) for c, i in columns.items()})
+        for name, metric in metrics().items()
+    }
+    write(workdir, split, samples, [p["caption"] for p in prompts], results)
+
+
+def metrics() -> dict[str, Metric]:
+    """The metrics by name. A new one is a module in evaluation/ and a line here."""
+    from data_pipelines.scenes.check import check_example
+    from imagen_jax.evaluation import alignment
+
+    return {"alignment": alignment.metric(check_example)}
 
 
 def check_data(config: Config) -> None:
@@ -140,22 +151,24 @@ def write(
     split: str,
     samples: Mapping[float, np.ndarray],
     captions: Sequence[str],
-    table: Alignment,
+    results: Mapping[str, Measured],
 ) -> None:
-    """Writes the files of an evaluation, and prints the table and the files' names."""
+    """Writes the files of an evaluation; prints the tables of the metrics and the files' names."""
     from imagen_jax.common import pictures
     from imagen_jax.common.files import write_json
     from imagen_jax.evaluation import report
     from imagen_jax.runs import workdir as runs
 
     folder = workdir / runs.EVALUATION
-    write_json(folder / runs.ALIGNMENT, {"split": split, "guidance": table})
+    for name, measured in results.items():
+        write_json(folder / f"{name}.json", {"split": split, "guidance": measured.tables})
     sheets = {}
     for weight, images in samples.items():
         path = sheets[f"guidance {weight:g}"] = folder / f"samples_guidance_{weight:g}.png"
         pictures.save(pictures.grid(images[:SHOWN], captions[:SHOWN], columns=8), path)
-    page = report.write(workdir, sheets, table)
-    print(report.text_table(table))
+    page = report.write(workdir, sheets, list(results.values()))
+    for measured in results.values():
+        print(report.text_table(measured))
     for path in (*sheets.values(), page):
         print(path)
 

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from imagen_jax.common.intervals import wilson
+from imagen_jax.evaluation.metric import Example, Metric, Row, Table
 
-Example = dict[str, Any]
 # (image uint8 [H, W, 3], example) -> (the example's groups, whether each of its claims holds).
 Check = Callable[[np.ndarray, Example], tuple[list[str], list[bool]]]
 
 
-def alignment(
-    images: Sequence[np.ndarray], examples: Sequence[Example], check: Check
-) -> dict[str, dict[str, float]]:
+def metric(check: Check) -> Metric:
+    """Returns the metric whose claims `check` checks."""
+    note = (
+        "Share of images that satisfy every claim of their caption, with 95% Wilson intervals, and "
+        "the share of single claims."
+    )
+    title = "Do the images match their captions?"
+    return Metric(title, note, partial(alignment, check=check), _cell)
+
+
+def _cell(row: Row) -> str:
+    fully, low, high, claims = (100 * row[k] for k in ("fully", "low", "high", "claims"))
+    return f"{fully:.0f}% ({low:.0f}-{high:.0f}%), claims {claims:.0f}%"
+
+
+def alignment(images: Sequence[np.ndarray], examples: Sequence[Example], check: Check) -> Table:
     """Measures how many claims of the captions hold, for each group and for "all".
 
     Args:

@@ -28,8 +28,7 @@ METRICS = "metrics.jsonl"  # one JSON object per line
 CHECKPOINTS = "checkpoints"  # training state and data position, by Orbax
 SAMPLES = "samples"  # grids sampled during training
 PROFILE = "profile"  # traces of --profile_steps
-EVALUATION = "evaluation"  # ALIGNMENT, sample grids and the loss curve of imagen_jax.evaluate
-ALIGNMENT = "alignment.json"  # in EVALUATION
+EVALUATION = "evaluation"  # metrics, sample grids and the loss curve of imagen_jax.evaluate
 REPORT = "report.html"  # the evaluation on one page
 
 

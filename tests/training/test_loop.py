@@ -201,7 +201,7 @@ def test_a_model_too_large_for_the_machine_is_one_line_with_figures_and_a_smalle
 def test_evaluation_reports_by_category(finished, tmp_path):
     evaluate.evaluate(finished, [1.0, 2.0], split="heldout", num=4)
     report = json.loads((finished / "evaluation" / "alignment.json").read_text())
-    assert set(report["guidance"]) == {"1.0", "2.0", "true renders"}
+    assert set(report["guidance"]) == {"1.0", "2.0", "true images"}
     found = report["guidance"]["1.0"]["all"]
     assert found["num"] == 4 and found["low"] <= found["fully"] <= found["high"]
     assert found["high"] > found["low"] >= 0

@@ -1,0 +1,28 @@
+"""What a metric is: a function of images and their examples, and how its table is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Example = dict[str, Any]  # a record: caption, category, scene, image
+Row = dict[str, float]  # the figures of a group; "num" is its number of images
+Table = dict[str, Row]  # by group, in the order of display
+
+
+class Metric(NamedTuple):
+    """A metric of samples.
+
+    Attributes:
+      title: heading of its table in the report.
+      note: one sentence that explains a cell.
+      measure: (images uint8 [N, H, W, 3], their N examples) -> Table.
+      cell: shows a Row as text.
+    """
+
+    title: str
+    note: str
+    measure: Callable[[Sequence[np.ndarray], Sequence[Example]], Table]
+    cell: Callable[[Row], str]
