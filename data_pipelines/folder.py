@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from PIL import Image, ImageOps
 
 from data_pipelines.records import captions, dataset, writing
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
+from imagen_jax.common.pictures import to_rgb
 
 
 def load_record(
@@ -51,16 +51,6 @@ def load_record(
     if enlarged:
         record["change"] = dataset.Skip(name, f"enlarged to --resolution={resolution}", size)
     return record
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode to RGB: transparency becomes white, 16-bit gray loses its low byte."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def square(image: Image.Image, resolution: int) -> Image.Image:

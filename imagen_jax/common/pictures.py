@@ -81,3 +81,13 @@ def chart(path: Path, **settings: Any) -> Iterator[Any]:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Converts any mode to RGB: transparency shows the background, 16 bits become 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from imagen_jax.common import cli
+from imagen_jax.common.pictures import to_rgb
 from imagen_jax.pipeline.settings import Picture, SettingError, Settings
 
 
@@ -92,26 +93,16 @@ def _pixels(label: str, image: Image.Image, size: int) -> np.ndarray:
     method = Image.Resampling.BOX if min(image.size) > size else Image.Resampling.BICUBIC
     if image.mode != "RGB":
         cli.log.info("%s: converted from mode %s to RGB", label, image.mode)
-    return np.asarray(_fit(label, _to_rgb(image, "white"), size, method))
+    return np.asarray(_fit(label, to_rgb(image), size, method))
 
 
 def _mask_pixels(label: str, mask: Image.Image, size: int) -> np.ndarray:
     """A mask as bool [size, size, 1], True where it is white; transparent pixels are black."""
-    gray = _to_rgb(mask, "black").convert("L")
+    gray = to_rgb(mask, "black").convert("L")
     pixels = np.asarray(_fit(label, gray, size, Image.Resampling.NEAREST))[..., None] > 127
     if not pixels.any():
         raise SettingError(f"{label} is black everywhere; white marks what to repaint")
     return pixels
-
-
-def _to_rgb(image: Image.Image, background: str) -> Image.Image:
-    """Converts any mode to RGB: transparency shows the background, 16 bits become 8."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
 
 
 def _fit(label: str, image: Image.Image, size: int, method: Image.Resampling) -> Image.Image:
