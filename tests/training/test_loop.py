@@ -20,6 +20,7 @@ from imagen_jax.config import parse
 from imagen_jax.devices import processes
 from imagen_jax.training.experiment import build
 from imagen_jax.training.loop import run_loop
+from imagen_jax.training.startup import Startup
 
 
 class StopAt:
@@ -190,12 +191,19 @@ def test_sigterm_requests_a_stop():
             signal.signal(number, handler)
 
 
-def test_a_model_too_large_for_the_machine_is_one_line_with_figures_and_a_smaller_config():
-    experiment = build(parse(load_config("base64")), jax.devices()[:1])
+def test_a_model_too_large_for_the_machine_is_one_line_with_figures_and_a_smaller_config(
+    tmp_path, monkeypatch
+):
+    config = parse(load_config("base64"))
+    one_device = build(config, jax.devices()[:1])
+    monkeypatch.setattr("imagen_jax.training.experiment.build", lambda config: one_device)
+    # Less than the run's minimum, 22.2 GiB, only once a share is set aside for the host.
+    monkeypatch.setattr("imagen_jax.devices.memory.device_memory", lambda: 24 * 2**30)
     with pytest.raises(UserError) as e:
-        experiment.check_fits(available=16 * 2**30)
+        train.run(config, tmp_path / "run", Startup(), ())
     message = str(e.value)
-    assert "1.99B" in message and "16.0 GiB" in message and "configs/base64.py:tiny" in message
+    assert all(s in message for s in ("1.99B", "22.2 GiB", "19.2 GiB", "configs/base64.py:tiny"))
+    assert "\n" not in message and not (tmp_path / "run").exists()
 
 
 def test_evaluation_reports_by_category(finished, tmp_path):
