@@ -1,4 +1,4 @@
-# The two commands of the README, and what they are made of.
+# The commands of the README. Everything runs in a virtual environment made by `make setup`.
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
@@ -8,13 +8,15 @@ RUN ?= runs/demo
 .PHONY: help setup demo demo-cascade test test-slow test-parity lint
 
 help:
-	@echo "make demo         set up, train the demo on the embedded data, draw held-out captions"
-	@echo "make demo-cascade after it, train super-resolution and draw both stages"
-	@echo "make test         set up and run the default tests (PYTHON=python3.12 for another Python)"
-	@echo "make test-slow    the tests that take minutes"
-	@echo "make test-parity  comparisons with torch libraries (installs the parity extra)"
-	@echo "make lint         ruff"
-	@echo "make setup        only the virtual environment, in $(VENV)"
+	@echo "make demo         train the demo, sample images of held-out captions, write a report"
+	@echo "make demo-cascade run the demo, train its super-resolution stage, sample with both"
+	@echo "make test         run the default tests"
+	@echo "make test-slow    run the tests that take minutes"
+	@echo "make test-parity  compare with PyTorch libraries; installs the parity extra"
+	@echo "make lint         run ruff"
+	@echo "make setup        only make the virtual environment, $(VENV); the others do so first"
+	@echo ""
+	@echo "PYTHON=python3.12 uses another Python, RUN=DIR another workdir than runs/demo"
 
 setup: $(VENV)/.installed
 
@@ -27,7 +29,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
 	@touch $@
 
-# Where torch has no build these tests are skipped, so failing to install it is no error.
+# Some platforms have no PyTorch build. There the parity tests are skipped, so ignore the error.
 $(VENV)/.installed-parity: $(VENV)/.installed-test
 	-$(PIP) --editable '.[parity]'
 	@touch $@
@@ -36,7 +38,7 @@ demo: setup
 	$(BIN)/python -m imagen_jax.train --config=configs/demo.py --workdir=$(RUN)
 	$(BIN)/python -m imagen_jax.evaluate --workdir=$(RUN)
 
-# The demo's pictures enlarged: a cascade of two stages.
+# A cascade of two stages: the demo's base model and its super-resolution.
 demo-cascade: demo
 	$(BIN)/python -m imagen_jax.train --config=configs/demo_sr.py --workdir=$(RUN)_sr
 	$(BIN)/python -m imagen_jax.sample --workdir=$(RUN),$(RUN)_sr --out=$(RUN)_sr/cascade \

@@ -8,7 +8,7 @@ exec(Path("imagen_jax/__init__.py").read_text(), version)
 setup(
     name="imagen_jax",
     version=version["__version__"],
-    description="Imagen in JAX: a text-to-image diffusion cascade, from a laptop to a TPU pod.",
+    description="Imagen in JAX: a text-to-image diffusion cascade for a laptop, GPU or TPU pod.",
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -19,6 +19,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
+        "etils[epath]>=1.9",
         "flax>=0.12.4",
         "jax>=0.10",
         "matplotlib>=3.9",
@@ -43,13 +44,13 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
         "test": ["pytest>=8", "ruff>=0.14"],
-        # libtpu, TPUs' compiler, of the version that this JAX wants; it needs no TPU.
+        # jax[tpu] installs the libtpu that matches JAX. Its compiler runs without a TPU.
         "plan": ["jax[tpu]>=0.10"],
         "parity": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.57"],
-        # SeqIO's offline caching of tasks wants a fast CRC.
+        # SeqIO's offline task caching needs a fast CRC.
         "data": ["google-crc32c>=1.5"],
-        # Beam holds protobuf at 6, for which SeqIO needs this sentencepiece; versions that were
-        # tested together are in constraints-beam.txt.
+        # Beam requires protobuf 6, with which SeqIO needs this sentencepiece. constraints-beam.txt
+        # has versions that were tested together.
         "beam": ["apache-beam>=2.77", "sentencepiece==0.2.2"],
     },
 )

@@ -1,14 +1,15 @@
-"""Loss against wall time of the Efficient and the ordinary U-Net on one super-resolution task.
+"""Compares the loss of the Efficient and the ordinary U-Net over wall time, for super-resolution.
 
     python -m benchmarks.loss_against_time --minutes=10 --out=loss_against_time
 
-Both networks have nearly the same number of parameters, and the recipe and the data of a config;
-only the section `model` differs (see benchmarks.efficient_unet, which compares their speed alone).
-They are trained in one process, a segment each in turn, so that a change of the machine's load
-meets both. The clock runs during training steps only: not while compiling, reading or evaluating.
-After each segment comes the loss of the averaged weights on held-out data, with the same noise
-every time. The learning rate stays constant: in equal times they take different numbers of steps.
-Writes a table, a plot and all figures as .md, .png and .json.
+Both networks have nearly the same number of parameters. They share a config's recipe and data; only
+the section `model` differs. (benchmarks.efficient_unet compares their speed alone.) One process
+trains them in alternating segments, so a change of the machine's load affects both. The clock runs
+only during training steps, not while compiling, reading data or evaluating. After each segment, the
+benchmark evaluates the EMA weights on held-out data, always with the same noise. The learning rate
+is constant, because the networks take different numbers of steps in the same time.
+
+Writes a table (.md), a plot (.png) and all figures (.json).
 """
 
 from __future__ import annotations
@@ -31,23 +32,26 @@ from imagen_jax.config import NOT_WEIGHTS, Config, parse
 from imagen_jax.training import experiment
 
 FLAGS = flags.FLAGS
-ROWS = 8  # of the table
+ROWS = 8  # rows of the table
 
 
 def define_flags() -> None:
-    cli.define_config_flags("configs/demo_sr.py", "A super-resolution config.")
-    flags.DEFINE_integer("width", 8, "Channels of the Efficient U-Net's first level.", 4)
+    cli.define_config_flags("configs/demo_sr.py", "Super-resolution config.")
+    flags.DEFINE_integer("width", 8, "Channels of the first level of the Efficient U-Net.", 4)
     flags.DEFINE_float("minutes", 10.0, "Training time of each network.", 0.1)
-    flags.DEFINE_integer("segments", 24, "In how many parts they take turns.", 1)
-    flags.DEFINE_string("out", "loss_against_time", "Name of the files, without a suffix.")
+    flags.DEFINE_integer("segments", 24, "Number of alternating segments per network.", 1)
+    flags.DEFINE_string("out", "loss_against_time", "Path of the output files, without the suffix.")
 
 
 def main(argv: list[str]) -> None:
-    """Trains both, prints a table in Markdown, writes the files."""
+    """Trains both networks, prints a Markdown table and writes the files."""
     del argv
     config = parse(typed_config.load(FLAGS.config, ["optimizer.schedule=constant", *FLAGS.set]))
     if not config.unet.low_res:
-        raise UserError(f"--config={FLAGS.config} is no super-resolution config")
+        raise UserError(
+            f"--config={FLAGS.config} has model.low_res=0; pass a super-resolution config, such as "
+            "configs/demo_sr.py"
+        )
     with cli.quiet_imports():
         from data_pipelines.reading.reader import build
     build(config)
@@ -84,14 +88,14 @@ def main(argv: list[str]) -> None:
 
 
 def with_network(config: Config, name: str, network: Any) -> Config:
-    """The config with another section `model`."""
+    """Returns the config with its section `model` replaced."""
     values = dataclasses.asdict(network)
     section = {k: v for k, v in values.items() if k not in NOT_WEIGHTS}
     return dataclasses.replace(config, model={"name": name, "dtype": network.dtype, **section})
 
 
 class Run:
-    """One network's training: its state, its time, and (step, seconds, held-out loss) points."""
+    """Trains one network and records its points: (step, seconds, held-out loss)."""
 
     def __init__(self, config: Config):
         with cli.quiet_imports():
@@ -107,7 +111,7 @@ class Run:
         self.points = [(0, 0.0, self._held_out_loss())]
 
     def train_until(self, seconds: float) -> None:
-        """Trains up to so many seconds in all, then adds a point."""
+        """Trains until the total time is `seconds`, then adds a point."""
         while self._seconds < seconds:
             batch = jax.block_until_ready(self.experiment.stage.put(next(self._batches)))
             start = time.perf_counter()
@@ -121,18 +125,18 @@ class Run:
 
 
 def sooner(slow: Run, fast: Run) -> float | None:
-    """How many times sooner `fast` has the loss that `slow` ends with; None if it never has it."""
+    """Returns how many times sooner `fast` has the final loss of `slow`; None if it never does."""
     _, seconds, losses = (np.array(column) for column in zip(*fast.points, strict=True))
     _, end, goal = slow.points[-1]
     reached = np.flatnonzero(losses <= goal)
     if not reached.size:
         return None
-    i = reached[0]  # between this point and the one before
+    i = reached[0]  # interpolate between this point and the previous one
     return end / float(np.interp(-goal, -losses[i - 1 : i + 1], seconds[i - 1 : i + 1]))
 
 
 def table(runs: dict[str, Run]) -> str:
-    """Steps and held-out loss of both at some of the points, and who is sooner where."""
+    """Formats steps and held-out losses at ROWS + 1 points, and which network is sooner."""
     names = list(runs)
     lines = [
         "| seconds | " + " | ".join(f"{n}: steps | loss" for n in names) + " |",
@@ -148,13 +152,13 @@ def table(runs: dict[str, Run]) -> str:
         if ratio := sooner(runs[slow], runs[fast]):
             end = runs[slow].points[-1][2]
             lines.append(
-                f"{fast} has the loss at which {slow} ends, {end:.4f}, {ratio:.1f} times sooner."
+                f"{fast} reaches the final loss of {slow}, {end:.4f}, {ratio:.1f} times sooner."
             )
     return "\n".join(lines) + "\n"
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
-    """Held-out loss against seconds of training."""
+    """Plots the held-out loss over seconds of training."""
     labels = {"xlabel": "seconds of training", "ylabel": "held-out loss, EMA weights"}
     with pictures.chart(path, **labels) as axes:
         for title, run in runs.items():

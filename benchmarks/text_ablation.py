@@ -2,9 +2,9 @@
 
     python -m benchmarks.text_ablation --steps=2600 --out=text_ablation
 
-Each setting is a training run with the same config, seed and data, except for a few keys in the
+Each setting is a training run with the same config, seed and data, except for a few keys of the
 section `text` (section 4.1 and figure 4 of the paper). The benchmark then samples images for
-held-out captions and checks by program which images match their captions in every claim. After an
+held-out captions, and a program checks which of them match every claim of their captions. After an
 interruption, the same command continues with the current setting and step. It writes table.md and
 table.json, with 95% Wilson intervals.
 
@@ -39,7 +39,7 @@ FLAGS = flags.FLAGS
 SENTENCEPIECE = "sentencepiece-tiny-random"
 VOCABULARY = 512
 
-# Setting, which also names its folder -> keys that differ from the config.
+# The name of a setting and of its folder -> the keys that differ from the config.
 SETTINGS: dict[str, dict[str, Any]] = {
     "pooled_only": {"text.sequence": "none"},
     "cross_attention": {"text.sequence": "cross_attention"},
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
 
 
 def read_config(changes: dict[str, Any]) -> Config:
-    """Returns the config of the flags with some keys changed."""
+    """Returns the config that the flags name, with some keys changed."""
     overrides = [f"{key}={value}" for key, value in changes.items()]
     steps = [f"num_steps={FLAGS.steps}", f"checkpoint_every={min(300, FLAGS.steps)}"]
     return parse(typed_config.load(FLAGS.config, [*FLAGS.set, *steps, *overrides]))
@@ -166,8 +166,8 @@ def make_store(base: Config, path: Path, name: str) -> Path:
 def measure(config: Config, workdir: Path) -> dict[str, Any]:
     """Returns the number of parameters, the held-out loss and the alignment per category.
 
-    The alignment has the number of images, those right in every claim, and the share of correct
-    claims. The category "all" covers all images.
+    The alignment of a category is its number of images, the number that match every claim, and the
+    share of correct claims. The category "all" covers all images.
     """
     from data_pipelines.reading.reader import Reader, stack_text
     from data_pipelines.scenes.check import check_example
@@ -195,7 +195,7 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Formats shares in percent with their intervals; shares of single claims in brackets."""
+    """Formats shares of images in percent with intervals, and shares of claims in parentheses."""
     titles = [name.replace("_", " ") for name in results]
     lines = [f"| category | captions | {' | '.join(titles)} |", "|---" * (2 + len(titles)) + "|"]
     for category, row in next(iter(results.values()))["alignment"].items():

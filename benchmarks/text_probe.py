@@ -2,8 +2,8 @@
 
     python -m benchmarks.text_probe --encoder=byte-tiny
 
-The probe is as simple as the text path of a diffusion model can be: one attention head with two
-learned queries, and a linear map from each result, to the color and to the shape. It trains on
+The probe is the simplest text path of a diffusion model: one attention head with two learned
+queries, and a linear map from each result, one to the color and one to the shape. It trains on
 captions of scenes with a single object. The benchmark prints its accuracy on other captions after
 few and after many batches. Captions vary in wording, size, texture, background and misspellings;
 the pairs of color and shape come from the training split.

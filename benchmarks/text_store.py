@@ -2,10 +2,10 @@
 
     python -m benchmarks.text_store --workdir=runs/demo
 
-First, the benchmark encodes captions of held-out scenes in turns: in batches of similar length, as
-a store does, and padded to a single length. Then it measures the held-out loss of a trained model
-with the embeddings as encoded and as read back from each form of store. The noise is the same, so
-only the embeddings change the loss. The loss without text shows how much the text is worth.
+First, the benchmark encodes captions of held-out scenes in two ways, alternating: in batches of
+similar length, as a store does, and padded to a single length. Then it measures the held-out loss
+of a trained model with the embeddings as encoded and as read back from each form of store. The
+noise is the same, so only the embeddings change the loss. The loss without text is the reference.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BATCH = 32
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of a run of imagen_jax.train.")
     flags.DEFINE_integer("captions", 512, "Number of held-out captions to encode.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 3, "Number of timed rounds of each way.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "Number of timed rounds per way of batching.", lower_bound=1)
     flags.DEFINE_integer(
         "batches", 32, f"Number of batches of {BATCH} for the loss.", lower_bound=2
     )

@@ -66,9 +66,9 @@ def get_config(stage: str = "base") -> ConfigDict:
 
 
 def _base(config: ConfigDict) -> ConfigDict:
-    """64x64 from text alone."""
+    """Sets up 64x64 from text alone."""
     config.model.image_size = 64
-    config.model.patch_size = 4  # moves the work to 16x16, where a CPU is fast; 1 in the paper
+    config.model.patch_size = 4  # moves the work to 16x16, where a CPU is fast; the paper: 1
     config.model.embed_dim = 64
     # The paper has 4 x embed_dim, which would make the text half of the work here.
     config.model.cond_width = 128
@@ -83,7 +83,7 @@ def _base(config: ConfigDict) -> ConfigDict:
 
 
 def _super_resolution(config: ConfigDict) -> ConfigDict:
-    """64x64 to 256x256, trained like configs/sr256.py:tiny on crops, 16x16 to 64x64."""
+    """Sets up 64x64 to 256x256, trained on crops like configs/sr256.py:tiny: 16x16 to 64x64."""
     config.num_samples = 4
     config.ema_decay = 0.99
 

@@ -1,6 +1,6 @@
-"""Reads parts of tensors from files, so that only the requested part is in memory.
+"""Reads slices of tensors from files; only the requested slice is in memory.
 
-Files are read, not mapped, because the pages of a mapped file count as this process's memory.
+Files are read, not mapped: the pages of a mapped file count as memory of this process.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class StoredTensor(Protocol):
 
     @property
     def T(self) -> StoredTensor:
-        """The same tensor with its axes reversed. Reads nothing."""
+        """Returns the tensor with its axes reversed. Reads nothing."""
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Reads the part at `index`: one slice of step 1 per axis."""
+        """Reads a slice of the tensor; `index` has one slice of step 1 per axis."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FileTensor:
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         ranges = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
-        # Follow the order of the file, so that each read is as long as possible.
+        # Follow the file's order to make each read as long as possible.
         order = sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
         out = np.empty([ranges[axis][1] - ranges[axis][0] for axis in order], self.dtype)
         start = sum(r[0] * stride for r, stride in zip(ranges, self.strides, strict=True))
@@ -66,7 +66,7 @@ class FileTensor:
 
 
 def _fill(file: FileIO, out: np.ndarray, offset: int, strides: tuple[int, ...]) -> None:
-    """Fills the contiguous array `out` from numbers `strides` bytes apart in the file."""
+    """Fills the contiguous array `out` with numbers that are `strides` bytes apart in the file."""
     if all(n == 1 or a == b for n, a, b in zip(out.shape, out.strides, strides, strict=True)):
         left = memoryview(out.reshape(-1).view(np.uint8))
         file.seek(offset)
@@ -97,7 +97,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, FileTensor]:
             length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
             if 8 + length > size:
-                raise ValueError(f"its header has {length} bytes, the file only {size}")
+                raise ValueError(f"the header has {length} bytes, the file only {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         return {

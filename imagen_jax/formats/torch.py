@@ -1,8 +1,8 @@
-"""Reads PyTorch's .bin files without PyTorch and without executing what a pickle asks for.
+"""Reads PyTorch's .bin files without PyTorch and without executing arbitrary pickles.
 
 Since PyTorch 1.6 a .bin file is a zip: data.pkl describes the tensors, and data/KEY holds their
-numbers, uncompressed. Older files are five pickles followed by the numbers. A pickle can call any
-function it names; this reader allows only the functions that rebuild a tensor.
+numbers uncompressed. Older files are five pickles followed by the numbers. A pickle can call any
+function by name; this reader allows only those that rebuild a tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A pickle's description of a tensor. Offset and strides count elements of its storage."""
+    """A tensor as a pickle describes it. Offset and strides count elements of its storage."""
 
     storage: _Storage
     offset: int
@@ -46,7 +46,7 @@ class _Tensor(NamedTuple):
 
 
 class _Callable:
-    """A function for the unpickler whose attributes a pickle cannot set."""
+    """Wraps a function so that a pickle cannot set attributes on it."""
 
     __slots__ = ("_function",)
 
@@ -110,7 +110,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, FileTensor]:
 
 
 def _read_zip(file: BinaryIO) -> tuple[dict, dict[str, int]]:
-    """Returns the pickled state dict and the byte at which each storage starts."""
+    """Returns the pickled state dict and the byte offset of each storage."""
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         state = _Unpickler(archive.open(members["data.pkl"])).load()
@@ -126,7 +126,7 @@ def _read_zip(file: BinaryIO) -> tuple[dict, dict[str, int]]:
 
 
 def _read_legacy(file: BinaryIO) -> tuple[dict, dict[str, int]]:
-    """Like `_read_zip`, for files older than PyTorch 1.6."""
+    """Does the same as `_read_zip` for files from before PyTorch 1.6."""
     file.seek(0)
     if _Unpickler(file).load() != _LEGACY_MAGIC:
         raise ValueError("no magic number")

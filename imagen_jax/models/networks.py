@@ -1,6 +1,6 @@
-"""The table of networks, and the border between Flax NNX and the rest of the project.
+"""The table of networks, and the boundary between Flax NNX and the rest of the project.
 
-`build` turns a module into two pure functions, init and apply, over plain nested dicts. Optimizer,
+`build` turns a module into two pure functions over nested dicts, init and apply. The optimizer,
 EMA, checkpoints and shardings then work on ordinary pytrees.
 """
 
@@ -23,13 +23,13 @@ BlockRunner = Callable[..., Any]
 
 
 class Network(NamedTuple):
-    """An entry of NETWORKS: the config section `model`, and the module that it describes."""
+    """An entry of NETWORKS: the typed config section `model`, and the module built from it."""
 
     config: type[NetworkConfig]
     module: type[nnx.Module]
 
 
-# By config key model.name.
+# The values of the config key model.name.
 NETWORKS = {
     "unet": Network(UNetConfig, UNet),
     "efficient_unet": Network(EfficientUNetConfig, EfficientUNet),
@@ -42,9 +42,9 @@ class Functional:
 
     Attributes:
       init: key -> params, nested dicts of float32 arrays with string keys.
-      apply: (params, *args, run=None, **kwargs) -> the module's output. If `run` is given, every
-        block is called as run(pure_function, its_params, *arrays), which lets the caller
-        rematerialize blocks and all-gather their weights (see sharding.block_runner).
+      apply: (params, *args, run=None, **kwargs) -> the module's output. With `run`, each block of
+        the network runs as run(pure_function, block_params, *arrays), which lets
+        sharding.block_runner add rematerialization and all-gather the weights of a block.
     """
 
     init: Callable[[jax.Array], Params]
@@ -52,7 +52,7 @@ class Functional:
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
-    """Wraps the module that `make(rngs)` builds, tracing its structure once without allocating."""
+    """Wraps the module that `make(rngs)` builds. Traces its structure once, without allocating."""
     graphdef, template = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Params:
@@ -69,13 +69,13 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
 
 
 def build(config: NetworkConfig) -> Functional:
-    """The network that a config describes."""
+    """Builds the network of a config."""
     module = next(n.module for n in NETWORKS.values() if n.config is type(config))
     return functional(lambda rngs: module(config, rngs=rngs))
 
 
 def without_scan(config: NetworkConfig) -> NetworkConfig:
-    """The same network, its blocks unrolled, because XLA's cost analysis counts a loop once."""
+    """Unrolls the blocks of a network, because XLA's cost analysis counts a loop body once."""
     if getattr(config, "scan_blocks", False):
         return dataclasses.replace(config, scan_blocks=False)
     return config
@@ -87,7 +87,7 @@ def _run_pure(run: BlockRunner, block: nnx.Module, *arrays: Any) -> Any:
 
 
 def _string_keys(tree: Any) -> Any:
-    """Converts the int keys of nnx.List to strings, as checkpoints and overviews require."""
+    """Makes all keys strings for checkpoints and overviews; nnx.List numbers children with ints."""
     return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 

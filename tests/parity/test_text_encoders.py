@@ -1,4 +1,4 @@
-"""Each family matches Hugging Face's PyTorch modules, loaded from the files that users have."""
+"""Each encoder family matches Hugging Face's PyTorch modules, loaded from users' file layouts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def random_model(name: str):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # initial norms are all ones and would hide mistakes
+        for parameter in model.parameters():  # the initial norms are all ones, which hides mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
@@ -193,7 +193,7 @@ def test_byt5_embeddings_match_hugging_face(tmp_path):
 
 
 def num_params(module, config, depth: str) -> int:
-    """Counts the parameters from a model with one block; all blocks have the same size."""
+    """Counts parameters from a model with one block, since all blocks have the same size."""
     one = {"num_layers": 1, "num_hidden_layers": 1}[depth] + (module is clip.ClipTextEncoder)
     small = dataclasses.replace(config, **{depth: one})
     model = nnx.eval_shape(lambda: module(small, rngs=nnx.Rngs(0)))
