@@ -125,11 +125,14 @@ class Run:
 
 
 def sooner(slow: Run, fast: Run) -> float | None:
-    """Returns how many times sooner `fast` has the final loss of `slow`; None if it never does."""
+    """Returns how many times sooner `fast` reaches the final loss of `slow`.
+
+    None if `fast` never reaches it, or starts below it.
+    """
     _, seconds, losses = (np.array(column) for column in zip(*fast.points, strict=True))
     _, end, goal = slow.points[-1]
     reached = np.flatnonzero(losses <= goal)
-    if not reached.size:
+    if not reached.size or reached[0] == 0:
         return None
     i = reached[0]  # interpolate between this point and the previous one
     return end / float(np.interp(-goal, -losses[i - 1 : i + 1], seconds[i - 1 : i + 1]))
