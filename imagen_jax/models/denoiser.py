@@ -77,6 +77,11 @@ class NetworkConfig:
         raise NotImplementedError
 
     @property
+    def first_level(self) -> tuple[int, int]:
+        """Height (and width) of the largest activations, and their channels."""
+        raise NotImplementedError
+
+    @property
     def in_channels(self) -> int:
         """Channels of the input: the noisy image and, if any, the enlarged low-resolution image."""
         return self.channels * (2 if self.low_res else 1)
@@ -85,12 +90,12 @@ class NetworkConfig:
         """Raises UserError for a value out of range or for inconsistent values."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and field.name in MAY_BE_0:
+            if field.type in (int, "int") and field.name in MAY_BE_0:
                 ok = is_positive(value) or (value == 0 and value is not False)
                 self._check(field.name, ok, "0 or a positive integer")
-            elif field.type == "int":
+            elif field.type in (int, "int"):
                 self._check(field.name, is_positive(value), "a positive integer")
-            if field.type == "bool":
+            if field.type in (bool, "bool"):
                 self._check(field.name, isinstance(value, bool), "True | False")
         for key, allowed in (("pooling", POOLING), ("sequence", SEQUENCE), ("dtype", DTYPE)):
             self._check(key, getattr(self, key) in allowed, " | ".join(allowed))

@@ -24,7 +24,7 @@ from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.pipeline.images import read_inputs
 from imagen_jax.pipeline.prompts import Request, make_requests
 from imagen_jax.pipeline.settings import SettingError, Settings, samplers
-from imagen_jax.runs.workdir import newest_step
+from imagen_jax.runs.checkpoint import newest_step
 from imagen_jax.stage import Params, Stage, batch_size
 from imagen_jax.stage import load as load_stage
 from imagen_jax.text import TextEncoder, load_encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -11,7 +12,7 @@ from etils import epath
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import CheckpointConfig
-from imagen_jax.runs.workdir import CHECKPOINTS
+from imagen_jax.runs.workdir import CHECKPOINTS, check_run
 
 
 class Checkpoints:
@@ -132,6 +133,17 @@ class Checkpoints:
                     f"checkpoint {self.directory} step {step} was written by another version of "
                     f"this network: it has no {name}; train again in another --workdir"
                 )
+
+
+def newest_step(workdir: epath.PathLike) -> int:
+    """Returns the step of a run's newest checkpoint.
+
+    Raises:
+      UserError: the workdir has no run, or the run has no checkpoint.
+    """
+    check_run(workdir)  # opening the checkpoints of a missing run would create a folder
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        return checkpoints.existing_step()
 
 
 def _restore_args(target: Any) -> ocp.args.PyTreeRestore:

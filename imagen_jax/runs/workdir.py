@@ -1,12 +1,10 @@
 """A run on disk: the names of its files, and how to find a run and read its config.
 
-This module imports neither JAX nor Orbax until it parses a config or opens checkpoints, so a
-command can report a missing run at once.
+This module imports JAX only when it parses a config, so a command can report a missing run at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -72,16 +70,3 @@ def only_run(folder: epath.PathLike = RUNS) -> epath.Path:
         )
     names = ", ".join(map(os.fspath, found))
     raise UserError(f"--workdir is not set, and there are several runs; choose one of: {names}")
-
-
-def newest_step(workdir: epath.PathLike) -> int:
-    """Returns the step of a run's newest checkpoint.
-
-    Raises:
-      UserError: the workdir has no run, or the run has no checkpoint.
-    """
-    check_run(workdir)  # opening the checkpoints of a missing run would create a folder
-    from imagen_jax.runs.checkpoint import Checkpoints
-
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-        return checkpoints.existing_step()

@@ -146,7 +146,7 @@ def test_every_step_uses_new_noise():
 @pytest.mark.parametrize(
     "field, value, allowed",
     [
-        ("name", "dpm", "ddim, ancestral, dpmpp_2m, heun"),
+        ("name", "dpm", ", ".join(SOLVERS)),
         ("spacing", "sigma", "t, log_snr"),
         ("guidance_interval", (1.0, 1.0), "(low, high) with low < high"),
         ("guidance_interval", (1.0,), "(low, high) with low < high"),

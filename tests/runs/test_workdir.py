@@ -5,7 +5,7 @@ import re
 import pytest
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.runs import workdir
+from imagen_jax.runs import checkpoint, workdir
 
 
 def add_run(folder, name):
@@ -33,7 +33,7 @@ def test_several_runs_are_listed(tmp_path):
 
 
 def test_a_missing_run_is_an_error_and_creates_nothing(tmp_path):
-    for read in (workdir.read_config, workdir.newest_step):
+    for read in (workdir.read_config, checkpoint.newest_step):
         with pytest.raises(UserError, match=r"holds no run: config\.json is missing"):
             read(tmp_path / "none")
     assert not list(tmp_path.iterdir())
