@@ -233,7 +233,7 @@ class Config:
         name, text = values.pop("name"), self.text
         require(name in NETWORKS, "model.name", name, ", ".join(NETWORKS))
         parts = [(part.max_tokens, part.dim) for part in text.parts]
-        head = "norm" if self.diffusion.prediction == "eps" else "gated"
+        head = "norm" if self.diffusion.prediction == "eps" else "plain"
         return typed(
             NETWORKS[name].config,
             values,

@@ -42,7 +42,7 @@ VARIANTS = [
     {"use_scale_shift_norm": False},
     {"decoder_extra_block": True},
     {"low_res": 4, "patch_size": 2, "cond_width": 24},
-    {"head": "gated", "patch_size": 2},
+    {"head": "plain", "patch_size": 2},
 ]
 
 
@@ -314,7 +314,7 @@ def test_the_paper_config_has_two_billion_parameters():
             {"cond_width": 20},
             "model.per_head_channels is 8; it must be a divisor of the 20 channels of the text",
         ),
-        ({"head": "linear"}, "model.head is 'linear'; it must be norm | gated"),
+        ({"head": "linear"}, "model.head is 'linear'; it must be norm | plain"),
         ({"dtype": "float16"}, "model.dtype is 'float16'; it must be bfloat16 | float32"),
     ],
 )
@@ -325,8 +325,8 @@ def test_a_bad_config_raises_one_line_with_key_value_and_allowed_values(changes,
 
 
 def test_the_head_for_x_passes_a_clean_picture():
-    """With the paper's head the same steps leave an error above 0.02."""
-    config = tiny(head="gated", pooling="none", sequence="none", attention_resolutions=())
+    """With the paper's head the same steps leave an error above 0.012."""
+    config = tiny(head="plain", pooling="none", sequence="none", attention_resolutions=())
     network = functional(make(config))
     optimizer = optax.adam(3e-3)
 
@@ -346,13 +346,13 @@ def test_the_head_for_x_passes_a_clean_picture():
 
     params = jit(network.init)(jax.random.key(0))
     opt_state = optimizer.init(params)
-    for key in jax.random.split(jax.random.key(1), 80):
+    for key in jax.random.split(jax.random.key(1), 300):
         params, opt_state, value = step(params, opt_state, key)
-    assert value < 0.005
+    assert value < 0.006
 
 
 @pytest.mark.parametrize(
-    ("prediction", "head"), [("eps", "norm"), ("x", "gated"), ("v", "gated"), ("flow", "gated")]
+    ("prediction", "head"), [("eps", "norm"), ("x", "plain"), ("v", "plain"), ("flow", "plain")]
 )
 def test_the_head_follows_the_prediction(prediction, head):
     values = load_config("demo")
