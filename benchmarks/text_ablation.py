@@ -3,7 +3,7 @@
     python -m benchmarks.text_ablation --steps=2600 --out=text_ablation
 
 Each setting is a training run with the same config, seed and data, except for a few keys of the
-section `text` (section 4.1 and figure 4 of the paper). The benchmark then samples images for
+section `text` (section 4.4 and appendix D of the paper). The benchmark then samples images for
 held-out captions, and a program checks which of them match every claim of their captions. After an
 interruption, the same command continues with the current setting and step. It writes table.md and
 table.json, with 95% Wilson intervals.

@@ -1,12 +1,12 @@
 """The paper's base model: 64x64, 2B parameters, T5-XXL text (arXiv:2205.11487, appendix F.1).
 
 Cost in the paper: 256 TPU v4 chips for 2.5M steps of 2048 examples, on about 860M image-text pairs
-of 256x256 pixels or more. Result in the paper: zero-shot FID-30K of 7.27 on COCO with the whole
-cascade.
+of 256x256 pixels or more. Result in the paper: zero-shot FID-30K of 7.27 on COCO at 256x256,
+together with sr256.py.
 
     python -m imagen_jax.train --config=configs/base64.py --workdir=runs/base64
 
-| argument | model |
+| argument | effect |
 |---|---|
 | base64.py:1b, :500m, :300m | the same recipe with fewer U-Net parameters |
 | base64.py:tiny | for a laptop, on the generated scenes |
@@ -17,7 +17,7 @@ Not in the paper: the limit of 128 T5 tokens, and the usual EMA decay of 0.9999.
 
 from ml_collections import ConfigDict
 
-# U-Net widths; everything else is the same at every size (figure A.1).
+# As in the paper, only embed_dim changes with the size (appendix F.1; sizes in figure A.13b).
 EMBED_DIMS = {"2b": 512, "1b": 384, "500m": 256, "300m": 192}
 
 
@@ -29,7 +29,7 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.num_steps = 2_500_000
     config.batch_size = 2048
     config.microbatches = 0  # as few as device_batch and memory allow: 1 on the paper's slice
-    config.device_batch = 8  # the rows of a TPU tile; fewer take as long
+    config.device_batch = 8  # the rows of a TPU tile; fewer examples take as long
     config.log_every = 100
     config.eval_every = 10_000
     config.sample_every = 10_000
@@ -76,7 +76,7 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.sampling = ConfigDict()
     config.sampling.name = "ddim"
     config.sampling.num_steps = 256
-    config.sampling.guidance_weight = 1.35  # the paper's for FID; 5 or more for looks
+    config.sampling.guidance_weight = 1.35  # the paper's for FID; samples look better at 5 or more
     config.sampling.threshold = "dynamic"
 
     config.mesh = ConfigDict()

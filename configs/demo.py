@@ -1,8 +1,8 @@
 """A 32x32 text-to-image model that trains in minutes on a laptop, on generated scenes.
 
-configs/base64.py made small, with the text encoder that ships with the project, a small T5 on
-bytes. Comments name each departure from the paper that a short run needs. Cost: about 6 minutes on
-two cores. Results: docs/benchmarks.md.
+A small configs/base64.py with the bundled text encoder, a byte-level T5. Comments mark each
+departure from the paper that a short run needs. Cost: about 6 minutes on two cores. Results:
+docs/benchmarks.md.
 
     python -m imagen_jax.train --config=configs/demo.py --workdir=runs/demo
     python -m imagen_jax.evaluate --workdir=runs/demo
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.model.image_size = 32
     config.model.patch_size = 4  # moves the work to 8x8, where a CPU is fast; 1 in the paper
     config.model.embed_dim = 64
-    config.model.cond_width = 128  # 4 x embed_dim in the paper: text would be half the work
+    config.model.cond_width = 128  # the paper's 4 x embed_dim: text would be half the work
     config.model.channel_mult = (1, 2)
     config.model.num_res_blocks = 1
     config.model.attention_resolutions = (8, 4)
@@ -47,10 +47,10 @@ def get_config() -> ConfigDict:
     config.text = ConfigDict()
     config.text.encoder = "byte-tiny"
     config.text.dim = 128
-    config.text.max_tokens = 64  # every caption pays for the longest; longer captions are left out
+    config.text.max_tokens = 64  # every caption is padded to this; longer ones are left out
 
     config.diffusion = ConfigDict()
-    # At this patch size eps is harder to predict than the picture, and the samples of a short run
+    # At this patch size eps is harder to predict than the image, and the samples of a short run
     # stay noisy (arXiv:2511.13720). The output layers follow the prediction, see models/unet.py.
     config.diffusion.prediction = "x"
     config.diffusion.weighting = "x"

@@ -1,6 +1,6 @@
 """Super-resolution for the demo: 32x32 -> 64x64, a small Efficient U-Net on the same scenes.
 
-configs/sr256.py made small. Cost: about 6 minutes on two cores. Results: docs/benchmarks.md.
+A small configs/sr256.py. Cost: about 6 minutes on two cores. Results: docs/benchmarks.md.
 Together with configs/demo.py it is a cascade of two stages:
 
     python -m imagen_jax.train --config=configs/demo.py --workdir=runs/demo
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.task = "scenes_64"
-    config.data.dir = "data/demo_sr"  # base64.py:tiny keeps other scenes_64 in data
+    config.data.dir = "data/demo_sr"  # base64.py:tiny keeps different scenes_64 in data
     config.data.build = True
     config.data.num_train = 8000
     config.data.in_memory = True  # as in demo.py

@@ -1,4 +1,4 @@
-"""Your own images: a text-to-image model at 64x64 that a laptop trains, and its super-resolution.
+"""Your own images: a 64x64 text-to-image model for a laptop, and its super-resolution stage.
 
 Prepare a folder of captioned images (docs/data.md has the caption formats), then train:
 
@@ -14,7 +14,7 @@ The second stage enlarges 64x64 to 256x256 and trains on the same data:
     python -m imagen_jax.train --config=configs/folder.py:sr --workdir=runs/folder_sr
     python -m imagen_jax.sample --workdir=runs/folder,runs/folder_sr --prompts="a red circle"
 
-Both recipes are made for small folders: configs/demo.py at 64x64, and configs/sr256.py:tiny.
+Both recipes suit small folders. They are configs/demo.py at 64x64 and configs/sr256.py:tiny.
 """
 
 from ml_collections import ConfigDict
@@ -70,7 +70,7 @@ def _base(config: ConfigDict) -> ConfigDict:
     config.model.image_size = 64
     config.model.patch_size = 4  # moves the work to 16x16, where a CPU is fast; the paper: 1
     config.model.embed_dim = 64
-    # The paper has 4 x embed_dim, which would make the text half of the work here.
+    # The paper's 4 x embed_dim would make the text half of the work here.
     config.model.cond_width = 128
     config.model.channel_mult = (1, 2)
     config.model.num_res_blocks = 1

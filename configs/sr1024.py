@@ -1,19 +1,20 @@
-"""The paper's second super-resolution model: 256x256 -> 1024x1024 (arXiv:2205.11487, B.1 and F.3).
+"""The paper's second super-resolution model: 256x256 -> 1024x1024.
 
-443M parameters (the paper says 400M; models/efficient_unet.py lists other readings with their
-sizes). It has no self-attention, so it trains on random crops, 64x64 -> 256x256, of the 1024x1024
-images and samples whole images. Cost in the paper: 128 TPU v4 chips for 2.5M steps of 2048 crops.
-The paper gives no separate result for this stage.
+Source: arXiv:2205.11487, appendices B.1 and F.3. 443M parameters (the paper says 400M;
+models/efficient_unet.py lists other readings with their sizes). It has no self-attention, so it
+trains on random crops, 64x64 -> 256x256, of the 1024x1024 images and samples whole images. Cost in
+the paper: 128 TPU v4 chips for 2.5M steps of 2048 crops. The paper gives no separate result for
+this stage.
 
     python -m imagen_jax.train --config=configs/sr1024.py --workdir=runs/sr1024
 
-| argument | model |
+| argument | effect |
 |---|---|
 | sr1024.py:tiny | for a laptop, on the generated scenes |
 | sr1024.py:v4-256 | training refuses to start on any other TPU slice |
 
-The network gets the noise level of its low-resolution image, aug_level, which training draws from
-[0, 1]. The paper found 0.1 to 0.3 best for looks.
+The network receives the noise level of its low-resolution image, aug_level, which training draws
+from [0, 1]. In the paper 0.1 to 0.3 give the best-looking samples.
 
 The paper trains this stage with Adam and found Adafactor worse. Here every stage defaults to
 Adafactor. For the paper's optimizer, with the same learning rate and the paper's b1, b2 and eps:

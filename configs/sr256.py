@@ -1,18 +1,19 @@
-"""The paper's first super-resolution model: 64x64 -> 256x256 (arXiv:2205.11487, B.1 and F.2).
+"""The paper's first super-resolution model: 64x64 -> 256x256.
 
-614M parameters (the paper says 600M; models/efficient_unet.py lists other readings with their
-sizes). Cost in the paper: 128 TPU v4 chips for 2.5M steps of 2048 examples. Result in the paper:
-zero-shot FID-30K of 7.27 on COCO together with the base model, at guidance 1.35 there and 8 here.
+Source: arXiv:2205.11487, appendices B.1 and F.2. 614M parameters (the paper says 600M;
+models/efficient_unet.py lists other readings with their sizes). Cost in the paper: 128 TPU v4 chips
+for 2.5M steps of 2048 examples. Result in the paper: zero-shot FID-30K of 7.27 on COCO together
+with base64.py, at guidance 1.35 there and 8 here.
 
     python -m imagen_jax.train --config=configs/sr256.py --workdir=runs/sr256
 
-| argument | model |
+| argument | effect |
 |---|---|
 | sr256.py:tiny | for a laptop, on the generated scenes |
 | sr256.py:v4-256 | training refuses to start on any other TPU slice |
 
-The network gets the noise level of its low-resolution image, aug_level, which training draws from
-[0, 1]. The paper found 0 best for FID and 0.1 to 0.3 best for looks.
+The network receives the noise level of its low-resolution image, aug_level, which training draws
+from [0, 1]. In the paper 0 gives the best FID, and 0.1 to 0.3 give the best-looking samples.
 
 The paper trains this stage with Adam and found Adafactor worse. Here every stage defaults to
 Adafactor. For the paper's optimizer, with the same learning rate and the paper's b1, b2 and eps:

@@ -21,8 +21,8 @@ from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.models.denoiser import POOLING, SEQUENCE, NetworkConfig
 from imagen_jax.models.networks import NETWORKS
 
-# Fields of the U-Net's config that a checkpoint and the run that reads it may disagree on, or that
-# follow from the sections `text` and `diffusion`.
+# Fields of the network's config that may differ between a checkpoint and the run that reads it, or
+# that follow from the sections `text` and `diffusion`.
 NOT_WEIGHTS = (
     *("dtype", "dropout", "scan_blocks"),
     *("text_dim", "text_parts", "pooling", "sequence", "head"),
@@ -31,15 +31,16 @@ NOT_WEIGHTS = (
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Config section `text`: the frozen encoder, and how the network reads it (section 4.1).
+    """Config section `text`: the frozen encoder, and how the network reads it (sections 2.1, 2.5).
 
     Attributes:
       encoder: the name recorded with the data's embeddings, such as "byte-tiny" or "t5-v1_1-xxl".
-        Several names joined by "+" concatenate the tokens of several encoders; dim and max_tokens
-        are then tuples.
+        Several names joined by "+" concatenate the encoders' tokens; dim and max_tokens are then
+        tuples.
       dim: width of the embeddings; 4096 for T5-XXL.
-      max_tokens: length that embeddings are padded to; longer captions are an error. 128 for T5.
-      pooling: how the text is pooled into a vector that is added to the time embedding:
+      max_tokens: number of tokens that embeddings are padded to; longer captions are an error. The
+        T5 recipes have 128.
+      pooling: how the text is pooled into a vector, which is added to the time embedding:
         "attention", "mean" or "none".
       sequence: how the network attends to the tokens: "cross_attention_layernorm",
         "cross_attention" or "none".
@@ -120,8 +121,8 @@ class DataConfig:
     Attributes:
       task: a SeqIO task (see data_pipelines.reading.tasks).
       dir: folder of the prepared datasets.
-      embeddings: a store to read the captions' embeddings from; "" reads those in the records. For
-        several text encoders, one store each, joined by "+".
+      embeddings: embedding store of the captions; "" reads the embeddings in the records. With
+        several text encoders, one store per encoder, joined by "+".
       categories: use only captions of these categories, such as ("Colors",), in training,
         evaluation, sample grids and `build`; () means all.
       eval_split: split for the held-out loss.
@@ -129,9 +130,10 @@ class DataConfig:
       build: draw the scenes if they are missing (scenes tasks only).
       num_train: number of training scenes that `build` draws.
       image_size: side that images are resized to before training takes random crops of
-        model.image_size; 0 means model.image_size, without crops (section 2.5: 1024 and 256).
+        model.image_size; 0 means model.image_size, without crops. The paper's second
+        super-resolution model trains on crops of 256 from 1024 (section 2.5).
       in_memory: decode all training images once, at the start, and keep them in memory. Useful if
-        they are few or the CPU is busy. Every host keeps all of them.
+        they are few or the CPU is busy. Every host holds all of them.
     """
 
     task: str
@@ -152,7 +154,7 @@ class CheckpointConfig:
 
     Attributes:
       max_to_keep: number of newest checkpoints to keep.
-      keep_every: also keep every checkpoint at a multiple of this many steps; 0 keeps none.
+      keep_every: also keep every checkpoint at a multiple of this many steps; 0 turns this off.
     """
 
     max_to_keep: int = 3
@@ -172,17 +174,18 @@ class Config:
       num_steps: steps of the whole run.
       batch_size: examples per step, over all devices.
       data, text, diffusion, optimizer, sampling, mesh, checkpoint: the sections.
-      model: the network's keys; `unet` has them typed.
-      microbatches: number of parts of a batch whose gradients are averaged; 0 takes as few as
-        device_batch and the memory of a device allow.
-      device_batch: examples that a device takes at once in the memory of devices.memory.ROOM; twice
-        as many in twice the memory. Read if microbatches is 0.
+      model: the network's keys, untyped; see `unet`.
+      microbatches: number of equal microbatches in a batch; their gradients are averaged. 0 chooses
+        the fewest that device_batch and a device's memory allow.
+      device_batch: examples that a device runs at once in the memory of devices.memory.ROOM; twice
+        the memory fits twice as many. Required if microbatches is 0; otherwise it only serves to
+        choose mesh.remat.
       log_every: steps between log lines.
       eval_every, sample_every, checkpoint_every: steps between held-out losses, sample grids and
         checkpoints; 0 turns them off (the last step still saves a checkpoint).
-      eval_batches: batches of a held-out loss.
-      num_samples: images of a sample grid.
-      ema_decay: decay of the average of the weights that is evaluated and sampled.
+      eval_batches: batches per held-out loss.
+      num_samples: images per sample grid.
+      ema_decay: decay of the EMA of the weights, which evaluation and sampling use.
     """
 
     seed: int
@@ -214,7 +217,7 @@ class Config:
         require(self.microbatches >= least, "microbatches", self.microbatches, allowed)
         for key in ("eval_every", "eval_batches", "sample_every", "checkpoint_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 up to, not including, 1")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 or more, below 1")
         buildable = len(self.text.parts) == 1 or not self.data.build
         allowed = "false with several text encoders, which need data.embeddings"
         require(buildable, "data.build", self.data.build, allowed)
@@ -228,7 +231,7 @@ class Config:
 
     @functools.cached_property
     def unet(self) -> NetworkConfig:
-        """The section `model`, with the fields that follow from `text` and `diffusion`."""
+        """The section `model`, typed, with the fields that follow from `text` and `diffusion`."""
         values = {"name": "unet", **self.model}
         name, text = values.pop("name"), self.text
         require(name in NETWORKS, "model.name", name, ", ".join(NETWORKS))
@@ -265,7 +268,7 @@ class Config:
         return f"loss ({name}; the network predicts {prediction})"
 
     def check_crop(self) -> None:
-        """Raises a UserError unless crops of data.image_size align with low-resolution pixels."""
+        """Raises UserError unless crops of data.image_size align with low-resolution pixels."""
         size, crop = self.data.image_size, self.unet.image_size
         allowed = f"0, or model.image_size={crop} or more in steps of {self.upscale}"
         fits = size == 0 or (size >= crop and size % self.upscale == 0)
@@ -273,7 +276,7 @@ class Config:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The keys that the weights depend on; a checkpoint fits only a run with equal ones."""
+        """Keys that the weights depend on; a run restores only checkpoints with equal values."""
         parts = {"text": self.text, "diffusion": self.diffusion, "model": self.unet}
         names = {
             "text": ("encoder", "dim", "pooling", "sequence"),
@@ -284,7 +287,7 @@ class Config:
             "model.name": self.model.get("name", "unet"),
             "optimizer.name": self.optimizer.name,
         }
-        # The network has only seen noise levels within the bounds. The defaults are left out, so
+        # The network was trained only on noise levels within the bounds. Defaults are left out, so
         # that checkpoints written before these keys existed match them.
         d = self.diffusion
         if d.log_snr_min != process.LOG_SNR_MIN:

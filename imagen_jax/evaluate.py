@@ -131,7 +131,7 @@ def evaluate(
 
 
 def metrics() -> dict[str, Metric]:
-    """The metrics by name. A new one is a module in evaluation/ and a line here."""
+    """Returns the metrics by name. A new one takes a module in evaluation/ and a line here."""
     from data_pipelines.scenes.check import check_example
     from imagen_jax.evaluation import alignment
 
@@ -139,7 +139,7 @@ def metrics() -> dict[str, Metric]:
 
 
 def check_data(config: Config) -> None:
-    """Raises a UserError, with the command that makes them, unless the scenes are there."""
+    """Raises UserError, with the command that draws them, if the scenes are missing."""
     from data_pipelines.reading.check import check_prepared
 
     # With data.build, training draws missing scenes; evaluation does not.

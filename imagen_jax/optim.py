@@ -25,13 +25,13 @@ class OptimizerConfig:
 
     Attributes:
       name: a key of OPTIMIZERS. The paper uses Adafactor with optax's defaults for the base model
-        (appendix F.1) and Adam for super-resolution (F.2, F.3).
+        (appendix F.1) and Adam for super-resolution (appendices F.2 and F.3).
       learning_rate: peak rate; for Adafactor, relative to the RMS of each weight.
       warmup_steps: steps of linear warm-up from 0.
       schedule: "cosine" decays to 0 at the last step (the paper prints end_value=2500000, which is
         the number of steps: a misprint); "constant" stays at the peak.
-      weight_decay: decoupled decay: each step subtracts the current learning rate times this times
-        the weight. It means the same for adafactor, adamw and lion; adam takes only 0.
+      weight_decay: decoupled: each step subtracts learning rate x weight_decay x weight. It means
+        the same for adafactor, adamw and lion; adam allows only 0.
       b1, b2: decay rates of the moments; Adafactor has its own.
       eps: added to the denominator; Adam and AdamW only.
       grad_clip: largest global norm of the gradients; 0 turns clipping off.
@@ -59,7 +59,7 @@ class OptimizerConfig:
 
 
 def adafactor(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """optax.adafactor with its defaults, and decoupled weight decay.
+    """Builds optax.adafactor with its defaults, plus decoupled weight decay.
 
     optax's own weight_decay_rate is not scaled by the learning rate: 0.01 would remove 1% of every
     weight at each step.
@@ -101,8 +101,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 def update_ema(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
     """Updates ema <- d ema + (1 - d) params, where d = min(decay, (1 + step) / (10 + step)).
 
-    The warm-up of d makes the average usable from the first samples on. After a few multiples of
-    1 / (1 - decay) steps it is the plain average.
+    The warm-up of d makes the EMA usable from the first samples on. After a few multiples of
+    1 / (1 - decay) steps it is an ordinary EMA.
     """
     step = step.astype(jnp.float32)
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))

@@ -36,7 +36,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the flags; only the running program calls this, so modules import side by side."""
+    """Defines the flags; a function, so that importing this module defines none."""
     cli.define_config_flags(None, "Config file, for example configs/base64.py:v4-512.")
     flags.DEFINE_string(
         "topology",
@@ -69,7 +69,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, plans, and writes the report."""
+    """Reads the flags, plans the run and writes the report."""
     del argv
     price = FLAGS.price_per_chip_hour
     if price is not None and not 0 <= price < math.inf:
@@ -118,8 +118,8 @@ def default_folder(spec: str, topology: str) -> str:
     """Returns the folder of a plan, with the topology in its name: "plans/base64_v4-512".
 
     Args:
-      spec: --config.
-      topology: its name; --config may contain it already.
+      spec: value of --config.
+      topology: name of the topology; `spec` may contain it already.
     """
     name = typed_config.run_name(spec)
     return f"plans/{name}" if topology in name.split("_") else f"plans/{name}_{topology}"

@@ -2,7 +2,7 @@
 
     python -m imagen_jax.pretrain_text --out=DIR
 
-It downloads nothing. The sources of text are:
+It downloads nothing. The texts come from:
 - captions of the scenes grammar, from the training split only, so that no held-out combination
   appears. The encoder learns to predict the colors, shapes, numbers and positions that a caption
   states, from each of its bytes;
@@ -99,7 +99,7 @@ def symbol_texts() -> list[str]:
 
 
 class _Progress:
-    """Prints step, mean loss since the last line, speed and time left every ten seconds."""
+    """Progress lines every ten seconds: step, mean loss since the last line, speed, time left."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -122,8 +122,9 @@ class _Progress:
 
 
 def define_flags() -> None:
+    """Defines the flags; a function, so that importing this module defines none."""
     flags.DEFINE_string(
-        "out", None, "Folder for config.json and model.safetensors; created if missing."
+        "out", None, "Directory for config.json and model.safetensors; created if missing."
     )
     flags.DEFINE_integer("steps", 1500, "Number of optimizer steps.", lower_bound=1)
     flags.DEFINE_integer(
@@ -135,6 +136,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Collects the texts, trains the encoder and writes it to --out."""
     del argv
     # These import JAX, which --help does not need.
     import ml_dtypes

@@ -4,12 +4,12 @@
     python -m imagen_jax.sample --workdir=runs/base64,runs/sr256,runs/sr1024 --prompts_file=p.txt
 
 Flags marked "per stage" take one value, or one per workdir: --guidance=7,8,8. Run an interrupted
-command again to continue it: pictures with the same prompt, seed and settings are kept.
+command again to continue it: images with the same prompt, seed and settings are kept.
 
 Editing:
-    vary a picture                       --image and --strength
-    repaint a part of a picture          --image and --mask
-    enlarge a picture                    --image, with super-resolution workdirs only
+    vary an image                        --image and --strength
+    repaint a part of an image           --image and --mask
+    enlarge an image                     --image, with super-resolution workdirs only
     interpolate between two prompts      --frames and two prompts
     interpolate between two seeds        --frames, --seed and --to_seed
     super-resolve with another prompt    --sr_prompts, and --aug_level of about 0.3
@@ -38,12 +38,12 @@ STAGE_FLAGS = {
     "guidance": "Guidance weight; 1 turns guidance off",
     "guidance_rescale": "Guidance rescale, 0 to 1",
     "threshold": "Thresholding of the predicted image: none, static or dynamic",
-    "aug_level": "Noise added to the low-resolution image, 0 to 1",
+    "aug_level": "Noise level of the low-resolution image, 0 to 1",
 }
 
 
 def define_flags() -> None:
-    """Defines the flags; called only by the program that runs, so that imports do not clash."""
+    """Defines the flags; a function, so that importing this module defines none."""
     flags.DEFINE_list(
         "workdir",
         None,
@@ -62,7 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "truncate_prompts", False, "Truncate prompts that are too long for the text encoder."
     )
-    flags.DEFINE_string("out", "samples", "Folder for the pictures.")
+    flags.DEFINE_string("out", "samples", "Directory for the images; created if missing.")
     flags.DEFINE_integer("seed", 0, "Seed of a prompt's first sample; each further sample adds 1.")
     flags.DEFINE_integer("num", None, f"Number of samples per prompt (default: {NUM}).")
     flags.DEFINE_integer(
@@ -78,13 +78,13 @@ def define_flags() -> None:
     for flag, help_text in STAGE_FLAGS.items():
         flags.DEFINE_list(flag, None, f"{help_text}. Per stage (default: the run's config).")
     flags.DEFINE_string(
-        "image", None, "Picture to edit or enlarge, cropped to its center square and resized."
+        "image", None, "Image to edit or enlarge, cropped to its center square and resized."
     )
     flags.DEFINE_string(
-        "mask", None, "Picture of the image's aspect ratio; its white part is repainted."
+        "mask", None, "Image with the aspect ratio of --image; its white part is repainted."
     )
     flags.DEFINE_integer(
-        "resample", None, "With --mask: how often to take each step (RePaint; default: 4)."
+        "resample", None, "With --mask: number of times to take each step (RePaint; default: 4)."
     )
     flags.DEFINE_float("strength", None, "With --image: how much may change, above 0 to 1.")
     flags.DEFINE_integer(
@@ -95,7 +95,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses flags, samples, writes."""
+    """Reads the flags, samples the prompts and writes the images."""
     del argv
     # Imported here so that --help answers at once.
     from imagen_jax.devices import compilation

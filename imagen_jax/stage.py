@@ -34,7 +34,7 @@ Batch = dict[str, jax.Array]
 
 
 def batch_size(image_size: int, base: int = 64) -> int:
-    """Number of images to sample at once: `base` up to 64x64 pixels, fewer for larger images."""
+    """Returns the number of images to sample at once: `base` up to 64x64 pixels, fewer above."""
     return max(1, base * 64**2 // max(64, image_size) ** 2)
 
 
@@ -131,7 +131,7 @@ class Stage:
         key: jax.Array,
         run_block: networks.BlockRunner | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The training loss, with captions dropped at random (paper, section 2.1, Eq. 1).
+        """Computes the training loss, with captions dropped at random (section 2.2, Eq. 1).
 
         Args:
           batch: image uint8 [B, H, W, 3], text [B, T, D], text_mask bool [B, T].
@@ -153,7 +153,7 @@ class Stage:
     def held_out_losses(
         self, params: Params, batches: Iterable[dict[str, np.ndarray]]
     ) -> dict[str, float]:
-        """The mean losses over held-out batches, with the same noise in every call.
+        """Computes the mean losses over held-out batches, with the same noise in every call.
 
         Args:
           batches: this host's rows of each batch.
@@ -227,7 +227,7 @@ class Stage:
     def _loss(
         self, denoise: process.Denoiser, x: jax.Array, cond: process.Cond, key: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The loss and log-SNR of each example, with the settings of the section `diffusion`."""
+        """Computes the loss and log-SNR of each example, as the section `diffusion` sets."""
         d = self.config.diffusion
         return diffusion_loss(
             denoise,
@@ -270,9 +270,9 @@ class Stage:
 
 
 def load(workdir: str | Path, step: int | None = None) -> tuple[Stage, Params]:
-    """Loads a stage and its EMA weights from a workdir, onto all devices that are here.
+    """Loads a stage and its EMA weights from a workdir onto all devices.
 
-    The mesh may differ from the one in training, and training may still be running.
+    The mesh may differ from that of training, and training may still be running.
 
     Args:
       step: checkpoint step to load (default: the newest).

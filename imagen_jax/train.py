@@ -34,7 +34,7 @@ FLAGS = flags.FLAGS
 STOPPED = 75
 
 # Share of a machine's memory that training on its CPU may fill; Python, TensorFlow and the reader
-# need the rest. Without it, a run that barely fits is killed instead of refused.
+# need the rest. Without this margin, a run that barely fits would be killed, not refused.
 CPU_SHARE = 0.8
 
 
@@ -121,7 +121,8 @@ def check_data(config: Config) -> None:
     """Checks that the data are there, or will be drawn.
 
     Raises:
-      UserError: with the command that makes them; and the name of a config that needs none.
+      UserError: they are missing. The message has the command that prepares them and, if there is
+        one, a config that draws its own.
     """
     from data_pipelines.reading.check import check_prepared
 

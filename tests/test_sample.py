@@ -1,4 +1,4 @@
-"""The sampling command: pictures that record what they are, resumption, cascades, clear errors."""
+"""The sampling command: images that record what they are, resumption, cascades, clear errors."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ def read(path):
     return np.asarray(Image.open(path))
 
 
-def test_pictures_of_a_cascade_record_what_they_are(cascade_runs, command, batches_sampled):
+def test_images_of_a_cascade_record_what_they_are(cascade_runs, command, batches_sampled):
     args = [
         f"--workdir={','.join(cascade_runs)}", "--prompts=a red circle;two stars", "--num=2",
         "--seed=5", "--guidance=3,1", "--all_stages",
@@ -71,10 +71,10 @@ def test_pictures_of_a_cascade_record_what_they_are(cascade_runs, command, batch
     stages = list(listed[0]["stages"].values())
     assert [s["guidance_weight"] for s in stages] == [3.0, 1.0]
     for i, record in enumerate(listed):
-        picture = Image.open(out / record["file"])
-        assert picture.size == (64, 64)
-        assert picture.info["prompt"] == record["prompt"] and picture.info["seed"]
-        assert json.loads(picture.info["request"])["stages"] == record["stages"]
+        image = Image.open(out / record["file"])
+        assert image.size == (64, 64)
+        assert image.info["prompt"] == record["prompt"] and image.info["seed"]
+        assert json.loads(image.info["request"])["stages"] == record["stages"]
         assert Image.open(out / "32" / f"{i:05d}.png").size == (32, 32)
     # Two columns, each with both stages side by side.
     assert Image.open(out / "grid.png").size[0] == 8 + 2 * (2 * 128 + 8)
@@ -83,7 +83,7 @@ def test_pictures_of_a_cascade_record_what_they_are(cascade_runs, command, batch
     assert batches_sampled == [4, 1]
 
 
-def test_python_gives_the_pictures_of_the_command(cascade_runs, command):
+def test_python_gives_the_images_of_the_command(cascade_runs, command):
     out = command(
         f"--workdir={cascade_runs[0]}", "--prompts=a;b", "--num=2", "--guidance=3", "--seed=5"
     )
@@ -92,7 +92,7 @@ def test_python_gives_the_pictures_of_the_command(cascade_runs, command):
         np.testing.assert_array_equal(np.asarray(image), read(out / f"{i:05d}.png"))
 
 
-def test_existing_pictures_are_kept(cascade_runs, command, batches_sampled):
+def test_existing_images_are_kept(cascade_runs, command, batches_sampled):
     args = [f"--workdir={cascade_runs[0]}", "--prompts=a;b;c", "--num=1", "--batch_size=1"]
     out = command(*args)
     before = [read(out / f"{i:05d}.png") for i in range(3)]
@@ -106,7 +106,7 @@ def test_existing_pictures_are_kept(cascade_runs, command, batches_sampled):
     assert batches_sampled == [1, 1, 1, 1]
 
 
-def test_pictures_of_another_checkpoint_or_run_are_replaced(
+def test_images_of_another_checkpoint_or_run_are_replaced(
     cascade_runs, command, batches_sampled, tmp_path
 ):
     first, second = tmp_path / "a" / "base", tmp_path / "b" / "base"

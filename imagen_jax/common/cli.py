@@ -1,4 +1,4 @@
-"""What all commands share: absl flags, one-line errors, exit codes, and logging.
+"""Shared by all commands: absl flags, one-line errors, exit codes, and logging.
 
 Importing this module imports neither JAX nor TensorFlow, so --help and flag errors are quick.
 """
@@ -21,7 +21,7 @@ from imagen_jax.common.errors import UserError
 
 BAD_INPUT = 2
 
-# The project's own messages. Libraries log to absl's logger, of which only warnings are shown.
+# Logger of the project's own messages. Libraries use absl's, which shows only warnings.
 log = logging.getLogger("imagen_jax")
 
 # Lists the flags defined here in the --help of the program that defines them.
@@ -41,8 +41,8 @@ def define_cache_flag() -> None:
     flags.DEFINE_string(
         "compilation_cache",
         None,
-        "Folder that keeps compiled programs for later runs (default: $JAX_COMPILATION_CACHE_DIR, "
-        "else ~/.cache/imagen_jax/xla); empty turns the cache off.",
+        "Directory that keeps compiled programs for later runs; an empty value turns the cache off "
+        "(default: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/imagen_jax/xla).",
     )
 
 
@@ -67,7 +67,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _unknown_flag(name: str, argument: str) -> str:
-    """The message for an unknown flag: suggests the closest flag or config key.
+    """Returns the message for an unknown flag, which suggests the closest flag or config key.
 
     Args:
       name: the flag without dashes or value, such as "num_steps" or "model.embed_dim".
@@ -87,7 +87,7 @@ def _unknown_flag(name: str, argument: str) -> str:
 
 
 def _config_keys() -> list[str]:
-    """The dotted keys that the file of --config sets, the least nested first; maybe none."""
+    """Returns the dotted keys that the --config file sets, least nested first; [] if none."""
     file = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     if not file:
         return []
@@ -113,7 +113,7 @@ def above_bars() -> Iterator[None]:
 
 
 class _Handler(logging.StreamHandler):
-    """Writes log lines to stderr without tearing progress bars."""
+    """Handler that writes log lines to stderr without breaking progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with above_bars():
@@ -149,10 +149,10 @@ def quiet_imports() -> Iterator[None]:
 
 
 def _quiet_libtpu() -> None:
-    """Silences libtpu on a machine without a TPU, where it is installed for planning alone.
+    """Silences libtpu on a machine without a TPU, where it is installed only for planning.
 
-    JAX tries libtpu whenever it looks for devices, and libtpu complains at length that it cannot
-    find out its topology. With these variables set, it quietly finds no device. Every TPU VM has
+    JAX tries libtpu whenever it looks for devices, and libtpu logs at length that it cannot
+    determine its topology. With these variables set, it quietly finds no device. Every TPU VM has
     one of the two paths.
     """
     if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():

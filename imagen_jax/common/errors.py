@@ -1,4 +1,4 @@
-"""The one exception for a user's mistakes; a mistake of the program raises anything else."""
+"""The exception for mistakes of the user; bugs raise other exceptions."""
 
 
 class UserError(ValueError):

@@ -84,12 +84,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file.
 
     Raises:
-      UserError: the file is missing, or it does not hold a JSON object.
+      UserError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         fields = json.loads(path.read_bytes())
     except OSError as e:
-        raise UserError(f"text encoder {str(path.parent)!r}: cannot read {path.name}") from e
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     except ValueError as e:
         raise UserError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(fields, dict):
@@ -109,5 +109,5 @@ def sha256(files: Iterable[Path], more: bytes = b"") -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's error message, without locations in the library's source."""
+    """Returns the first line of an error message, without locations in the library's source."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(" [source loc")[0]

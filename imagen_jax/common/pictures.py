@@ -1,4 +1,4 @@
-"""Captioned sample grids and loss curves."""
+"""Captioned sample grids, loss curves, and conversion of images to RGB."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
 def loss_curve(
     steps: list[int], losses: list[float], path: Path, eval_points=(), label: str = "loss"
 ) -> None:
-    """Writes a loss curve as PNG.
+    """Writes a loss curve to `path` as a PNG.
 
     Args:
       eval_points: (step, held-out loss) pairs, drawn over the curve.
@@ -67,7 +67,7 @@ def loss_curve(
 
 @contextlib.contextmanager
 def chart(path: Path, **settings: Any) -> Iterator[Any]:
-    """Yields axes for labeled lines, y logarithmic; then applies `settings` and writes a PNG."""
+    """Yields axes for labeled lines; then applies `settings` and a log y axis, and writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

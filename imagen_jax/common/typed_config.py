@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from imagen_jax.common.errors import UserError
 
 T = TypeVar("T")
-# TPU slices as Google Cloud names them, such as "v4-512"; topologies.py checks that they exist.
+# TPU slices as Google Cloud names them, such as "v4-512"; devices/topologies.py checks that
+# they exist.
 TOPOLOGY = re.compile(r"v\d\w*-\d+|cpu|gpu")
 
 
@@ -66,7 +67,7 @@ def run_name(spec: str) -> str:
     letter, a digit, ".", "_" or "-" becomes "_".
 
     Args:
-      spec: as `load` takes it.
+      spec: the argument `file` of `load`.
     """
     path, _, words = spec.partition(":")
     name = "_".join([Path(path).stem, *(word for word in words.split(",") if word)])
@@ -74,7 +75,7 @@ def run_name(spec: str) -> str:
 
 
 def keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of nested dicts, such as "model.embed_dim"."""
+    """Returns the dotted keys of nested dicts, such as "model.embed_dim"."""
     out = []
     for key, value in values.items():
         nested = isinstance(value, Mapping)
@@ -140,7 +141,7 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
         raise UserError(f"config.{key} is {value!r}; it must be a tuple")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    # In Python a bool is an int, in a config it is not.
+    # In Python a bool is an int; in a config it is not.
     if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         raise UserError(f"config.{key} is {value!r}; it must be of type {hint.__name__}")
     return value

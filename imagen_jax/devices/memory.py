@@ -13,7 +13,7 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.devices import sharding
 
 # Free bytes, after state and gradients, that a device needs to run Config.device_batch examples at
-# once: with next to nothing recomputed ("kept") and with every block recomputed (docs/scaling.md).
+# once: with almost nothing recomputed ("kept") and with every block recomputed (docs/scaling.md).
 ROOM = {"kept": 11 * 2**30, "block": 7 * 2**30}
 
 
@@ -41,9 +41,9 @@ def check_fits(
 def fill_tiles(
     config: sharding.MeshConfig, batch_size: int, microbatches: int, devices: list[jax.Device]
 ) -> sharding.MeshConfig:
-    """Replaces tensor=0: up to 4 TPUs share examples if each would have fewer than a tile's rows.
+    """Replaces tensor=0 by 1 or, if TPUs would get fewer examples than a tile has rows, by 2 or 4.
 
-    A TPU lays the batch out along those 8 rows, so fewer examples move as many bytes
+    A TPU lays the batch out along a tile's 8 rows, so fewer examples move as many bytes
     (docs/scaling.md).
 
     Args:
@@ -72,17 +72,17 @@ def choose(
     remat: str,
     scanned: bool,
 ) -> tuple[str, int]:
-    """Returns the remat policy and the number of microbatches; memory decides what is left open.
+    """Returns the remat policy and the number of microbatches, chosen by memory if left open.
 
     Args:
       mesh: the device mesh.
       state: weights, EMA and optimizer state, with shapes and shardings.
       params: the weights alone.
       available: bytes of memory per device.
-      batch_size: of the global batch.
-      microbatches: of the config; 0 leaves the number to this function.
-      device_batch: of the config, see `count_microbatches`.
-      remat: of the config; "" leaves the policy to this function.
+      batch_size: examples per step, over all devices.
+      microbatches: the config's; 0 leaves the number to this function.
+      device_batch: the config's, see `count_microbatches`.
+      remat: the config's; "" leaves the policy to this function.
       scanned: whether the network scans its blocks.
     """
     # Gradients count twice: those of one microbatch, and their sum.

@@ -31,7 +31,7 @@ class Job:
       process_id: number of this process, from 0.
 
     Raises:
-      UserError: if a value is out of range.
+      UserError: a value is out of range.
     """
 
     coordinator: str
@@ -56,7 +56,7 @@ def discover(timeout: int) -> Job:
       timeout: seconds to wait until the name of process 0's host is known.
 
     Raises:
-      UserError: if this process is not part of such a job.
+      UserError: this process is not part of such a job.
     """
     # Private: JAX has no public way to find the job without joining it.
     from jax._src.clusters import ClusterEnv
@@ -83,7 +83,7 @@ def join(job: Job, settings: Mapping, join_timeout: int, heartbeat_timeout: int)
       heartbeat_timeout: seconds of silence after which a process counts as dead and all abort.
 
     Raises:
-      UserError: naming the missing processes or the setting that differs.
+      UserError: a process is missing or a setting differs; the message names it.
     """
     for flag, seconds in (("join", join_timeout), ("heartbeat", heartbeat_timeout)):
         if seconds < 1:
@@ -101,13 +101,13 @@ def join(job: Job, settings: Mapping, join_timeout: int, heartbeat_timeout: int)
 
 
 def wait_for_all(name: str) -> None:
-    """Waits, for up to a day, until every process has called this with the same name.
+    """Waits up to a day until every process has called this with the same name.
 
-    A collective of the devices has a shorter limit: on CPUs it fails if a process is 30 seconds
+    A collective on the devices has a shorter limit: on CPUs it fails if a process is 30 seconds
     late.
     """
     if jax.process_count() > 1:
-        # Private: JAX has no public barrier that does without devices.
+        # Private: JAX has no public barrier that works without devices.
         from jax._src.distributed import global_state
 
         global_state.client.wait_at_barrier(name, timeout_in_ms=DAY_MS)
@@ -115,10 +115,12 @@ def wait_for_all(name: str) -> None:
 
 @contextlib.contextmanager
 def failing_at_once() -> Iterator[None]:
-    """With many processes, an error in the block ends this one at once, with its message and code.
+    """Ends this process at once on an error in the block, with its message and exit code.
 
-    A normal exit would make JAX wait minutes for the other processes, which wait for this one. JAX
-    would then abort this process with its own exit code and last line.
+    With a single process, the error propagates as usual.
+
+    With several, a normal exit would make JAX wait minutes for the other processes, which wait for
+    this one. JAX would then abort this process with its own exit code and last line.
     """
     try:
         yield
@@ -137,7 +139,7 @@ def failing_at_once() -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns SIGTERM and the first Ctrl-C into a request to save and stop, on every host."""
+    """Request to save and stop: SIGTERM or the first Ctrl-C in any process stops all of them."""
 
     def __init__(self):
         self._signalled = False

@@ -1,4 +1,4 @@
-"""Checks, before JAX starts, that all processes of a run are there and have equal settings.
+"""Checks, before JAX starts, that all processes of a run are present with equal settings.
 
 If a process is missing, JAX aborts the others with a stack trace that does not name it. If settings
 differ, the processes hang or train something meaningless. So each process first sends its settings
@@ -35,8 +35,8 @@ def meet(
       timeout: seconds to wait, counted in each process from its own call.
 
     Raises:
-      UserError: in every process that called, naming the missing processes, or the first key that
-        differs with both values.
+      UserError: processes are missing or settings differ. Every process that called raises it,
+        naming the missing processes, or the first key that differs with both values.
     """
     host, _, port = address.rpartition(":")
     # JSON turns tuples into lists, so that both compare equal.
@@ -51,7 +51,7 @@ def meet(
 
 
 def _gather(address: str, port: int, num_processes: int, settings: dict, timeout: float) -> str:
-    """In process 0: collects the settings of the others, and sends all of them the same answer."""
+    """Collects the other processes' settings in process 0, and sends all of them one answer."""
     deadline = time.monotonic() + timeout
     seen = {0: settings}
     with contextlib.ExitStack() as connections:
@@ -80,7 +80,7 @@ def _gather(address: str, port: int, num_processes: int, settings: dict, timeout
 
 
 def _report(address: tuple[str, int], hello: dict, timeout: float) -> str:
-    """In every other process: sends the settings to process 0 and returns its answer."""
+    """Sends the settings of another process to process 0 and returns the answer."""
     deadline = time.monotonic() + timeout
     while True:
         # Refused, reset or a bad answer: process 0 is not up yet or is restarting.
@@ -132,7 +132,7 @@ def _difference(seen: dict[int, dict]) -> str:
             ours, theirs = seen[0].get(key), settings.get(key)
             if ours != theirs:
                 return (
-                    f"the hosts differ: {key} is {ours!r} on process 0 and {theirs!r} "
+                    f"the processes differ: {key} is {ours!r} on process 0 and {theirs!r} "
                     f"on process {process_id}; start all with the same command and code"
                 )
     return ""

@@ -69,7 +69,7 @@ class MeshConfig:
         gathered weights stay in memory), "save_products" all but convolutions, attention and the
         statistics of norms, "save_attention" all but attention, "block" everything; "offload" is
         save_products with the products in the host's memory. "" chooses by the device's memory
-        (fits.choose_remat).
+        (memory.choose_remat).
     """
 
     topology: str = ""
@@ -92,7 +92,7 @@ class MeshConfig:
         require(known, "mesh.slice", self.slice, "a positive number when mesh.topology is set")
 
     def covers(self, num_devices: int) -> bool:
-        """Whether the sizes multiply to `num_devices`."""
+        """Returns whether the sizes multiply to `num_devices`."""
         try:
             return bool(self.sizes(num_devices))
         except UserError:
@@ -102,10 +102,10 @@ class MeshConfig:
         """Returns the size of each axis on `num_devices` devices.
 
         Raises:
-          UserError: if the sizes do not multiply to `num_devices`.
+          UserError: the sizes do not multiply to `num_devices`.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        sizes["tensor"] = sizes["tensor"] or 1  # unless fits.fill_tiles has chosen
+        sizes["tensor"] = sizes["tensor"] or 1  # unless memory.fill_tiles has chosen
         if self.fsdp == 0:
             others = math.prod(max(sizes[a], 1) for a in AXES if a != "fsdp")
             ways = max(num_devices // others, 1)
@@ -120,10 +120,10 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Makes the device mesh with axes AXES; devices along `tensor`, then `fsdp`, are closest.
+    """Builds the device mesh with axes AXES; devices along `tensor`, then `fsdp`, are closest.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices, or the number of slices
+      UserError: the sizes do not multiply to the number of devices, or the number of slices
         differs from `slice`.
     """
     devices = jax.devices() if devices is None else devices
@@ -154,7 +154,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     Hosts joined along `tensor` read the same share.
 
     Raises:
-      UserError: if two hosts would have some of their rows in common, but not all.
+      UserError: two hosts would share some of their rows, but not all.
     """
     rows: dict[int, set[int]] = {}
     ways = batch_ways(mesh)
@@ -217,9 +217,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Turns this host's rows, its `batch_share`, into global arrays with the rows of all hosts."""
+    """Assembles global arrays from every host's rows; `local` has this host's `batch_share`."""
     sharding = batch_sharding(mesh)
-    # With several processes, JAX's transfer guard takes this transfer for an implicit one.
+    # With several processes, JAX's transfer guard mistakes this transfer for an implicit one.
     with jax.transfer_guard_host_to_device("allow"):
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in local.items()}
 

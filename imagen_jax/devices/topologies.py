@@ -1,4 +1,4 @@
-"""Accelerators by the names clouds rent them under: their figures, and devices to compile for.
+"""Accelerators by their names in the clouds: figures of each, and devices to compile for.
 
 The TPU figures come from Google's pages cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, with three
 exceptions:
@@ -26,9 +26,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one accelerator can do.
+    """Figures of one accelerator.
 
-    The bandwidths of link, network and host are those of one direction.
+    The bandwidths of link, network and host are per direction.
 
     Attributes:
       name: common name, such as "v4".
@@ -39,11 +39,11 @@ class Chip:
       network_bytes_per_s: the chip's share of its host's bandwidth to other slices.
       host_bytes_per_s: bandwidth between the chip and its host's memory.
       clock_hz: clock of the cycles in which the compiler estimates time.
-      cores: how many units a chip counts for in the name of a slice. Cloud counts TensorCores for
-        v4 and v5p, chips for v5e and v6e.
+      cores: what one chip adds to the number in a slice's name. Cloud counts TensorCores for v4
+        and v5p, chips for v5e and v6e.
       libtpu: the compiler's name for the chip; "" if libtpu does not compile for it.
       config: the compiler's configuration; "megacore" makes one device of two cores.
-      torus: a side that is a multiple of this is a ring, in 3D only if all sides are; else a line.
+      torus: a side that is a multiple of this is a ring (in 3D only if all sides are), else a line.
       kinds: values of jax.Device.device_kind for this chip.
     """
 
@@ -234,11 +234,11 @@ def lookup(name: str, slices: int = 1) -> Topology:
     """Returns the topology of a name such as v4-512, v5litepod-16 (or v5e-16), cpu or gpu.
 
     Args:
-      name: for v4 and v5p its number counts cores, two per chip: v4-512 has 256 chips.
+      name: for v4 and v5p the number counts cores, two per chip: v4-512 has 256 chips.
       slices: number of slices, connected by the data center's network.
 
     Raises:
-      UserError: if the name is unknown, or a CPU or GPU is to have several slices.
+      UserError: the name is unknown, or `slices` is above 1 for a CPU or GPU.
     """
     if name in ("cpu", "gpu"):
         if slices > 1:
@@ -257,7 +257,7 @@ def tpu_slice(
       also: further names that the key allows, for error messages.
 
     Raises:
-      UserError: if Cloud has no such slice; the message lists the names it has.
+      UserError: Cloud has no such slice; the message lists the names it has.
     """
     family, _, number = name.rpartition("-")
     family = ALIASES.get(family, family)
@@ -275,10 +275,10 @@ def tpu_slice(
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Returns devices to compile for without having them; for cpu and gpu, one CPU device.
+    """Returns devices to compile for that need not exist here; for cpu and gpu, one CPU device.
 
     Raises:
-      UserError: if libtpu, the TPU compiler, is not installed.
+      UserError: libtpu, the TPU compiler, is not installed.
     """
     import jax
     from jax.experimental import topologies

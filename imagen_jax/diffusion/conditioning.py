@@ -19,8 +19,8 @@ AUGMENTATION_STREAM = 3
 def drop_text(cond: Cond, drop_b: jax.Array) -> Cond:
     """Replaces the prompt by the null prompt where drop_b is True.
 
-    Used for caption dropout in training and for guidance (section 2.2). The null prompt is a
-    single token of zeros, so it does not reveal the length of the prompt either.
+    Used for caption dropout in training and for guidance (sections 2.2, 4.1). The null prompt is a
+    single token of zeros, so not even the length of the prompt shows.
 
     Args:
       cond: text [B, T, D], text_mask bool [B, T]; other keys are passed through.
@@ -52,13 +52,13 @@ def shrink_pixels(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def augment(low_res_bhwc: jax.Array, aug_level_b: jax.Array, key: jax.Array) -> jax.Array:
-    """Noise conditioning augmentation: q_sample with the cosine schedule at t = aug_level.
+    """Applies noise conditioning augmentation: q_sample, cosine schedule, at t = aug_level.
 
     Source: figure A.32.
 
     Args:
       low_res_bhwc: the input image of a super-resolution stage, in [-1, 1].
-      aug_level_b: [B] in [0, 1]. 0 adds noise of only e^-10; 1 leaves nothing of the image.
+      aug_level_b: [B] in [0, 1]. 0 adds noise of only sigma = e^-10; 1 leaves nothing of the image.
       key: one key for the batch (training), or one per example, [B] (sampling, where an example
         must not depend on its batch).
     """
@@ -68,7 +68,7 @@ def augment(low_res_bhwc: jax.Array, aug_level_b: jax.Array, key: jax.Array) -> 
 
 
 def training_condition(x_bhwc: jax.Array, size: int, key: jax.Array) -> dict[str, jax.Array]:
-    """Makes the conditioning of a super-resolution stage from training images (figure A.32).
+    """Builds the conditioning of a super-resolution stage from training images (figure A.32).
 
     Returns:
       low_res [B, size, size, C], the shrunk images with noise added, and aug_level [B] ~ U(0, 1),
@@ -83,9 +83,12 @@ def training_condition(x_bhwc: jax.Array, size: int, key: jax.Array) -> dict[str
 def sampling_condition(
     low_res_bhwc: jax.Array, aug_level: float, seeds_b: jax.Array
 ) -> dict[str, jax.Array]:
-    """Makes the same conditioning for sampling: one aug_level for all, noise from each seed.
+    """Builds the same conditioning for sampling: one aug_level for all, noise from each seed.
 
-    low_res_bhwc: uint8 pixels, at the stage's input size.
+    Args:
+      low_res_bhwc: uint8 pixels at the stage's input size.
+      aug_level: noise level, 0 to 1.
+      seeds_b: uint32 [B].
     """
     keys_b = seed_keys(seeds_b, AUGMENTATION_STREAM)
     aug_level_b = jnp.full(low_res_bhwc.shape[:1], aug_level)
@@ -104,9 +107,8 @@ class TextPart(NamedTuple):
 def pad_text(parts: Sequence[TextPart], *captions: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Pads ragged embeddings to text bfloat16 [B, T, D] and text_mask bool [B, T].
 
-    T is the sum of max_tokens over the encoders, D the largest dim. The tokens of each encoder
-    start where those of the encoders before it would end at full length; narrower embeddings are
-    padded with zeros.
+    T is the sum of max_tokens over the encoders, D the largest dim. Each encoder has max_tokens
+    positions of its own, in the order of `parts`; narrower embeddings are padded with zeros.
 
     Args:
       parts: the encoders.

@@ -54,7 +54,7 @@ def q_step(z_s: jax.Array, eps: jax.Array, log_snr_s: jax.Array, log_snr_t: jax.
     """Adds noise, z_t ~ q(z_t | z_s); scalar log-SNRs, log_snr_t <= log_snr_s.
 
     z_t = (alpha_t / alpha_s) z_s + sqrt(1 - e^{lambda_t - lambda_s}) sigma_t eps, which is z_s if
-    the two log-SNRs are equal. Source: appendix A.
+    the two log-SNRs are equal. Source: appendix A, Eq. 3.
     """
     alpha_s, _ = alpha_sigma(log_snr_s)
     alpha_t, sigma_t = alpha_sigma(log_snr_t)
@@ -73,15 +73,15 @@ def inpaint(
 ) -> jax.Array:
     """Replaces the pixels where mask_bhw1 is True; elsewhere returns image_bhwc exactly.
 
-    After each step the known pixels of z_s are replaced by those of the image, noised to the same
+    After each step the known pixels of z_s are replaced by those of the image at the same noise
     level. Each step is taken config.resample times, jumping back by q(z_t | z_s) in between, so
-    that the new pixels can adapt to the known ones; the cost grows by the same factor. The paper
+    that the new pixels can adapt to the known ones; the cost grows by the same factor. RePaint
     takes each step 10 times. Source: RePaint, arXiv:2201.09865, algorithm 1, with jumps of one
     step.
 
     Args:
       image_bhwc: in [-1, 1].
-      mask_bhw1: bool, True where to paint.
+      mask_bhw1: bool, True at the pixels to replace.
 
     Returns:
       float32 [B, H, W, C] in [-1, 1].
@@ -106,10 +106,13 @@ def inpaint(
 
 
 def slerp(a: jax.Array, b: jax.Array, fraction_b: jax.Array) -> jax.Array:
-    """Spherical interpolation per sample: a at fraction 0, b at fraction 1 (arXiv:1609.04468).
+    """Interpolates spherically per sample: a at fraction 0, b at fraction 1 (arXiv:1609.04468).
 
-    a, b: [B, ...]; fraction_b: [B]. Unlike a linear mix, it keeps the norm of two samples of
-    standard normal noise.
+    Unlike a linear mix, it keeps the norm of two samples of standard normal noise.
+
+    Args:
+      a, b: [B, ...].
+      fraction_b: [B] in [0, 1].
     """
     axes, shape = tuple(range(1, a.ndim)), (-1,) + (1,) * (a.ndim - 1)
     norms = jnp.sqrt(jnp.sum(a**2, axes) * jnp.sum(b**2, axes))
@@ -151,7 +154,7 @@ def interpolate(
     return jnp.clip(x_hat, -1, 1)
 
 
-# Keys of cond that select an edit in `sample_or_edit`; the denoiser does not get them.
+# Keys of cond that select an edit in `sample_or_edit`; they are not passed to the denoiser.
 INPUTS = ("image", "mask", "to_seed", "fraction")
 
 

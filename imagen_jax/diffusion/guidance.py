@@ -12,7 +12,7 @@ from imagen_jax.diffusion.process import Cond, Denoiser, Prediction, scaled_inpu
 def both_conds(cond: Cond) -> tuple[Cond, Cond]:
     """Returns the conditioning of the conditional and of the unconditional pass.
 
-    The unconditional pass gets the null prompt, or the negative prompt if cond has one:
+    The unconditional pass reads the null prompt, or the negative prompt if cond has one:
     negative_text [B, T, D] and negative_text_mask bool [B, T], shaped as text and text_mask.
     """
     positive = {k: v for k, v in cond.items() if not k.startswith("negative_")}
@@ -25,10 +25,13 @@ def both_conds(cond: Cond) -> tuple[Cond, Cond]:
 def both_outputs(
     denoise: Denoiser, z: jax.Array, log_snr: jax.Array, cond: Cond, batched: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the conditional and the unconditional output, float32.
+    """Returns the conditional and the unconditional output, float32 [B, H, W, C] each.
 
-    batched: evaluate one batch of 2B, or else two batches of B one after the other. The latter
-    needs only the memory of B examples, and takes about as long if B examples fill the device.
+    Args:
+      log_snr: scalar.
+      cond: as for `both_conds`.
+      batched: evaluate one batch of 2B, or else two batches of B one after the other. The latter
+        needs only the memory of B examples, and takes about as long if B examples fill the device.
     """
     batch = z.shape[0]
     cond, uncond = both_conds(cond)
@@ -87,11 +90,13 @@ def guided_output(
 def rescale(x_hat: jax.Array, conditional: jax.Array, strength: float) -> jax.Array:
     """Scales x_hat towards the standard deviation of the conditional x_hat, per sample.
 
-    strength: 0 leaves x_hat as it is, 1 matches the standard deviation.
-
     Source: arXiv:2305.08891, section 3.4, which rescales the raw output v. Rescaling x_hat instead
     means the same for every prediction. It also leaves the amount of noise removed from z unchanged
     at low SNR, where z is almost all noise.
+
+    Args:
+      x_hat, conditional: [B, H, W, C].
+      strength: 0 leaves x_hat unchanged, 1 matches the standard deviation.
     """
     axes = tuple(range(1, x_hat.ndim))
     std = jnp.maximum(x_hat.std(axis=axes, keepdims=True), jnp.finfo(x_hat.dtype).tiny)

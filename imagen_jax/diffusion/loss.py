@@ -1,8 +1,8 @@
-"""The training loss and its weightings, functions of log-SNR on the squared error of eps_hat.
+"""The training loss and its weightings.
 
-Papers state their weights for errors of different quantities. Since
-error(x) = e^-lambda error(eps), a weight w on the error of x is w e^-lambda here. SNR = e^lambda,
-so the weight SNR on the error of x is "eps".
+A weighting is a function of log-SNR that multiplies the squared error of eps_hat. Papers state
+their weights for errors of different quantities. Since error(x) = e^-lambda error(eps), a weight w
+on the error of x is w e^-lambda here. SNR = e^lambda, so the weight SNR on the error of x is "eps".
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from imagen_jax.diffusion.process import (
 
 
 def min_snr(log_snr: jax.Array, gamma: float = 5.0) -> jax.Array:
-    """min(SNR, gamma) on the error of x (min-SNR-gamma, arXiv:2303.09556)."""
+    """Puts the weight min(SNR, gamma) on the error of x (min-SNR-gamma, arXiv:2303.09556)."""
     return jnp.minimum(1, gamma * jnp.exp(-log_snr))
 
 
 def truncated_snr(log_snr: jax.Array) -> jax.Array:
-    """max(SNR, 1) on the error of x (Salimans & Ho, arXiv:2202.00512, section 4)."""
+    """Puts the weight max(SNR, 1) on the error of x (arXiv:2202.00512, section 4)."""
     return jnp.maximum(1, jnp.exp(-log_snr))
 
 
 def p2(log_snr: jax.Array, k: float = 1.0, gamma: float = 1.0) -> jax.Array:
-    """1 / (k + SNR)^gamma on the error of eps (P2, arXiv:2204.00227)."""
+    """Puts the weight 1 / (k + SNR)^gamma on the error of eps (P2, arXiv:2204.00227)."""
     return (k + jnp.exp(log_snr)) ** -gamma
 
 
 def edm(log_snr: jax.Array) -> jax.Array:
-    """(s^2 + s_data^2) / (s s_data)^2 on the error of x, where s = sigma / alpha = e^{-lambda / 2}.
+    """Puts the weight (s^2 + s_data^2) / (s s_data)^2 on the error of x.
 
-    Source: EDM, arXiv:2206.00364, table 1. EDM also draws s from a log-normal distribution; here
-    the schedule determines how log-SNR is distributed.
+    Here s = sigma / alpha = e^{-lambda / 2}. Source: EDM, arXiv:2206.00364, table 1. EDM also draws
+    s from a log-normal distribution; here the schedule determines how log-SNR is distributed.
     """
     return 1 + jnp.exp(-log_snr) / SIGMA_DATA**2
 
 
 def flow(log_snr: jax.Array) -> jax.Array:
-    """(1 / (1 - t))^2 on the error of eps, where z = (1 - t) x + t eps (arXiv:2209.03003).
+    """Puts the weight (1 / (1 - t))^2 on the error of eps, where z = (1 - t) x + t eps.
 
-    This is the plain squared error of the velocity u = eps - x.
+    This is the plain squared error of the velocity u = eps - x (arXiv:2209.03003).
     """
     return jnp.square(1 + jnp.exp(-0.5 * log_snr))
 
@@ -94,7 +94,7 @@ def diffusion_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes w(lambda_t) mean((eps_hat - eps)^2) per example, each at a random t.
 
-    Source: Eq. 1, in eps space (appendix A).
+    Source: Eq. 1; appendix A has the form in eps space.
 
     Args:
       x_bhwc: the whole batch, in [-1, 1]. The noise of an example depends on the key and on its

@@ -56,11 +56,11 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def cosine_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
-    """Cosine schedule: alpha_t = cos(theta), sigma_t = sin(theta), lambda = -2 log tan(theta).
+    """Returns the cosine schedule's lambda = -2 log tan(theta).
 
-    theta = pi t / 2, except that its range is shortened at both ends so that log_snr stays within
-    its bounds. Both theta and pi/2 - theta are interpolated, because float32 cannot represent pi/2
-    minus a small angle.
+    alpha_t = cos(theta) and sigma_t = sin(theta), where theta = pi t / 2, except that its range is
+    shortened at both ends so that log_snr stays within its bounds. Both theta and pi/2 - theta are
+    interpolated, because float32 cannot represent pi/2 minus a small angle.
 
     The discrete betas are beta_n = 1 - cos^2(theta_n) / cos^2(theta_{n-1}). Some tutorials print
     1 - cos(theta_n) / cos(theta_{n-1}), without the squares: half the right value over most of the
@@ -73,7 +73,7 @@ def cosine_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.
 
 
 def linear_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
-    """Linear schedule: DDPM's 1000 steps, beta from 1e-4 to 0.02, in continuous time.
+    """Returns the lambda of DDPM's 1000 steps, beta linear from 1e-4 to 0.02, in continuous time.
 
     alpha^2(n / 1000) is exactly alpha_bar_n = prod_{i<=n} (1 - beta_i). Between these points
     log alpha^2 is interpolated, so each step adds its noise at a constant rate. The result is
@@ -87,10 +87,10 @@ def linear_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.
 
 
 def flow_log_snr(t: jax.Array, log_snr_min: float, log_snr_max: float) -> jax.Array:
-    """Rectified flow's schedule, (1 - t) x + t eps (arXiv:2209.03003), clipped to the bounds.
+    """Returns rectified flow's lambda = 2 log((1 - t) / t), clipped to the bounds.
 
-    lambda = 2 log((1 - t) / t). Only the log-SNR matters here: z_t is rectified flow's point
-    divided by sqrt((1 - t)^2 + t^2).
+    Rectified flow's point is (1 - t) x + t eps (arXiv:2209.03003). Only its log-SNR matters here:
+    z_t is that point divided by sqrt((1 - t)^2 + t^2).
     """
     return jnp.clip(2 * (jnp.log1p(-t) - jnp.log(t)), log_snr_min, log_snr_max)
 
@@ -144,14 +144,14 @@ def _like(value: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _alpha_sigma_like(log_snr: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """alpha_sigma with trailing axes added, to multiply x."""
+    """Returns alpha_sigma with trailing axes added, to multiply x."""
     return alpha_sigma(_like(log_snr, x))
 
 
 def q_sample(x: jax.Array, eps: jax.Array, log_snr: jax.Array) -> jax.Array:
     """Samples q(z_t | x): z_t = alpha_t x + sigma_t eps. x, eps: [B, ...]; log_snr: scalar or [B].
 
-    Source: appendix A.
+    Source: appendix A, Eq. 3.
     """
     alpha, sigma = _alpha_sigma_like(log_snr, x)
     return alpha * x + sigma * eps

@@ -45,7 +45,7 @@ def static_threshold(x_hat: jax.Array, percentile: float) -> jax.Array:
 def dynamic_threshold(x_hat: jax.Array, percentile: float) -> jax.Array:
     """Clips x_hat to [-s, s] and divides by s = max(1, percentile of |x_hat|), per sample.
 
-    Source: section 2.3. The paper's percentile is 99.5.
+    Source: section 2.3. The paper's percentile is 99.5 (figure A.10).
     """
     magnitude = jnp.abs(x_hat).reshape(x_hat.shape[0], -1)
     s_b = jnp.maximum(jnp.percentile(magnitude, percentile, axis=1), 1)
@@ -63,12 +63,12 @@ THRESHOLDS: dict[str, Callable[[jax.Array, float], jax.Array]] = {
 
 
 def uniform_in_t(schedule: Schedule, start: float, num_steps: int) -> jax.Array:
-    """Uniform steps in t, as in the paper (appendix A)."""
+    """Spaces steps uniformly in t, as in the paper (appendix A)."""
     return schedule.log_snr(jnp.linspace(start, 0, num_steps + 1))
 
 
 def uniform_in_log_snr(schedule: Schedule, start: float, num_steps: int) -> jax.Array:
-    """Uniform steps in log-SNR: sigma / alpha changes by a constant factor (arXiv:2206.00927)."""
+    """Spaces steps uniformly in log-SNR (arXiv:2206.00927): sigma / alpha shrinks geometrically."""
     first, last = schedule.log_snr(jnp.array([start, 0.0]))
     return jnp.linspace(first, last, num_steps + 1)
 
@@ -87,8 +87,8 @@ class SamplerConfig:
       name: a key of solvers.SOLVERS.
       num_steps: number of solver steps. Each evaluates the (guided) denoiser once; "heun"
         evaluates it twice except at the first and the last step, 2 num_steps - 2 times in all.
-      spacing: a key of SPACINGS: steps are uniform in "t" or "log_snr". With 64 steps or fewer use
-        "log_snr" and "dpmpp_2m".
+      spacing: a key of SPACINGS: steps are uniform in "t" or "log_snr". With 64 steps or fewer, use
+        "log_snr" and the solver "dpmpp_2m".
       gamma: variance of the ancestral sampler, 0 to 1; the default is this project's choice.
       variance: how gamma interpolates the variance, a key of solvers.VARIANCES.
       guidance_weight: 1 is no guidance, 0 ignores the prompt.

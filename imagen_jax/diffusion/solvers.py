@@ -1,7 +1,8 @@
 """Solvers: the step from z_t and x_hat to z_s, s < t, and the times at which x_hat is evaluated.
 
-A step gets scalar log-SNRs log_snr_t < log_snr_s and one x_hat per evaluation, already guided and
-thresholded. Anything else that a solver remembers is in its state. SOLVERS lists them by name.
+A step receives scalar log-SNRs log_snr_t < log_snr_s and one x_hat per evaluation, already guided
+and thresholded. Anything else that a solver remembers is in its state. SOLVERS lists the solvers by
+name.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Solver(NamedTuple):
 
 
 def ddim(z_t: jax.Array, x_hat: jax.Array, log_snr_t: jax.Array, log_snr_s: jax.Array) -> jax.Array:
-    """DDIM update: z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat).
+    """Returns DDIM's z_s = alpha_s x_hat + (sigma_s / sigma_t) (z_t - alpha_t x_hat).
 
-    Source: appendix A; arXiv:2010.02502.
+    Source: appendix A, Eq. 5; arXiv:2010.02502.
     """
     alpha_t, sigma_t = alpha_sigma(log_snr_t)
     alpha_s, sigma_s = alpha_sigma(log_snr_s)
@@ -52,7 +53,7 @@ def ddim_step(
     log_snr_s: jax.Array,
     noise: Noise,
 ) -> tuple[tuple, jax.Array]:
-    """One step of `ddim`: first order, deterministic."""
+    """Takes one step of `ddim`: first order, deterministic."""
     return state, ddim(z_t, x_hat, log_snr_t, log_snr_s)
 
 
@@ -69,7 +70,8 @@ def ancestral_step(
         mu = r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat
 
     The variance is between (1 - r) sigma_s^2, that of q(z_s | z_t, x) (gamma = 0), and
-    (1 - r) sigma_t^2, that of q(z_t | z_s) (gamma = 1). Source: appendix A.
+    (1 - r) sigma_t^2, that of q(z_t | z_s) (gamma = 1).
+    Source: appendix A, Eq. 6.
     """
     alpha_t, sigma_t = alpha_sigma(log_snr_t)
     alpha_s, sigma_s = alpha_sigma(log_snr_s)
@@ -80,7 +82,7 @@ def ancestral_step(
 
 
 # Variance of the ancestral step: (small, large, gamma) -> variance. The paper interpolates
-# geometrically (appendix A).
+# geometrically (Eq. 6).
 VARIANCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
     "geometric": lambda small, large, gamma: small ** (1 - gamma) * large**gamma,
     "linear": lambda small, large, gamma: small * (1 - gamma) + large * gamma,
@@ -88,7 +90,7 @@ VARIANCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
 
 
 def dpmpp_2m_init(z: jax.Array, log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """State before the first step: a log-SNR of infinity means that there is no earlier x_hat."""
+    """Returns the initial state: a log-SNR of infinity means that there is no earlier x_hat."""
     return jnp.zeros_like(z), jnp.float32(jnp.inf)
 
 
@@ -100,11 +102,14 @@ def dpmpp_2m_step(
     log_snr_s: jax.Array,
     noise: Noise,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """DPM-Solver++(2M): second order, deterministic (arXiv:2211.01095, algorithm 2).
+    """Takes one step of DPM-Solver++(2M): second order, deterministic.
 
-    A DDIM step with x_hat extrapolated linearly in lambda by half a step, from the previous x_hat
-    through this one. The state is the previous x_hat and its log-SNR. The first step is plain DDIM,
-    and so is a step after a jump back to more noise: neither has an x_hat to extrapolate from.
+    Source: arXiv:2211.01095, algorithm 2.
+
+    It is a DDIM step whose x_hat is extrapolated linearly in lambda by half a step, from the
+    previous x_hat through this one. The state is the previous x_hat and its log-SNR. The first step
+    is plain DDIM, and so is a step after a jump back to more noise: neither has an x_hat to
+    extrapolate from.
     """
     x_before, log_snr_before = state
     ratio = 0.5 * (log_snr_s - log_snr_t) / (log_snr_t - log_snr_before)
@@ -113,7 +118,7 @@ def dpmpp_2m_step(
 
 
 def heun_init(z: jax.Array, log_snr: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """State before the first step; its slope is never read."""
+    """Returns the initial state; its slope is never read."""
     return z, jnp.zeros_like(z), log_snr
 
 
@@ -125,7 +130,9 @@ def heun_step(
     log_snr_s: jax.Array,
     noise: Noise,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Heun's method: second order, deterministic, no churn (EDM, arXiv:2206.00364, algorithm 1).
+    """Takes one step of Heun's method: second order, deterministic, no churn.
+
+    Source: EDM, arXiv:2206.00364, algorithm 1.
 
     In y = z / alpha and s = sigma / alpha the probability flow is dy / ds = eps_hat. If
     log_snr_t < log_snr_s, this is an Euler step, which equals DDIM; the state keeps where the step

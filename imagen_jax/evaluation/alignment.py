@@ -16,7 +16,7 @@ Check = Callable[[np.ndarray, Example], tuple[list[str], list[bool]]]
 
 
 def metric(check: Check) -> Metric:
-    """Returns the metric whose claims `check` checks."""
+    """Returns the alignment metric, with `check` to decide whether claims hold."""
     note = (
         "Share of images that satisfy every claim of their caption, with 95% Wilson intervals, and "
         "the share of single claims."
@@ -31,14 +31,16 @@ def _cell(row: Row) -> str:
 
 
 def alignment(images: Sequence[np.ndarray], examples: Sequence[Example], check: Check) -> Table:
-    """Measures how many claims of the captions hold, for each group and for "all".
+    """Measures the share of the captions' claims that hold, for each group and for "all".
 
     Args:
+      images: uint8 [N, H, W, 3].
+      examples: the N records that the images belong to.
       check: the program that reads an image, such as data_pipelines.scenes.check.check_example.
 
     Returns:
-      {group: {"claims": share of satisfied claims, "fully": share of pictures that satisfy all
-      of theirs, "low" and "high": its 95% Wilson interval, "num": number of pictures}}.
+      {group: {"claims": share of satisfied claims, "fully": share of images that satisfy all
+      of theirs, "low" and "high": its 95% Wilson interval, "num": number of images}}.
     """
     verdicts = defaultdict(list)
     for image, example in zip(images, examples, strict=True):

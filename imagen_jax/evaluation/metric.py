@@ -1,4 +1,4 @@
-"""What a metric is: a function of images and their examples, and how its table is shown."""
+"""The interface of a metric: a function of images and their examples, and its display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTML report of a run: samples, alignment, loss curve, config. One self-contained file."""
+"""The HTML report of a run: metrics, samples, loss curve, config. One self-contained file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRUE = "true images"  # the column of the examples' own images
 
 
 class Measured(NamedTuple):
-    """A metric, and its tables by column: a guidance weight, or TRUE."""
+    """A metric and its tables by column; a column is a guidance weight, or TRUE."""
 
     metric: Metric
     tables: dict[str, Table]
@@ -26,7 +26,8 @@ def write(workdir: Path, sheets: dict[str, Path], results: Sequence[Measured]) -
     """Writes workdir/report.html and returns its path.
 
     Args:
-      sheets: sample grids by title.
+      sheets: files of the sample grids, by title.
+      results: the metrics, in the order of display.
     """
     lines = [json.loads(line) for line in (workdir / runs.METRICS).read_text().splitlines()]
     train = [(m["step"], m["loss"]) for m in lines if "loss" in m]
@@ -41,7 +42,7 @@ def write(workdir: Path, sheets: dict[str, Path], results: Sequence[Measured]) -
         *(
             html.element("h2", measured.metric.title)
             + html.table(*_columns(measured))
-            + html.element("p", f"{measured.metric.note} The last column is of the true images.")
+            + html.element("p", f"{measured.metric.note} The last column has the true images.")
             for measured in results
         ),
         *(html.element("h2", title) + html.image(path) for title, path in sheets.items()),
@@ -55,7 +56,7 @@ def write(workdir: Path, sheets: dict[str, Path], results: Sequence[Measured]) -
 
 
 def _columns(measured: Measured) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a metric's table: a row per group, a column per guidance weight."""
+    """Returns a metric's header and rows: a row per group, a column per guidance weight."""
     metric, tables = measured
     groups = next(iter(tables.values()))
     rows = [

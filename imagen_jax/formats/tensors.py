@@ -1,6 +1,6 @@
 """Reads slices of tensors from files; only the requested slice is in memory.
 
-Files are read, not mapped: the pages of a mapped file count as memory of this process.
+Files are read, not memory-mapped: the pages of a mapped file count as memory of this process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StoredTensor(Protocol):
 
     @property
     def T(self) -> StoredTensor:
-        """Returns the tensor with its axes reversed. Reads nothing."""
+        """The tensor with its axes reversed. Reads nothing."""
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a slice of the tensor; `index` has one slice of step 1 per axis."""
@@ -56,7 +56,7 @@ class FileTensor:
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         ranges = [s.indices(n)[:2] for s, n in zip(index, self.shape, strict=True)]
-        # Follow the file's order to make each read as long as possible.
+        # Following the file's order makes each read as long as possible.
         order = sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
         out = np.empty([ranges[axis][1] - ranges[axis][0] for axis in order], self.dtype)
         start = sum(r[0] * stride for r, stride in zip(ranges, self.strides, strict=True))
@@ -89,7 +89,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, FileTensor]:
     """Returns the tensors of a .safetensors file by name. Reads the header only.
 
     Raises:
-        UserError: the file cannot be opened, is cut short, or has a damaged header.
+      UserError: the file cannot be opened, is cut short, or has a damaged header.
     """
     path = Path(path)
     try:

@@ -1,8 +1,8 @@
 """Reads PyTorch's .bin files without PyTorch and without executing arbitrary pickles.
 
-Since PyTorch 1.6 a .bin file is a zip: data.pkl describes the tensors, and data/KEY holds their
-numbers uncompressed. Older files are five pickles followed by the numbers. A pickle can call any
-function by name; this reader allows only those that rebuild a tensor.
+Since PyTorch 1.6 a .bin file is a zip: data.pkl describes the tensors, and data/KEY holds the
+numbers of one storage, uncompressed. Older files are five pickles followed by the numbers. A pickle
+can call any function by name; this reader allows only those that rebuild a tensor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Tensor(NamedTuple):
 
 
 class _Callable:
-    """Wraps a function so that a pickle cannot set attributes on it."""
+    """Wrapper of a function that keeps a pickle from setting attributes on it."""
 
     __slots__ = ("_function",)
 
@@ -87,7 +87,7 @@ def read_torch(path: str | os.PathLike) -> dict[str, FileTensor]:
     """Returns the tensors of a state dict saved by torch.save, by name. Reads no numbers.
 
     Raises:
-        UserError: the file cannot be opened, is damaged, or asks for anything other than tensors.
+      UserError: the file cannot be opened, is damaged, or asks for anything other than tensors.
     """
     path = Path(path)
     try:
@@ -126,7 +126,7 @@ def _read_zip(file: BinaryIO) -> tuple[dict, dict[str, int]]:
 
 
 def _read_legacy(file: BinaryIO) -> tuple[dict, dict[str, int]]:
-    """Does the same as `_read_zip` for files from before PyTorch 1.6."""
+    """Returns the same as `_read_zip`, for files from before PyTorch 1.6."""
     file.seek(0)
     if _Unpickler(file).load() != _LEGACY_MAGIC:
         raise ValueError("no magic number")

@@ -53,7 +53,10 @@ def _forward(q, k, v, mask, twice=True):
 
 
 def _backward(residuals, g_bshd):
-    """Computes dL/dlogits = p (g v^T - sum(g out)), p the softmax (arXiv:2205.14135, B.2)."""
+    """Computes dL/dlogits = p (g v^T - sum(g out)), p the softmax.
+
+    Source: arXiv:2205.14135, appendix B.2.
+    """
     q, k, v, weights, total_bsh1, out = residuals
     g = (g_bshd.astype(jnp.float32) / total_bsh1).astype(q.dtype)
     # Uses the rounded g, like the product below; otherwise the two terms would not cancel.

@@ -1,4 +1,4 @@
-"""What both U-Nets share: config keys, inputs and conditioning.
+"""Shared by both U-Nets: config keys, inputs and conditioning.
 
 Both have the signature `network(z_bhwc, log_snr_b, cond, run_block=..., dropout_key=...)`.
 
@@ -6,12 +6,12 @@ Both have the signature `network(z_bhwc, log_snr_b, cond, run_block=..., dropout
 
 - text [B, T, text_dim] and text_mask bool [B, T], True for real tokens; not read if pooling and
   sequence are both "none".
-- low_res [B, h, w, C] in [-1, 1], already noised, and aug_level [B] in [0, 1], its amount of noise;
-  not read if config.low_res is 0.
+- low_res [B, h, w, C] in [-1, 1], already noised, and aug_level [B] in [0, 1], its noise level; not
+  read if config.low_res is 0.
 
-`run_block(module, *args)` must return module(*args). Every parameter is used through it. Arguments
-and results are arrays with a leading batch axis, or None, cond or Conditioning; the one exception
-is the dropout key, always the last argument.
+`run_block(module, *args)` must return module(*args). The network uses every parameter through it.
+Arguments and results are arrays with a leading batch axis, or None, cond or Conditioning. The one
+exception is the dropout key, always the last argument.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class NetworkConfig:
 
     def _check(self, key: str, ok: bool, allowed: str):
         if not ok:
-            raise UserError(f"model.{key} is {getattr(self, key)!r}; it must be {allowed}")
+            raise UserError(f"config.model.{key} is {getattr(self, key)!r}; allowed: {allowed}")
 
 
 def with_low_res(
@@ -124,9 +124,11 @@ def with_low_res(
 
 
 class Conditioner(nnx.Module):
-    """Maps log-SNR [B] and cond to Conditioning of width emb_width; projects the text once.
+    """Map from log-SNR [B] and cond to Conditioning of width emb_width; projects the text once.
 
-    time_dim is the number of sinusoids, head_dim the width of a head in attention pooling.
+    Args:
+      time_dim: number of sinusoids in the time embedding.
+      head_dim: width of a head in attention pooling.
     """
 
     def __init__(self, config: NetworkConfig, time_dim: int, head_dim: int, *, rngs: nnx.Rngs):
@@ -165,5 +167,5 @@ class Conditioner(nnx.Module):
 
 
 def call_block(block: nnx.Module, *args: Any) -> Any:
-    """The default `run_block`: calls the block."""
+    """Calls the block: the default `run_block`."""
     return block(*args)

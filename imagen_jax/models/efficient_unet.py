@@ -1,9 +1,9 @@
-"""The Efficient U-Net of the super-resolution stages (arXiv:2205.11487, B.1, figures A.27 to A.30).
+"""The Efficient U-Net of the super-resolution stages.
 
-It differs from the ordinary U-Net in two ways. Most of its blocks are at low resolutions. And it
-resamples in the opposite order: a level downsamples before its residual blocks and upsamples after
-them, so almost nothing runs at full resolution. The network is fully convolutional: it trains on
-crops and samples whole images.
+Source: arXiv:2205.11487, appendix B.1, figures A.27 to A.30. It differs from the ordinary U-Net in
+two ways. Most of its blocks are at low resolutions. And it resamples in the opposite order: a level
+downsamples before its residual blocks and upsamples after them, so almost nothing runs at full
+resolution. The network is fully convolutional: it trains on crops and samples whole images.
 
 Reading order: the config, a residual block, a stack of blocks, the levels, the network.
 """
@@ -38,8 +38,8 @@ SKIP_SCALE = 2**-0.5
 class EfficientUNetConfig(NetworkConfig):
     """Hyperparameters; the defaults are the paper's sr256, 613,805,699 parameters.
 
-    The paper gives widths, blocks and heads (F.2, F.3) and the totals 600M (sr256) and 400M
-    (sr1024). No single reading of its figures meets both totals. The paper leaves open:
+    The paper gives widths, blocks and heads (appendices F.2 and F.3) and the totals 600M (sr256)
+    and 400M (sr1024). No single reading of its figures meets both totals. The paper leaves open:
     - How a skip joins the decoder. Every decoder block receives the output of one encoder block,
       scaled by 1/sqrt(2), which is either concatenated or added.
     - How wide the time embedding and the text tokens are: 2048 as in the base model, or 512, which
@@ -99,7 +99,7 @@ class EfficientUNetConfig(NetworkConfig):
         levels = len(self.widths)
         fits = f"one number for each of the {levels} widths"
         self._check("num_res_blocks", len(self.num_res_blocks) == levels, fits)
-        self._check("widths", all(width % 2 == 0 for width in self.widths), "of even numbers")
+        self._check("widths", all(width % 2 == 0 for width in self.widths), "even numbers")
         factor = 2**levels
         self._check("image_size", self.image_size % factor == 0, f"a multiple of {factor}")
         self._check("skip", self.skip in SKIP, " | ".join(SKIP))
@@ -191,7 +191,7 @@ class Blocks(nnx.Module):
 
 
 class CombineEmbs(nnx.Module):
-    """Scales and shifts channels by the embedding of time, augmentation level and pooled text."""
+    """Scale and shift of channels by the embedding of time, aug_level and pooled text."""
 
     def __init__(self, channels: int, config: EfficientUNetConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -280,7 +280,7 @@ class EfficientUNet(nnx.Module):
         """Returns the prediction the network is trained for, float32 in the shape of z.
 
         The height and width of z may be any multiple of 2^levels; low_res may have any size.
-        network.py describes `cond` and `run_block`. With scan_blocks, run_block receives the
+        denoiser.py describes `cond` and `run_block`. With scan_blocks, run_block receives the
         weights of one block at a time. Without a dropout key nothing is dropped.
         """
 

@@ -1,9 +1,9 @@
 """Layers of the U-Nets: embeddings, normalization, residual blocks, attention to image and text.
 
-The design is ADM's (arXiv:2105.05233), with text attention as in GLIDE (arXiv:2112.10741). Imagen's
-base model builds on both (arXiv:2205.11487, appendix F.1). Images are [B, H, W, C]. Parameters are
-float32; `dtype` is the type of activations and matrix products. Statistics and softmax are always
-in float32.
+The design is ADM's (arXiv:2105.05233), which Imagen's base model adapts (arXiv:2205.11487, appendix
+F.1). Text tokens join the keys and values of self-attention (appendix D.3.1), as in GLIDE
+(arXiv:2112.10741). Images are [B, H, W, C]. Parameters are float32; `dtype` is the type of
+activations and matrix products. Statistics and softmax are always in float32.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ class GroupNorm(nnx.Module):
 
 
 class ScalarEmbedding(nnx.Module):
-    """Embeds numbers in [0, 1], [B] -> [B, width]: `dim` sinusoids (ADM's 1000 steps), an MLP."""
+    """Embedding of numbers in [0, 1], [B] -> [B, width]: sinusoids, then an MLP.
+
+    The `dim` sinusoids are ADM's, for which 1 is step 1000.
+    """
 
     def __init__(self, dim: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
         self.dim = dim
@@ -113,10 +116,10 @@ def masked_mean(x_btd: jax.Array, mask_bt: jax.Array) -> jax.Array:
 
 
 class TextPooling(nnx.Module):
-    """Pools text tokens [B, T, width] to one vector [B, width], after a LayerNorm on the tokens.
+    """Pooling of text tokens [B, T, width] to one vector [B, width], after a LayerNorm.
 
     "mean" averages the real tokens. "attention" uses that mean as a query over the real tokens and
-    itself, as CLIP pools its image. The mean is always a key, so no softmax is empty.
+    itself, as CLIP pools its image features. The mean is always a key, so no softmax is empty.
     """
 
     def __init__(self, kind: str, width: int, head_dim: int, *, dtype: Any, rngs: nnx.Rngs):
@@ -144,7 +147,7 @@ class TextPooling(nnx.Module):
 def attend(
     q_bsc: jax.Array, k_btc: jax.Array, v_btc: jax.Array, mask_bt: jax.Array | None, head_dim: int
 ) -> jax.Array:
-    """Multi-head attention, [B, S, C], with each head's channels contiguous.
+    """Computes multi-head attention, [B, S, C], with each head's channels contiguous.
 
     Sharding the channels therefore shards the heads.
     """
@@ -158,7 +161,7 @@ class Attention(nnx.Module):
     text_width=0 removes the text keys; self_attention=False removes the pixel keys, and then an
     example without text tokens passes unchanged. Queries, keys and values have `hidden` channels,
     by default as many as the pixels. `text_norm` adds a LayerNorm on the text embeddings, which the
-    paper found to help (section 4.1). The output projection starts at zero.
+    paper found to help (section 2.5). The output projection starts at zero.
     """
 
     def __init__(

@@ -1,6 +1,8 @@
-"""The base U-Net: noisy 64x64 image, log-SNR and text -> raw prediction (arXiv:2205.11487, F.1).
+"""The base U-Net: noisy 64x64 image, log-SNR and text -> raw prediction.
 
-With `low_res` it becomes a super-resolution model, the baseline for efficient_unet.py.
+Source: arXiv:2205.11487, appendix F.1. With `low_res` it becomes a super-resolution
+model, the baseline for efficient_unet.py.
+
 Reading order: the config, the plan of blocks it implies, a block, the head, the network.
 """
 
@@ -29,7 +31,7 @@ from imagen_jax.models.resampling import depth_to_space, space_to_depth
 # erases the color and contrast of an image, so a network that predicts x could not even return a
 # clean input. "plain" is the convolution alone.
 #
-# Squared error of x for x-prediction on 32x32 scenes, patch 4, 150 steps of 8:
+# Squared error of x for x-prediction on 32x32 scenes, patch 4, 150 steps at batch size 8:
 #
 # | log-SNR             |  -4   |   0   |   2   |   4   |   8   |
 # |---------------------|-------|-------|-------|-------|-------|
@@ -62,7 +64,8 @@ class UNetConfig(NetworkConfig):
       num_res_blocks: blocks per level, not counting the one that resamples.
       attention_resolutions: resolutions at which blocks attend to pixels and text.
       per_head_channels: channels of one attention head.
-      use_scale_shift_norm: the embedding scales and shifts the norm instead of being added.
+      use_scale_shift_norm: the embedding scales and shifts the norm's output instead of being added
+        before it.
       head: the output layers, one of HEADS. It follows from diffusion.prediction.
     """
 
@@ -87,11 +90,13 @@ class UNetConfig(NetworkConfig):
 
     @property
     def resolutions(self) -> tuple[int, ...]:
+        """Height (and width) of the activations at each level, the finest first."""
         finest = self.image_size // self.patch_size
         return tuple(finest >> level for level in range(len(self.channel_mult)))
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Channels at each level."""
         return tuple(self.embed_dim * mult for mult in self.channel_mult)
 
     def __post_init__(self):
@@ -240,7 +245,7 @@ class UNet(nnx.Module):
     ) -> jax.Array:
         """Returns the prediction the network is trained for, float32 in the shape of z.
 
-        network.py describes `cond` and `run_block`. Without a dropout key nothing is dropped.
+        denoiser.py describes `cond` and `run_block`. Without a dropout key nothing is dropped.
         """
         conditioning = run_block(self.conditioner, log_snr_b, cond)
         patch = self.config.patch_size

@@ -1,4 +1,4 @@
-"""The cascade: a base model samples, super-resolution stages enlarge (sections 2.4 and 4.3).
+"""The cascade: a base model samples, super-resolution stages enlarge (section 2.4).
 
 pipe = load("runs/demo", "runs/demo_sr")
 images = pipe(["a red circle"], guidance=3, seed=0)
@@ -35,7 +35,7 @@ class TrainedStage:
     """A stage with its EMA weights.
 
     Attributes:
-      name: for progress and messages, usually the workdir; unique in a cascade.
+      name: name in progress bars and messages, usually the workdir; unique in a cascade.
       step: checkpoint step of the weights.
       stage: the stage.
       params: the weights.
@@ -66,7 +66,7 @@ class Job:
       samplers: one per stage.
       inputs: the arrays that all samples start from, see `images.read_inputs`.
       batch_size: samples per batch at 64x64 pixels and below.
-      truncate_prompts: whether to truncate prompts that are too long instead of refusing them.
+      truncate_prompts: whether to truncate prompts that are too long, instead of refusing them.
     """
 
     requests: list[Request]
@@ -105,7 +105,7 @@ class Cascade:
         progress: bool = True,
         **settings: Any,
     ) -> list[Image.Image] | list[list[Image.Image]]:
-        """Samples prompts.
+        """Samples images for prompts.
 
         Args:
           prompts: one prompt or a list of prompts.
@@ -130,7 +130,7 @@ class Cascade:
         return images if return_stages else images[-1]
 
     def prepare(self, requests: list[Request], settings: Settings) -> Job:
-        """Checks the settings against the stages, and reads the pictures they name.
+        """Checks the settings against the stages, and reads the images they name.
 
         Raises:
           UserError: as for `__call__`.
@@ -156,6 +156,7 @@ class Cascade:
         """Samples batch by batch, each through all stages.
 
         Args:
+          job: from `prepare`.
           rows: indices of the requests to sample (default: all).
           progress: show a progress bar per stage.
 
@@ -198,7 +199,7 @@ class Cascade:
     def _text_cond(
         self, stage: TrainedStage, requests: list[Request], truncate: bool
     ) -> dict[str, np.ndarray]:
-        """The conditioning of a batch on the host: text [N, T, D], text_mask [N, T], and more."""
+        """Returns the conditioning on the host: text [N, T, D], text_mask [N, T], and more."""
 
         def encode(captions: Sequence[str]) -> dict[str, np.ndarray]:
             embeddings = []
@@ -251,7 +252,7 @@ class Cascade:
 
 
 def _inputs_of(stage: TrainedStage, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inputs that a stage reads, at its size."""
+    """Returns the inputs that a stage reads, at its size."""
     if "image" not in inputs:
         return inputs
     if stage.low_res and "mask" not in inputs:

@@ -1,4 +1,4 @@
-"""Pictures to edit or enlarge: read from files or memory, and fitted to the model's size."""
+"""Images to edit or enlarge: read from files or memory, and fitted to the model's size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from imagen_jax.common import cli
 from imagen_jax.common.pictures import to_rgb
-from imagen_jax.pipeline.settings import Picture, SettingError, Settings
+from imagen_jax.pipeline.settings import ImageLike, SettingError, Settings
 
 
 def read_inputs(settings: Settings, low_res: int, size: int) -> dict[str, np.ndarray]:
@@ -17,14 +17,14 @@ def read_inputs(settings: Settings, low_res: int, size: int) -> dict[str, np.nda
 
     Args:
       low_res: side of the images that the first stage enlarges, pixels; 0 for a base model.
-      size: side of the images that the last stage samples.
+      size: side of the images that the last stage samples, pixels.
 
     Returns:
       low_res uint8 [low_res, low_res, 3] if the first stage enlarges; otherwise image uint8
       [size, size, 3] and, with a mask, mask bool [size, size, 1]. Empty without an image.
 
     Raises:
-      SettingError: a picture cannot be read or the two do not match, or nothing would change.
+      SettingError: a file cannot be read, image and mask do not match, or nothing would change.
     """
     if settings.image is None:
         return {}
@@ -47,22 +47,22 @@ def read_inputs(settings: Settings, low_res: int, size: int) -> dict[str, np.nda
 
 
 def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    """Whether two sizes have the same aspect ratio, up to rounding to whole pixels."""
+    """Returns whether two sizes have the same aspect ratio, up to rounding to whole pixels."""
     return abs(a[0] * b[1] - b[0] * a[1]) <= max(*a, *b)
 
 
-def _open(name: str, picture: Picture) -> tuple[str, Image.Image]:
-    """Returns the picture, turned upright, and its label for messages."""
-    if isinstance(picture, np.ndarray):
-        picture = _from_array(name, picture)
-    label = name if isinstance(picture, Image.Image) else f"{name}={picture}"
+def _open(name: str, source: ImageLike) -> tuple[str, Image.Image]:
+    """Returns the label of an image for messages, and the image, turned upright."""
+    if isinstance(source, np.ndarray):
+        source = _from_array(name, source)
+    label = name if isinstance(source, Image.Image) else f"{name}={source}"
     try:
-        image = picture if isinstance(picture, Image.Image) else _from_file(picture)
+        image = source if isinstance(source, Image.Image) else _from_file(source)
         upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as e:
         raise SettingError(f"{label}: no such file") from e
     except Exception as e:  # decoders raise anything on a broken file
-        raise SettingError(f"{label} is not a readable picture ({type(e).__name__})") from e
+        raise SettingError(f"{label} is not a readable image ({type(e).__name__})") from e
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         cli.log.info("%s: turned upright as its EXIF orientation says", label)
     return label, upright
@@ -89,7 +89,7 @@ def _from_array(name: str, array: np.ndarray) -> Image.Image:
 
 
 def _pixels(label: str, image: Image.Image, size: int) -> np.ndarray:
-    """An image as uint8 [size, size, 3]; area filter to shrink, bicubic to enlarge."""
+    """Returns an image as uint8 [size, size, 3]; area filter to shrink, bicubic to enlarge."""
     method = Image.Resampling.BOX if min(image.size) > size else Image.Resampling.BICUBIC
     if image.mode != "RGB":
         cli.log.info("%s: converted from mode %s to RGB", label, image.mode)
@@ -97,7 +97,7 @@ def _pixels(label: str, image: Image.Image, size: int) -> np.ndarray:
 
 
 def _mask_pixels(label: str, mask: Image.Image, size: int) -> np.ndarray:
-    """A mask as bool [size, size, 1], True where it is white; transparent pixels are black."""
+    """Returns a mask as bool [size, size, 1], True where white; transparent pixels are black."""
     gray = to_rgb(mask, "black").convert("L")
     pixels = np.asarray(_fit(label, gray, size, Image.Resampling.NEAREST))[..., None] > 127
     if not pixels.any():

@@ -19,7 +19,7 @@ class Request:
 
     Attributes:
       sr_prompt: prompt of the super-resolution stages, usually the same as prompt.
-      to_prompt, to_sr_prompt, to_seed: the end of an interpolation; "" and None without one.
+      to_prompt, to_sr_prompt, to_seed: the end of an interpolation; "" or None without one.
       fraction: position of this sample in the interpolation, 0 to 1.
     """
 
@@ -33,7 +33,7 @@ class Request:
     fraction: float = 0.0
 
     def texts(self, sr: bool) -> tuple[str, str, str]:
-        """The start, end and negative prompt that a base or super-resolution stage reads."""
+        """Returns the start, end and negative prompts of a base or super-resolution (sr) stage."""
         start, end = (self.sr_prompt, self.to_sr_prompt) if sr else (self.prompt, self.to_prompt)
         return start, end, self.negative_prompt
 

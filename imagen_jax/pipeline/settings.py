@@ -1,4 +1,4 @@
-"""The settings of one call of a cascade: names, defaults, ranges, and the samplers they give."""
+"""The settings of one call of a cascade, and the sampler configs that follow from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.config import Config
 from imagen_jax.diffusion.sampler import SamplerConfig
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+ImageLike = str | os.PathLike | Image.Image | np.ndarray
 PerStage = Any  # one value, or a sequence of one value per stage
 
 # Settings per stage: name -> key of SamplerConfig, type.
@@ -52,14 +52,14 @@ class Settings:
 
     Attributes:
       seed: seed of a prompt's first sample; each further sample adds 1.
-      num: number of samples per prompt; None is 1.
+      num: number of samples per prompt; None means 1.
       negative_prompt: prompt that guidance steers away from, instead of the null prompt.
       sr_prompts: prompts of the super-resolution stages, one or as many as prompts; None or ""
         repeats the prompts.
-      image: picture to start from or to enlarge: a file, a PIL image, or an array uint8 [H, W, 3].
-      mask: picture whose white pixels are repainted (inpainting).
-      strength: how much of the image may change, above 0 to 1.
-      resample: with a mask, how often each step is taken (RePaint); None is 4.
+      image: image to start from or to enlarge: a file, a PIL image, or an array uint8 [H, W, 3].
+      mask: image whose white pixels are repainted (inpainting).
+      strength: how much of the image may change, above 0 up to 1.
+      resample: with a mask, number of times each step is taken (RePaint); None means 4.
       frames: number of interpolation frames between two prompts or two seeds.
       to_seed: seed at the end of the interpolation.
       batch_size: samples per batch at 64x64 pixels and below; larger images use fewer.
@@ -70,9 +70,9 @@ class Settings:
       spacing: per stage: t or log_snr, in which the steps are evenly spaced.
       guidance: per stage: guidance weight; 1 turns guidance off.
       guidance_interval: (low, high), the log-SNRs between which guidance acts, in all stages.
-      guidance_rescale: per stage: 0 to 1.
+      guidance_rescale: per stage: how far to restore the contrast, 0 to 1.
       threshold: per stage: none, static or dynamic.
-      aug_level: per stage: noise added to the low-resolution image, 0 to 1.
+      aug_level: per stage: noise level of the low-resolution image, 0 to 1.
 
     Raises:
       SettingError: a whole number is out of range.
@@ -82,8 +82,8 @@ class Settings:
     num: int | None = None
     negative_prompt: str = ""
     sr_prompts: str | Sequence[str] | None = None
-    image: Picture | None = None
-    mask: Picture | None = None
+    image: ImageLike | None = None
+    mask: ImageLike | None = None
     strength: float | None = None
     resample: int | None = None
     frames: int = 0
@@ -178,7 +178,7 @@ def _convert(name: str, value: Any, kind: type) -> Any:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list, tuple or array as a list; anything else as a list of one."""
+    """Returns a list, tuple or array as a list; anything else as a list of one."""
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
 
 
@@ -208,5 +208,5 @@ def _check_used(settings: Settings, is_sr: Sequence[bool], found: Sequence[Sampl
 
 def _shown(name: str, value: Any) -> str:
     if isinstance(value, Image.Image | np.ndarray):
-        return f"{name} (a picture)"
+        return f"{name} (an image)"
     return f"{name}={','.join(map(str, as_list(value)))}"

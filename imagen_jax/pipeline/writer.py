@@ -1,4 +1,4 @@
-"""Writes the samples of a job as pictures, and resumes where an interrupted call stopped."""
+"""Writes the samples of a job as PNG files, and resumes where an interrupted call stopped."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from imagen_jax.pipeline.prompts import Request
 def write_samples(
     cascade: Cascade, job: Job, out: Path, *, columns: int, all_stages: bool = False
 ) -> None:
-    """Samples what is missing in a folder; writes the pictures, samples.json and grid.png.
+    """Samples the images that a folder lacks; writes them, samples.json and grid.png.
 
-    A picture is missing unless its metadata records the same request, settings and checkpoints.
+    An image is missing unless its metadata records the same request, settings and checkpoints.
 
     Args:
       out: the folder; created if missing.
@@ -47,7 +47,7 @@ def write_samples(
         if any(_record_of(folder / name) != records[i] for folder in folders)
     ]
     if len(missing) < len(names):
-        cli.log.info("%d of %d pictures exist already", len(names) - len(missing), len(names))
+        cli.log.info("%d of %d images exist already", len(names) - len(missing), len(names))
     for rows, samples in cascade.sample(job, missing):
         for folder, images in zip(folders, samples[-len(folders) :], strict=True):
             for i, image in zip(rows, images, strict=True):
@@ -62,7 +62,7 @@ def write_samples(
 
 
 def _records(cascade: Cascade, job: Job) -> list[str]:
-    """What each sample depends on, as JSON: its request, checkpoints, settings and inputs."""
+    """Returns what each sample depends on, as JSON: request, checkpoints, settings and inputs."""
     stages = {
         stage.name: {"step": stage.step, **dataclasses.asdict(sampler)}
         for stage, sampler in zip(cascade.stages, job.samplers, strict=True)
@@ -75,14 +75,14 @@ def _records(cascade: Cascade, job: Job) -> list[str]:
 
 
 def _side_by_side(paths: list[Path]) -> np.ndarray:
-    """Pictures in a row, enlarged to the last one's size without smoothing."""
+    """Joins images in a row, enlarged to the size of the last one without smoothing."""
     images = [Image.open(path) for path in paths]
     size = images[-1].size
     return np.hstack([np.asarray(i.resize(size, Image.Resampling.NEAREST)) for i in images])
 
 
 def _record_of(path: Path) -> str | None:
-    """The record in a picture's metadata; None without a readable picture."""
+    """Returns the record in the metadata of an image; None if there is no readable image."""
     try:
         with Image.open(path) as image:
             return image.info.get("request")

@@ -29,7 +29,7 @@ _TOO_LARGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """The part of a compiled program that a plan needs.
+    """The parts of a compiled program that a plan needs.
 
     Attributes:
       memory: bytes on one device: arguments, outputs, aliased (outputs that reuse the memory of
@@ -89,7 +89,7 @@ def _key(lowered: Any, target: str, options: dict[str, Any]) -> str:
 
 
 def compiler_version() -> str:
-    """Returns the version of libtpu, "" if it is not installed."""
+    """Returns the version of libtpu; "" if it is not installed."""
     try:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:

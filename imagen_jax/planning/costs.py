@@ -54,7 +54,8 @@ class Costs:
 
     Attributes:
       operations: every operation with a cost.
-      collectives: for each kind, their number ("count") and the bytes a device receives ("bytes").
+      collectives: for each kind, their number ("count") and the bytes that one device receives
+        ("bytes").
       host_bytes: bytes copied to the host's memory and back.
       unknown_loops: number of loops whose trip count is unknown; each counts as one iteration.
     """
@@ -70,7 +71,7 @@ def count(program: Program) -> Costs:
     operations, unknown, host_bytes = [], 0, 0.0
     table = {kind: {"count": 0, "bytes": 0.0} for kind in (*COLLECTIVES, BETWEEN_SLICES)}
     for where, i, times, fused in program.walk():
-        unknown += i.opcode == "while" and program.turns(where, i) is None
+        unknown += i.opcode == "while" and program.trip_count(where, i) is None
         if i.opcode == "copy-start" and HOST_MEMORY in i.shape:
             host_bytes += times * _first_size(i.shape)  # source and destination have the same size
         if not fused:
@@ -190,7 +191,7 @@ def _window(text: str, d: int) -> tuple[int, int, int, int]:
 def _valid_places(
     size: int, kernel: int, out: int, stride: int, pad: int, dilation: int, kernel_dilation: int
 ) -> int:
-    """Counts pairs of output and kernel positions that meet a pixel, not padding or a hole."""
+    """Counts (output, kernel) position pairs that fall on a pixel, not on padding or a hole."""
     reach = (size - 1) * dilation
     at = (o * stride + k * kernel_dilation - pad for o in range(out) for k in range(kernel))
     return sum(0 <= place <= reach and place % dilation == 0 for place in at)

@@ -1,4 +1,4 @@
-"""Computes all figures of a plan as nested dicts for JSON. Bytes and FLOPs are plain numbers."""
+"""Computes all figures of a plan as nested dicts for JSON. Bytes and FLOPs are unscaled."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _compiled_flops(run: Run, chips: int, per_chip: float) -> dict[str, float]:
 
 
 def _pace(run: Run, topology: Topology, step_s: float, flops: float) -> dict[str, Any]:
-    """Returns what follows from the time of a step.
+    """Returns the sections that follow from the time of a step: pace and input.
 
     Args:
       flops: those of one chip in one step, with recomputation.

@@ -58,7 +58,7 @@ class Program:
         """Yields (computation, instruction, number of runs, whether it is fused) for each one.
 
         Yields a fusion first, then the instructions in it, which are fused. A loop with an unknown
-        trip count (see `turns`) counts as one iteration.
+        trip count (see `trip_count`) counts as one iteration.
         """
         yield from self._walk(self.computations[self.entry], 1, False)
 
@@ -68,8 +68,8 @@ class Program:
         for i in where.values():
             yield where, i, times, fused
             if i.opcode == "while":
-                turns = self.turns(where, i)
-                yield from self._walk(self.called(i, "body"), times * (turns or 1), fused)
+                trips = self.trip_count(where, i)
+                yield from self._walk(self.called(i, "body"), times * (trips or 1), fused)
             elif i.opcode == "fusion":
                 yield from self._walk(self.called(i, "calls"), times, True)
             elif i.opcode in ("call", "async-start"):
@@ -79,7 +79,7 @@ class Program:
                 for name in re.findall(r"%([\w.\-]+)", i.attribute(r"computations=\{(.*?)\}")):
                     yield from self._walk(self.computations[name], times, fused)
 
-    def turns(self, where: Computation, loop: Instruction) -> int | None:
+    def trip_count(self, where: Computation, loop: Instruction) -> int | None:
         """Returns the trip count of a `while`, or None if it does not count up to a constant.
 
         jax.lax.scan counts one element of the loop's state from 0 to the scan's length.

@@ -30,11 +30,11 @@ WORTH_SPLITTING = 0.05
 
 
 class Planner:
-    """Plans settings of one config on one topology.
+    """Planner of the settings of one config on one topology.
 
     Attributes:
       compiles: whether libtpu compiles for the topology's chips.
-      devices: those to compile for.
+      devices: the devices to compile for.
     """
 
     def __init__(self, config: Config, topology: Topology, fast: bool, cache: Path):
@@ -56,7 +56,7 @@ class Planner:
         """Returns all figures of one config; compiles its step if the topology has a compiler.
 
         Raises:
-          UserError: if the mesh or the batch does not fit the number of chips.
+          UserError: the mesh or the batch does not fit the number of chips.
         """
         own = config is self.config
         experiment = self._experiment if own else build(config, self.devices)
@@ -93,7 +93,7 @@ class Planner:
         """Returns the setting nearest to the config's that fits, as flags; "" if none fits.
 
         Args:
-          memory: section "memory" of the plan that does not fit.
+          memory: the section "memory" of the plan that does not fit.
         """
         state = sum(memory["state"].values()) - memory["state"]["batch"]
         split = state > WORTH_SPLITTING * memory["available"]
@@ -103,7 +103,7 @@ class Planner:
         return ""
 
     def _most_fsdp(self) -> int:
-        """The largest useful fsdp: the devices of a slice that share the batch, up to MOST_FSDP."""
+        """Returns the largest useful fsdp: the chips of a slice / tensor, at most MOST_FSDP."""
         return min(
             self.topology.slice_chips // self._experiment.mesh.shape["tensor"], sharding.MOST_FSDP
         )
@@ -193,7 +193,7 @@ class Planner:
 
 
 def setting_of(experiment: Experiment) -> search.Setting:
-    """Returns what a search may change of an experiment's config, every value resolved."""
+    """Returns the keys of an experiment's config that a search may change, every value resolved."""
     sizes = (experiment.mesh.shape[axis] for axis in ("fsdp", "tensor"))
     return search.Setting(experiment.remat, *sizes, experiment.microbatches)
 

@@ -28,7 +28,7 @@ class Setting:
     microbatches: int
 
     def __str__(self) -> str:
-        """Returns the setting as flags."""
+        """Returns the setting as command-line flags."""
         return (
             f"--config.mesh.remat={self.remat} --config.mesh.data=-1 "
             f"--config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "

@@ -36,7 +36,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, or None."""
+        """Returns the step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def existing_step(self, step: int | None = None) -> int:
@@ -53,11 +53,11 @@ class Checkpoints:
         return found[-1] if step is None else step
 
     def save(self, step: int, state: Any, position: dict[str, int], identity: dict) -> None:
-        """Saves in the background; a second save waits for the first.
+        """Saves a checkpoint in the background; a second save waits for the first.
 
         Args:
           state: pytree of global arrays; each host writes its own shards.
-          position: the position in the data, {"examples": global examples consumed}.
+          position: the position in the data, {"examples": examples consumed by all hosts}.
           identity: the config keys that the weights depend on (Config.identity); `restore` compares
             them.
         """
@@ -91,10 +91,10 @@ class Checkpoints:
         return restored["state"], restored["position"]
 
     def restore_ema(self, abstract_ema: Any, identity: dict, step: int | None = None) -> Any:
-        """Restores only the EMA weights of `step`, a fraction of the state; sampling needs no more.
+        """Restores only the EMA weights of `step`; sampling does not need the rest of the state.
 
         Raises:
-          UserError: as `restore`.
+          UserError: as for `restore`.
         """
         step = self.existing_step(step)
         self._check_identity(step, identity)
@@ -125,7 +125,7 @@ class Checkpoints:
                 )
 
     def _check_complete(self, step: int, restored: Any) -> None:
-        """Raises a UserError for a missing array, which Orbax leaves as a ShapeDtypeStruct."""
+        """Raises UserError for a missing array, which Orbax leaves as a ShapeDtypeStruct."""
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -147,6 +147,6 @@ def newest_step(workdir: epath.PathLike) -> int:
 
 
 def _restore_args(target: Any) -> ocp.args.PyTreeRestore:
-    """Arguments to restore only the arrays in `target`, ShapeDtypeStructs with shardings."""
+    """Returns arguments that restore only the arrays in `target`, a tree of ShapeDtypeStructs."""
     args = ocp.checkpoint_utils.construct_restore_args(target)
     return ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=True)

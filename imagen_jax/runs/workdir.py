@@ -49,13 +49,13 @@ def read_config(workdir: epath.PathLike) -> Config:
 
 
 def check_run(workdir: epath.PathLike) -> None:
-    """Raises a UserError if the workdir has no run."""
+    """Raises UserError if the workdir has no run."""
     if not (epath.Path(workdir) / CONFIG).exists():
         raise UserError(f"--workdir={os.fspath(workdir)} holds no run: {CONFIG} is missing")
 
 
 def only_run(folder: epath.PathLike = RUNS) -> epath.Path:
-    """Returns the workdir of the only run in `folder`: the default of commands that read a run.
+    """Returns the workdir of the only run in `folder`, the default of commands that read a run.
 
     Raises:
       UserError: there are several runs, or none.

@@ -1,7 +1,7 @@
 """The BERT encoder: learned positions, post-norm blocks, output of the last block.
 
-Source: Devlin et al. 2018 (arXiv:1810.04805). Imagen compares frozen BERT base and large as text
-encoders (arXiv:2205.11487, section 4.1).
+Source: arXiv:1810.04805. Imagen compares frozen BERT base and large as text encoders
+(arXiv:2205.11487, appendix D.1).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Block(nnx.Module):
 
 
 class BertEncoder(nnx.Module):
-    """Maps token ids to one vector per token.
+    """Encoder from token ids to one vector per token.
 
     int [B, T], bool [B, T] -> float32 [B, T, hidden_size]. `mask_bt` is True at real tokens.
     Outputs at padding are meaningless, and outputs at real tokens do not depend on padding. T is at

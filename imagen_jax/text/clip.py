@@ -1,8 +1,8 @@
 """CLIP's text tower up to its penultimate layer: causal, pre-norm, learned positions.
 
-Source: Radford et al. 2021 (arXiv:2103.00020). Imagen uses the hidden states of the penultimate
-layer of ViT-L/14's frozen text encoder (arXiv:2205.11487, section 4.1). The last block, the final
-norm and the projection come after that layer, so they are neither built nor read.
+Source: arXiv:2103.00020. Imagen uses the hidden states of the penultimate layer of the frozen text
+encoder of ViT-L/14 (arXiv:2205.11487, appendix D.1). The last block, the final norm and the
+projection come after that layer, so they are neither built nor read.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Block(nnx.Module):
 
 
 class ClipTextEncoder(nnx.Module):
-    """Maps token ids to one vector per token.
+    """Encoder from token ids to one vector per token.
 
     int [B, T], bool [B, T] -> float32 [B, T, hidden_size]. `mask_bt` is True at real tokens.
     Attention is causal. T is at most `max_position_embeddings`.

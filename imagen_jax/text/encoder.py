@@ -41,8 +41,8 @@ class Batch(NamedTuple):
     """The result of one call of the network.
 
     Attributes:
-        embeddings: bfloat16 [num_tokens, dim] for each caption.
-        positions: number of positions computed, including padding.
+      embeddings: bfloat16 [num_tokens, dim] for each caption.
+      positions: number of positions computed, including padding.
     """
 
     embeddings: dict[str, np.ndarray]
@@ -53,11 +53,11 @@ class TextEncoder:
     """A frozen encoder with its tokenizer. Create it with `load_encoder`.
 
     Attributes:
-        dim: width of an embedding.
-        dtype: type of an embedding, bfloat16.
-        max_tokens: length limit of a caption in tokens, including its start and end tokens.
-        identity: everything except the caption that determines an embedding, as JSON values. It is
-            stored with precomputed embeddings and compared before they are used.
+      dim: width of an embedding.
+      dtype: type of an embedding, bfloat16.
+      max_tokens: length limit of a caption in tokens, including its start and end tokens.
+      identity: everything except the caption that determines an embedding, as JSON values. It is
+        stored with precomputed embeddings and compared before they are used.
     """
 
     dtype = DTYPE
@@ -130,14 +130,14 @@ class TextEncoder:
         """Returns one bfloat16 array [num_tokens, dim] per caption, independent of the others.
 
         Args:
-            captions: equal captions are encoded once and share an array.
-            progress: called after each batch with (done, total), counting distinct captions.
-            truncate: encode a caption that is too long as `truncate(caption)`. Its embedding still
-                ends with the end-of-sequence token.
+          captions: equal captions are encoded once and share an array.
+          progress: called after each batch with (done, total), counting distinct captions.
+          truncate: encode a caption that is too long as `truncate(caption)`. Its embedding still
+            ends with the end-of-sequence token.
 
         Raises:
-            UserError: a caption is not valid Unicode, or has more than `max_tokens` tokens and
-                `truncate` is false.
+          UserError: a caption is not valid Unicode, or has more than `max_tokens` tokens and
+            `truncate` is false.
         """
         distinct = dict.fromkeys(captions)
         embeddings: dict[str, np.ndarray] = {}
@@ -151,7 +151,7 @@ class TextEncoder:
         """Yields the embeddings of distinct captions batch by batch, shortest captions first.
 
         Raises:
-            UserError: as for `encode`, before the first batch is computed.
+          UserError: as for `encode`, before the first batch is computed.
         """
         buckets = defaultdict(list)
         for caption in captions:
@@ -182,7 +182,7 @@ class TextEncoder:
             ids_bt[row, : len(ids)] = ids
             mask_bt[row, : len(ids)] = True
         out_btd = np.asarray(self(**self._put({"ids_bt": ids_bt, "mask_bt": mask_bt}))[0])
-        # Copy, because a view would keep the whole padded batch in memory.
+        # A view would keep the whole padded batch in memory.
         return {c: out_btd[row, : len(ids)].copy() for row, (c, ids) in enumerate(batch)}
 
 
@@ -202,20 +202,20 @@ def load_encoder(
     """Loads a frozen encoder, bundled or from a folder.
 
     Args:
-        name_or_path: a bundled encoder, a folder in Hugging Face's format (T5, BERT, CLIP), or a
-            T5X checkpoint folder that also holds the vocabulary. The suffix "-bfloat16" keeps the
-            weights in bfloat16; "-random" replaces them by random ones.
-        max_tokens: length limit of a caption in tokens.
-        place: maps weight shapes to shardings, for example
-            `functools.partial(sharding.weight_shardings, mesh)`.
-        put: moves a batch to the devices, for example
-            `functools.partial(sharding.put_batch, mesh)` (default: to the default device).
-        ways: number of parts into which `put` splits a batch.
+      name_or_path: a bundled encoder, a folder in Hugging Face's format (T5, BERT, CLIP), or a
+        T5X checkpoint folder that also holds the vocabulary. The suffix "-bfloat16" keeps the
+        weights in bfloat16; "-random" replaces them with random ones.
+      max_tokens: length limit of a caption in tokens.
+      place: maps weight shapes to shardings, for example
+        `functools.partial(sharding.weight_shardings, mesh)`.
+      put: copies a batch to the devices, for example
+        `functools.partial(sharding.put_batch, mesh)` (default: to the default device).
+      ways: number of shards into which `put` splits a batch.
 
     Raises:
-        UserError: there is no such encoder; a file is missing, damaged or of an unsupported model;
-            weights and vocabulary do not match; max_tokens is below 1 or beyond the encoder's
-            positions.
+      UserError: there is no such encoder; a file is missing, damaged or of an unsupported model;
+        weights and vocabulary do not match; max_tokens is below 1 or beyond the encoder's
+        positions.
     """
     checkpoint, tokenizer = _open(name_or_path, max_tokens)
     module = checkpoint.load(place)
@@ -228,11 +228,10 @@ def encoder_identity(
 ) -> dict[str, Any] | None:
     """Returns `load_encoder(name_or_path, max_tokens).identity` without loading weights.
 
-    Returns:
-        None if this machine has no such encoder.
+    Returns None if this machine has no such encoder.
 
     Raises:
-        UserError: as for `load_encoder`.
+      UserError: as for `load_encoder`.
     """
     if find_encoder(name_or_path) is None:
         return None

@@ -25,15 +25,15 @@ class Family:
     """One kind of encoder in Hugging Face's format.
 
     Attributes:
-        config: a dataclass with the field names of config.json.
-        module: the network, built as `module(config, rngs=...)`.
-        names: our module names -> Hugging Face's; * is a block number.
-        tokenizer: tokenizer_class if the folder does not name one.
-        section: the part of config.json that holds the fields (default: all of it).
-        defaults: values of fields that config.json may omit or never has, where they differ from
-            the defaults of `config`.
-        allowed: supported values of a field, if not all values are.
-        renames: (pattern, replacement) for tensor names, so that `names` needs one spelling.
+      config: a dataclass with the field names of config.json.
+      module: the network, built as `module(config, rngs=...)`.
+      names: our module names -> Hugging Face's; * is a block number.
+      tokenizer: tokenizer_class if the folder does not name one.
+      section: the part of config.json that holds the fields (default: all of it).
+      defaults: values of fields that config.json may omit or never has, where they differ from
+        the defaults of `config`.
+      allowed: supported values of a field, if not all values are.
+      renames: (pattern, replacement) for tensor names, so that `names` needs one spelling.
     """
 
     config: type
@@ -49,7 +49,7 @@ class Family:
         """Turns the fields of the config.json at `path` into the typed config.
 
         Raises:
-            UserError: a field is missing or has an unsupported value.
+          UserError: a field is missing or has an unsupported value.
         """
         if self.section is not None:
             if not isinstance(fields.get(self.section), dict):
@@ -80,8 +80,8 @@ def namer(names: Mapping[str, str], leaves: Mapping[str, str]) -> Callable[[Key]
     """Returns a function that maps a weight's key in our module to its name in a file.
 
     Args:
-        names: module names; * is a block number.
-        leaves: names of the weights inside a module.
+      names: module names; * is a block number.
+      leaves: names of the weights inside a module.
     """
 
     def stored_name(key: Key) -> str:

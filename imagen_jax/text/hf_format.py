@@ -35,7 +35,7 @@ def open_hf(folder: str | os.PathLike) -> Checkpoint:
     """Opens the encoder in a Hugging Face folder of a family in FAMILIES; ignores other parts.
 
     Raises:
-        UserError: a file or config field is missing or damaged, or the model type is unsupported.
+      UserError: a file or config field is missing or damaged, or the model type is unsupported.
     """
     folder = Path(folder)
     fields = read_json(folder / CONFIG_FILE)
@@ -95,7 +95,7 @@ def load_t5(folder: str | os.PathLike) -> T5Encoder:
     """Loads a T5 encoder in float32, without reading a decoder.
 
     Raises:
-        UserError: as for `open_hf` and `Checkpoint.load`, or the model is not a T5.
+      UserError: as for `open_hf` and `Checkpoint.load`, or the model is not a T5.
     """
     checkpoint = open_hf(folder)
     if checkpoint.module is not T5Encoder:
@@ -109,8 +109,8 @@ def save_t5(
     """Writes a folder that `load_t5` can read. Each file appears complete or not at all.
 
     Args:
-        dtype: type of the tensors on disk.
-        extra: more fields for config.json: the tokenizer, and how the weights were trained.
+      dtype: type of the tensors on disk.
+      extra: more fields for config.json: the tokenizer, and how the weights were trained.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

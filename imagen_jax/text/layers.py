@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def layer_norm(dim: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm that computes the variance from centered values, as the trained weights expect."""
+    """Builds a LayerNorm with the variance of centered values, which the trained weights expect."""
     return nnx.LayerNorm(dim, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
@@ -36,7 +36,7 @@ class SelfAttention(nnx.Module):
         self.out = nnx.Linear(dim, dim, rngs=rngs)
 
     def __call__(self, x_btd: jax.Array, bias_b1tt: jax.Array) -> jax.Array:
-        """`bias_b1tt` is 0 where a token may attend, else MASKED. Its third axis may be 1."""
+        """Attends where `bias_b1tt` is 0, not where it is MASKED. Its third axis may be 1."""
 
         def heads(y):
             return y.reshape(*y.shape[:2], self.num_heads, -1)

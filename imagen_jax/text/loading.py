@@ -38,15 +38,15 @@ class Checkpoint:
     """An encoder's open files. Everything is known except the weights, which are not read yet.
 
     Attributes:
-        module: the network, built as `module(config, rngs=...)`.
-        config: has `dim`, `vocab_size` and `max_positions` (None for no limit).
-        tensors: the stored tensors by their names in the files.
-        stored_name: maps a weight's key in the module to its name in the files.
-        kernels_reversed: whether the files store projections as [out, in]; ours are [in, out].
-        files: all weight files, in the order in which they are hashed.
-        tokenizer: a key of `tokenizer.TOKENIZERS`.
-        variant: "" or one of VARIANTS. Random weights come from a fixed seed, so they are always
-            the same. They show what an encoder is worth without its training.
+      module: the network, built as `module(config, rngs=...)`.
+      config: has `dim`, `vocab_size` and `max_positions` (None for no limit).
+      tensors: the stored tensors by their names in the files.
+      stored_name: maps a weight's key in the module to its name in the files.
+      kernels_reversed: whether the files store projections as [out, in]; ours are [in, out].
+      files: all weight files, in the order in which they are hashed.
+      tokenizer: a key of `tokenizer.TOKENIZERS`.
+      variant: "" or one of VARIANTS. Random weights come from a fixed seed, so they are always
+        the same. They show how much of an encoder's value comes from its training.
     """
 
     folder: Path
@@ -80,11 +80,11 @@ class Checkpoint:
         """Loads the encoder. Each weight reaches its devices before the next one is read.
 
         Args:
-            place: shardings of the weights (default: the default device). A process reads only the
-                parts that its own devices hold.
+          place: shardings of the weights (default: the default device). A process reads only the
+            parts that its own devices hold.
 
         Raises:
-            UserError: a tensor is missing, has the wrong shape, or is quantized to integers.
+          UserError: a tensor is missing, has the wrong shape, or is quantized to integers.
         """
         module = nnx.eval_shape(lambda: self.module(self.config, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(module)
@@ -135,12 +135,12 @@ class Checkpoint:
 
 
 def _without_number(key: Key) -> list[str]:
-    """Sort key that groups the same weight of all blocks, which may share one stored array."""
+    """Returns a sort key that groups the same weight of all blocks; they may share one array."""
     return [part for part in key if isinstance(part, str)]
 
 
 def peak_host_bytes() -> int:
-    """Returns the peak memory of this process so far."""
+    """Returns the peak memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -28,7 +28,7 @@ from imagen_jax.text.tokenizer import PAD_ID, ByteTokenizer
 MASK_RATE = 0.15
 WORD_BUCKETS = 2048
 UNKNOWN = -1  # label of a position with nothing to predict
-MASKED_WEIGHT = 0.2  # with 1 here and 0.2 for the rest, the rest was hardly learned
+MASKED_WEIGHT = 0.2  # with 1 here and 0.2 for unmasked words, those were hardly learned
 
 BUCKET = 64  # texts are padded to a multiple of this
 BATCH_TOKENS = 2048
@@ -40,9 +40,9 @@ class Text(NamedTuple):
     """A text and the facts known about it.
 
     Attributes:
-        stated: ids of the facts that it states; None if they are unknown.
-        mentions: (start, end, ids) of the bytes that refer to one thing, and the facts stated about
-            that thing.
+      stated: ids of the facts that it states; None if they are unknown.
+      mentions: (start, end, ids) of the bytes that refer to one thing, and the facts stated about
+        that thing.
     """
 
     text: str
@@ -54,10 +54,10 @@ class Batch(NamedTuple):
     """Texts padded to one length, with their labels.
 
     Attributes:
-        ids: int [B, T], with masked words replaced.
-        words: int [B, T], the bucket of the word that contains a byte; UNKNOWN between words.
-        masked: bool [B, T], True inside masked words.
-        facts: int [B, T, F], 1 if a fact holds, 0 if it does not, or UNKNOWN.
+      ids: int [B, T], with masked words replaced.
+      words: int [B, T], the bucket of the word that contains a byte; UNKNOWN between words.
+      masked: bool [B, T], True inside masked words.
+      facts: int [B, T, F], 1 if a fact holds, 0 if it does not, or UNKNOWN.
     """
 
     ids: np.ndarray
@@ -95,11 +95,11 @@ class Corpus:
     """Texts of several sources, each split into training and held-out (1 in 50) texts.
 
     Args:
-        sources: texts by source.
-        mixture: share of each source in the training batches.
-        num_facts: facts that a text can state. Labels have twice as many: those of the text, then
-            those of the thing that a word refers to.
-        mask_id: token id that replaces the bytes of masked words.
+      sources: texts by source.
+      mixture: share of each source in the training batches.
+      num_facts: facts that a text can state. Labels have twice as many: those of the text, then
+        those of the thing that a word refers to.
+      mask_id: token id that replaces the bytes of masked words.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ def unit_scale(encoder: T5Encoder, texts: Iterable[np.ndarray]) -> None:
     features a tenth the size of the others.
 
     Args:
-        texts: ids of texts like those that the encoder will see, int [n] each.
+      texts: ids of texts like those that the encoder will see, int [n] each.
     """
     apply = nnx.jit(lambda encoder, ids_1t: encoder(ids_1t, ids_1t != PAD_ID))
     squares, count = 0.0, 0
@@ -229,11 +229,11 @@ def train(
     """Trains an encoder.
 
     Args:
-        learning_rate: peak of AdamW's learning rate, after a warm-up and before a cosine decay.
-        progress: called after each step with (steps done, loss).
+      learning_rate: peak of AdamW's learning rate, after a warm-up and before a cosine decay.
+      progress: called after each step with (steps done, loss).
 
     Returns:
-        The encoder, and the held-out loss of each source.
+      The encoder, and the held-out loss of each source.
     """
     model = TextReader(config, 2 * corpus.num_facts, rngs=nnx.Rngs(seed))
     graphdef, params = nnx.split(model)

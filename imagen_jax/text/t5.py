@@ -1,10 +1,10 @@
 """The T5 encoder: relative positions, RMS norm, no biases.
 
 Imagen conditions on the output of this encoder, frozen (arXiv:2205.11487, section 2.1). Variants:
-- v1.0: Raffel et al. 2020 (arXiv:1910.10683). It also ties the output layer to the token embedding,
-  but that affects only the decoder.
-- v1.1: the gated feed-forward of Shazeer 2020 (arXiv:2002.05202). LM-adapted T5 and Flan-T5 are
-  v1.1 models trained further.
+- v1.0 (arXiv:1910.10683). It also ties the output layer to the token embedding, but that affects
+  only the decoder.
+- v1.1: gated feed-forward (arXiv:2002.05202). LM-adapted T5 and Flan-T5 are v1.1 models trained
+  further.
 - ByT5 (arXiv:2105.13626): v1.1 on bytes.
 - mT5 (arXiv:2010.11934): v1.1 in many languages.
 - umT5 (arXiv:2304.09151): like mT5, with separate position biases in every block.
@@ -89,12 +89,12 @@ def relative_position_bucket(
     Runs on the host, because a device's approximate log would move distances across bucket borders.
 
     Args:
-        offset: key position minus query position; int, any shape.
-        bidirectional: True uses half of the buckets for keys after the query (encoder); False uses
-            all buckets for keys before it (decoder).
+      offset: key position minus query position; int, any shape.
+      bidirectional: True uses half of the buckets for keys after the query (encoder); False uses
+        all buckets for keys before it (decoder).
 
     Returns:
-        Buckets in [0, num_buckets), with the shape of `offset`.
+      Buckets in [0, num_buckets), with the shape of `offset`.
     """
     bucket = np.zeros_like(offset)
     if bidirectional:
@@ -150,7 +150,7 @@ class Attention(nnx.Module):
         self.out = Linear(inner, config.d_model, inner**-0.5, rngs=rngs)
 
     def __call__(self, x_btd: jax.Array, memory_bsd: jax.Array, bias_bhts: jax.Array) -> jax.Array:
-        """Attends from `x_btd` to `memory_bsd`. `bias_bhts` combines position biases and mask."""
+        """Attends from `x_btd` to `memory_bsd`. `bias_bhts` is position biases plus mask."""
 
         def heads(y):
             return y.reshape(*y.shape[:2], self.num_heads, -1)
@@ -232,10 +232,10 @@ class EncoderBlock(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """Maps token ids to one vector per token: int [B, T], bool [B, T] -> float32 [B, T, d_model].
+    """Encoder from token ids to one vector per token.
 
-    `mask_bt` is True at real tokens. Outputs at padding are meaningless, and outputs at real tokens
-    do not depend on padding.
+    int [B, T], bool [B, T] -> float32 [B, T, d_model]. `mask_bt` is True at real tokens. Outputs
+    at padding are meaningless, and outputs at real tokens do not depend on padding.
     """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):

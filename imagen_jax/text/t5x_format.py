@@ -127,7 +127,7 @@ def open_t5x(folder: str | os.PathLike) -> Checkpoint:
     """Opens the encoder of a T5X checkpoint; ignores its decoder and optimizer state.
 
     Raises:
-        UserError: the index or an array is damaged or missing, or the model is not a T5.
+      UserError: the index or an array is damaged or missing, or the model is not a T5.
     """
     folder = Path(folder)
     tensors: dict[str, StoredTensor] = {}

@@ -27,9 +27,9 @@ class Tokenizer(Protocol):
     """The interface that an encoder needs.
 
     Attributes:
-        name: kind of tokens.
-        sha256: hash of the vocabulary's files and settings.
-        vocab_size: upper bound of the ids, exclusive.
+      name: kind of tokens.
+      sha256: hash of the vocabulary's files and settings.
+      vocab_size: upper bound of the ids, exclusive.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
         """Returns the ids of `text`, including its start and end tokens.
 
         Raises:
-            UserError: `text` holds half a surrogate pair, which has no UTF-8 form.
+          UserError: `text` holds half a surrogate pair, which has no UTF-8 form.
         """
 
 
@@ -121,7 +121,7 @@ def _library_file(name: str) -> Callable[..., LibraryTokenizer]:
 
 
 def _wordpiece(vocab: Path) -> LibraryTokenizer:
-    """BERT's tokenizer: splits words and punctuation greedily into the longest pieces."""
+    """Builds BERT's tokenizer: splits words and punctuation greedily into the longest pieces."""
     settings = _settings(vocab.parent, _WORDPIECE_SETTINGS)
     tokenizer = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -136,7 +136,7 @@ def _wordpiece(vocab: Path) -> LibraryTokenizer:
 
 
 def _bpe(vocab: Path, merges: Path) -> LibraryTokenizer:
-    """CLIP's tokenizer: lowercases, splits into words, digits and symbols, merges bytes."""
+    """Builds CLIP's tokenizer: lowercases, splits into words, digits and symbols, merges bytes."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     model = models.BPE.from_file(
         str(vocab), str(merges), end_of_word_suffix="</w>", unk_token=end, fuse_unk=False
@@ -161,7 +161,7 @@ def _bpe(vocab: Path, merges: Path) -> LibraryTokenizer:
 def _start_and_end(
     tokenizer: tokenizers.Tokenizer, vocab: Path, first: str, last: str
 ) -> processors.TemplateProcessing:
-    """Adds one token before and one token after each text."""
+    """Returns a post-processor that adds one token before and one after each text."""
     ids = [(token, tokenizer.token_to_id(token)) for token in (first, last)]
     for token, token_id in ids:
         if token_id is None:
@@ -206,7 +206,7 @@ def load_tokenizer(folder: Path, kind: str) -> Tokenizer:
     """Loads the tokenizer of an encoder's folder. `kind` is a key of TOKENIZERS.
 
     Raises:
-        UserError: `kind` is unknown, or the files are missing or damaged.
+      UserError: `kind` is unknown, or the files are missing or damaged.
     """
     if kind not in TOKENIZERS:
         raise UserError(

@@ -29,8 +29,8 @@ class Experiment:
       config: the typed config.
       stage: network, loss and sampling.
       mesh: the device mesh.
-      remat: the recompute policy of a block, a key of sharding.REMAT.
-      microbatches: number of parts of a batch.
+      remat: the rematerialization policy of a block, a key of sharding.REMAT.
+      microbatches: number of microbatches in a batch.
       compiler_options: XLA's options for the step on the devices' platform.
       abstract_state: TrainState of ShapeDtypeStructs with shardings.
       init: () -> TrainState, sharded from the start, so that no device ever holds all of it.
@@ -88,11 +88,11 @@ class Experiment:
 
     @functools.cached_property
     def batch_share(self) -> tuple[int, int]:
-        """(index, number): the share of a batch that this host reads; see sharding.batch_share."""
+        """This host's share of a batch, (index, number of shares); see sharding.batch_share."""
         return sharding.batch_share(self.mesh)
 
     def check_fits(self, available: float) -> None:
-        """Raises a UserError, with the figures, if the run cannot fit on its devices.
+        """Raises UserError, with the figures, if the run cannot fit on its devices.
 
         Counts what every run needs at least: weights, EMA, optimizer state, gradients, and the
         input and output of one block at the first level.
@@ -119,7 +119,7 @@ def _checked_topology(config: Config, devices: list[jax.Device]) -> topologies.T
     """Returns the topology that the config names, if any.
 
     Raises:
-      UserError: the topology has other devices than the ones here.
+      UserError: the topology and the devices differ in number or kind.
     """
     name, slices = config.mesh.topology, config.mesh.slice
     if not name:

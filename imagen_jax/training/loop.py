@@ -41,10 +41,10 @@ def train(
     Args:
       stop: called with each step, and must agree on all hosts; True ends the run after that step.
       startup: measures the time to the first step (default: starting now).
-      profiled: steps to trace.
+      profiled: steps to trace into WORKDIR/profile.
 
     Returns:
-      Whether the run has reached `num_steps`.
+      Whether the run reached `num_steps`.
     """
     startup = startup or Startup()
     config = experiment.config
@@ -60,7 +60,7 @@ def train(
             log.info("already trained for %d steps: %s", start, workdir)
             return True
         batches = reader.train_batches(position["examples"], *experiment.batch_share)
-        # Take the first batch before compiling, so that the reader prefetches during compilation.
+        # Taking the first batch before compiling lets the reader prefetch during compilation.
         batches = itertools.chain([next(batches)], batches)
         startup.done("first batch")
         sizes = (config.num_steps, config.batch_size, experiment.stage.model_flops)

@@ -25,12 +25,12 @@ log = logging.getLogger("imagen_jax")
 
 
 def overview(params: Any) -> str:
-    """CLU's table of parameters, at most 40 lines."""
+    """Returns CLU's table of parameters, at most 40 lines."""
     return parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=40)
 
 
 class MetricLogger:
-    """Averages step metrics between log lines and writes them; only host 0 writes files.
+    """Writer of step metrics, averaged between log lines; only process 0 writes files.
 
     Attributes:
       step_time: seconds per step, as of the last log line; infinite before the first.
@@ -53,7 +53,7 @@ class MetricLogger:
         self._start = time.perf_counter()
 
     def resume_at(self, step: int) -> None:
-        """Drops lines after `step`, written by a run that got past its last checkpoint."""
+        """Drops lines after `step`, which a run wrote between its last checkpoint and its end."""
         if not self._main or not self._path.exists():
             return
         lines = self._path.read_text().splitlines()
@@ -98,12 +98,12 @@ class MetricLogger:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Discards the averages and starts timing again."""
+        """Discards the averages and restarts the timing."""
         self._window, self._paused, self._start = [], 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Excludes the block from the step time: samples, evaluation, checkpoints."""
+        """Excludes the block from the step time; for samples, evaluation and checkpoints."""
         before = time.perf_counter()
         yield
         self._paused += time.perf_counter() - before

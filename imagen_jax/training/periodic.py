@@ -42,7 +42,7 @@ class Actions:
         """Reads the held-out batches and the captions to sample.
 
         Args:
-          offset: examples consumed, minus step x batch size.
+          offset: examples consumed minus step x batch_size; not 0 if batch_size has changed.
         """
         config = experiment.config
         self._config, self._stage, self._workdir = config, experiment.stage, workdir
@@ -61,7 +61,7 @@ class Actions:
         )
 
     def started(self, step: int, metrics: Any) -> None:
-        """Waits for the first step, then logs how long each part of the start took."""
+        """Waits for the first step, then logs how long each part of the startup took."""
         jax.block_until_ready(metrics)
         self._startup.done("first step")
         log.info(self._startup.summary())
@@ -85,7 +85,7 @@ class Actions:
         self._checkpoints.save(step, state, {"examples": examples}, self._config.identity)
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Logs the held-out losses of the EMA weights, with the same noise every time."""
+        """Logs the held-out losses of the EMA weights, always with the same noise."""
         losses = self._stage.held_out_losses(state.ema, self._eval_batches)
         self._logger.write(step, losses)
         log.info(

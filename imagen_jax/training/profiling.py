@@ -35,9 +35,9 @@ def parse_steps(text: str, num_steps: int) -> range:
 
 
 class Profile:
-    """Traces `steps` into `folder`; every process writes its own file of the same session.
+    """Trace of `steps` in `folder`; every process writes its own file of the same session.
 
-    Starting and stopping wait for the devices, so the trace holds complete steps.
+    Starting and stopping wait for the devices, so the trace has complete steps.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path):
@@ -47,11 +47,11 @@ class Profile:
         self._running = False
 
     def starts(self, step: int) -> bool:
-        """Whether tracing must start before `step`; a resumed run may start within `steps`."""
+        """Returns whether to start the trace before `step`; a run may resume within `steps`."""
         return step in self._steps and not self._running
 
     def ends(self, step: int) -> bool:
-        """Whether `step` is the last to trace."""
+        """Returns whether `step` is the last to trace."""
         return self._running and step == self._steps[-1]
 
     def start(self, state: Any) -> None:

@@ -13,12 +13,12 @@ Batch = dict[str, np.ndarray]
 class Reader(Protocol):
     """The data of a run.
 
-    A batch is this host's share, share `shard` of `num_shards`: image uint8 [b, H, W, 3], text
-    bfloat16 [b, T, D] and text_mask bool [b, T].
+    A batch is this host's part of the global batch, shard `shard` of `num_shards`: image uint8
+    [b, H, W, 3], text bfloat16 [b, T, D] and text_mask bool [b, T].
     """
 
     def train_batches(self, position: int, shard: int = 0, num_shards: int = 1) -> Iterator[Batch]:
-        """Yields training batches without end, starting after `position` global examples."""
+        """Yields training batches endlessly, starting after `position` examples of all shards."""
 
     def eval_batches(self, shard: int = 0, num_shards: int = 1) -> list[Batch]:
         """Returns the held-out batches, the same in every call."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Startup:
-    """Splits the time since the start into parts without gaps, so they sum to the whole.
+    """The time since the start, split into parts without gaps, so they sum to the whole.
 
     Attributes:
       seconds: seconds by name of the part, in order of first appearance.
@@ -20,7 +20,7 @@ class Startup:
         self._last = time.perf_counter() - age
 
     def done(self, part: str) -> None:
-        """Adds the time since the last call to `part`; a part may appear more than once."""
+        """Ends a part: adds the time since the last call to it. Parts with one name are summed."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now

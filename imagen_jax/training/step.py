@@ -37,13 +37,13 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def bucket_names() -> list[str]:
-    """Metric names of the log-SNR buckets, from noisy (low) to clean (high)."""
+    """Returns the metric names of the log-SNR buckets, from noisy (low) to clean (high)."""
     edges = [f"{e:g}" for e in LOG_SNR_EDGES]
     return [f"{low}_to_{high}" for low, high in zip(["-inf", *edges], [*edges, "inf"], strict=True)]
 
 
 def _bucket_sums(loss_b: jax.Array, log_snr_b: jax.Array) -> dict[str, jax.Array]:
-    """The sum of losses and the number of examples in each log-SNR bucket, [buckets] each."""
+    """Returns the sum of losses and the number of examples per log-SNR bucket, [buckets] each."""
     index = jnp.searchsorted(jnp.asarray(LOG_SNR_EDGES), log_snr_b)
     one_hot = jax.nn.one_hot(index, len(LOG_SNR_EDGES) + 1)
     return {"bucket_loss": loss_b @ one_hot, "bucket_count": one_hot.sum(0)}
@@ -61,10 +61,10 @@ def _gradients(loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array):
 def accumulated_gradients(
     loss_fn: LossFn, params: Any, batch: Batch, key: jax.Array, microbatches: int
 ):
-    """Averages gradients and metrics over `microbatches` equal parts of the batch.
+    """Averages the gradients and the loss over equal microbatches; sums the log-SNR buckets.
 
-    The parts are strided: example i is in part i % microbatches. A batch sharded over devices
-    therefore splits into parts that are also sharded over all of them.
+    Microbatches are strided: example i is in microbatch i % microbatches. A batch sharded over
+    devices therefore splits into microbatches that are also sharded over all of them.
     """
     if microbatches == 1:
         return _gradients(loss_fn, params, batch, key)
@@ -99,10 +99,10 @@ def train_step(
     """Runs one training step.
 
     Args:
-      state: the caller's jit donates it.
+      state: donated by the caller's jit.
       batch: arrays [B, ...]; B is a multiple of `microbatches`.
       loss_fn: (params, batch, key) -> (loss [B], log_snr [B]).
-      seed: seeds all randomness together with the step, so that a resumed run repeats exactly.
+      seed: seeds all randomness, together with the step, so a resumed run repeats exactly.
 
     Returns:
       The new state, and the metrics: scalars loss and grad_norm, and sums per log-SNR bucket.

@@ -206,7 +206,7 @@ def test_hosts_that_differ_all_exit_2_with_the_same_line(config_file, tmp_path):
     ]
     for process in running:
         err = process.communicate(timeout=300)[1]
-        line = "error: the hosts differ: config.batch_size is 8 on process 0 and 9 on process 1"
+        line = "error: the processes differ: config.batch_size is 8 on process 0 and 9 on process 1"
         assert process.returncode == 2 and err.startswith(line) and err.count("\n") == 1, err
 
 

@@ -314,28 +314,28 @@ def test_the_small_siblings_are_small(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 7, "low_res": 7}, "model.image_size is 7; it must be a multiple of 2"),
-        ({"widths": ()}, "model.widths is (); it must be a tuple of positive integers"),
-        ({"widths": (9,)}, "model.widths is (9,); it must be of even numbers"),
+        ({"image_size": 7, "low_res": 7}, "config.model.image_size is 7; allowed: a multiple of 2"),
+        ({"widths": ()}, "config.model.widths is (); allowed: a tuple of positive integers"),
+        ({"widths": (9,)}, "config.model.widths is (9,); allowed: even numbers"),
         (
             {"num_res_blocks": (0,)},
-            "model.num_res_blocks is (0,); it must be a tuple of positive integers",
+            "config.model.num_res_blocks is (0,); allowed: a tuple of positive integers",
         ),
         (
             {"num_res_blocks": (2, 2)},
-            "model.num_res_blocks is (2, 2); it must be one number for each of the 1 widths",
+            "config.model.num_res_blocks is (2, 2); allowed: one number for each of the 1 widths",
         ),
-        ({"skip": "sum"}, "model.skip is 'sum'; it must be concat | add"),
+        ({"skip": "sum"}, "config.model.skip is 'sum'; allowed: concat | add"),
         (
             {"num_heads": 3},
-            "model.num_heads is 3; it must be a divisor of the 32 channels of the attention",
+            "config.model.num_heads is 3; allowed: a divisor of the 32 channels of the attention",
         ),
         (
             {"cond_width": 18},
-            "model.num_heads is 4; it must be a divisor of the 18 channels of the text",
+            "config.model.num_heads is 4; allowed: a divisor of the 18 channels of the text",
         ),
-        ({"scan_blocks": 1}, "model.scan_blocks is 1; it must be True | False"),
-        ({"low_res": 3}, "model.low_res is 3; it must be 0 or a divisor of image_size, 8"),
+        ({"scan_blocks": 1}, "config.model.scan_blocks is 1; allowed: True | False"),
+        ({"low_res": 3}, "config.model.low_res is 3; allowed: 0 or a divisor of image_size, 8"),
     ],
 )
 def test_a_bad_config_raises_one_line_with_key_value_and_allowed_values(changes, message):

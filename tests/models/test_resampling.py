@@ -122,7 +122,7 @@ def test_the_efficient_unet_learns_to_draw_noise(noise_network):
     assert mse < 0.03
 
 
-def test_a_sampled_uniform_picture_has_no_noise_left(noise_network):
+def test_a_sampled_uniform_image_has_no_noise_left(noise_network):
     """The noise in z goes through the network, so the sampler removes only what that can draw."""
     predict, _ = noise_network
     color = jnp.array([0.3, -0.2, 0.5])

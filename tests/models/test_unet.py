@@ -277,45 +277,53 @@ def test_the_paper_config_has_two_billion_parameters():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 9}, "model.image_size is 9; it must be a multiple of 2"),
-        ({"embed_dim": -4}, "model.embed_dim is -4; it must be a positive integer"),
-        ({"embed_dim": 15}, "model.embed_dim is 15; it must be an even number"),
-        ({"channel_mult": ()}, "model.channel_mult is (); it must be a tuple of positive integers"),
-        ({"num_res_blocks": 1.5}, "model.num_res_blocks is 1.5; it must be a positive integer"),
+        ({"image_size": 9}, "config.model.image_size is 9; allowed: a multiple of 2"),
+        ({"embed_dim": -4}, "config.model.embed_dim is -4; allowed: a positive integer"),
+        ({"embed_dim": 15}, "config.model.embed_dim is 15; allowed: an even number"),
+        (
+            {"channel_mult": ()},
+            "config.model.channel_mult is (); allowed: a tuple of positive integers",
+        ),
+        (
+            {"num_res_blocks": 1.5},
+            "config.model.num_res_blocks is 1.5; allowed: a positive integer",
+        ),
         (
             {"attention_resolutions": (4, 16)},
-            "model.attention_resolutions is (4, 16); "
-            "it must be a tuple of resolutions among (8, 4)",
+            "config.model.attention_resolutions is (4, 16); "
+            "allowed: a tuple of resolutions among (8, 4)",
         ),
         (
             {"per_head_channels": 64},
-            "model.per_head_channels is 64; "
-            "it must be a divisor of the 32 channels at resolution 4",
+            "config.model.per_head_channels is 64; "
+            "allowed: a divisor of the 32 channels at resolution 4",
         ),
         (
             {"per_head_channels": 24, "attention_resolutions": ()},
-            "model.per_head_channels is 24; it must be a divisor of the 64 channels of the text",
+            "config.model.per_head_channels is 24; "
+            "allowed: a divisor of the 64 channels of the text",
         ),
-        ({"text_dim": None}, "model.text_dim is None; it must be a positive integer"),
-        ({"pooling": "max"}, "model.pooling is 'max'; it must be attention | mean | none"),
+        ({"text_dim": None}, "config.model.text_dim is None; allowed: a positive integer"),
+        ({"pooling": "max"}, "config.model.pooling is 'max'; allowed: attention | mean | none"),
         (
             {"sequence": "concat"},
-            "model.sequence is 'concat'; "
-            "it must be cross_attention_layernorm | cross_attention | none",
+            "config.model.sequence is 'concat'; "
+            "allowed: cross_attention_layernorm | cross_attention | none",
         ),
         (
             {"use_scale_shift_norm": "no"},
-            "model.use_scale_shift_norm is 'no'; it must be True | False",
+            "config.model.use_scale_shift_norm is 'no'; allowed: True | False",
         ),
-        ({"low_res": 3}, "model.low_res is 3; it must be 0 or a divisor of image_size, 8"),
-        ({"cond_width": -1}, "model.cond_width is -1; it must be 0 or a positive integer"),
-        ({"dropout": 1.0}, "model.dropout is 1.0; it must be a number in [0, 1)"),
+        ({"low_res": 3}, "config.model.low_res is 3; allowed: 0 or a divisor of image_size, 8"),
+        ({"cond_width": -1}, "config.model.cond_width is -1; allowed: 0 or a positive integer"),
+        ({"dropout": 1.0}, "config.model.dropout is 1.0; allowed: a number in [0, 1)"),
         (
             {"cond_width": 20},
-            "model.per_head_channels is 8; it must be a divisor of the 20 channels of the text",
+            "config.model.per_head_channels is 8; "
+            "allowed: a divisor of the 20 channels of the text",
         ),
-        ({"head": "linear"}, "model.head is 'linear'; it must be norm | plain"),
-        ({"dtype": "float16"}, "model.dtype is 'float16'; it must be bfloat16 | float32"),
+        ({"head": "linear"}, "config.model.head is 'linear'; allowed: norm | plain"),
+        ({"dtype": "float16"}, "config.model.dtype is 'float16'; allowed: bfloat16 | float32"),
     ],
 )
 def test_a_bad_config_raises_one_line_with_key_value_and_allowed_values(changes, message):
@@ -324,7 +332,7 @@ def test_a_bad_config_raises_one_line_with_key_value_and_allowed_values(changes,
     assert str(error.value) == message
 
 
-def test_the_head_for_x_passes_a_clean_picture():
+def test_the_head_for_x_passes_a_clean_image():
     """With the paper's head the same steps leave an error above 0.012."""
     config = tiny(head="plain", pooling="none", sequence="none", attention_resolutions=())
     network = functional(make(config))
@@ -364,5 +372,5 @@ def test_the_head_follows_the_prediction(prediction, head):
 def test_patches_move_the_first_level_to_a_coarser_grid():
     patched = UNetConfig(image_size=64, patch_size=4, attention_resolutions=(8,))
     assert patched.resolutions == (16, 8, 4, 2)
-    with pytest.raises(UserError, match="image_size is 20; it must be a multiple of 32"):
+    with pytest.raises(UserError, match="image_size is 20; allowed: a multiple of 32"):
         UNetConfig(image_size=20, patch_size=4, attention_resolutions=())

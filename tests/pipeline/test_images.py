@@ -1,4 +1,4 @@
-"""Pictures of any size and mode become arrays at the model's size; the log says what changed."""
+"""Images of any size and mode become arrays at the model's size; the log says what changed."""
 
 import logging
 
@@ -28,12 +28,12 @@ def read(image, mask=None, size=8):
     return inputs["image"] if mask is None else inputs["mask"]
 
 
-def test_a_picture_that_fits_is_taken_unchanged(tmp_path, log):
+def test_an_image_that_fits_is_taken_unchanged(tmp_path, log):
     pixels = noise(8, 8, 3)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     file = tmp_path / "image.png"
-    for picture in (file, str(file), Image.open(file), pixels):
-        np.testing.assert_array_equal(read(picture), pixels)
+    for source in (file, str(file), Image.open(file), pixels):
+        np.testing.assert_array_equal(read(source), pixels)
     np.testing.assert_array_equal(read_inputs(Settings(image=file), 8, 64)["low_res"], pixels)
     assert read_inputs(Settings(), 0, 8) == {}
     assert not log()
@@ -66,12 +66,12 @@ def test_a_photo_is_turned_upright(tmp_path, log):
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "I;16", "CMYK"])
 def test_any_mode_becomes_rgb(tmp_path, log, mode):
     if mode == "I;16":
-        picture = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))
+        source = Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))
     elif mode in ("LA", "RGBA"):
-        picture = Image.new(mode, (8, 8), (0,) * len(mode))  # black, wholly transparent
+        source = Image.new(mode, (8, 8), (0,) * len(mode))  # black, wholly transparent
     else:
-        picture = Image.new("RGB", (8, 8), (200,) * 3).convert(mode, dither=Image.Dither.NONE)
-    picture.save(tmp_path / "image.tif")
+        source = Image.new("RGB", (8, 8), (200,) * 3).convert(mode, dither=Image.Dither.NONE)
+    source.save(tmp_path / "image.tif")
     expected = {"LA": 255, "RGBA": 255, "1": 255}.get(mode, 200)
     image = read(tmp_path / "image.tif")
     assert image.shape == (8, 8, 3) and np.abs(image.astype(int) - expected).max() <= 4
@@ -97,14 +97,14 @@ def test_image_and_mask_are_cropped_alike():
 @pytest.mark.parametrize(
     ("image", "mask", "message"),
     [
-        ("text.png", None, "image=text.png is not a readable picture (UnidentifiedImageError)"),
+        ("text.png", None, "image=text.png is not a readable image (UnidentifiedImageError)"),
         ("none.png", None, "image=none.png: no such file"),
         (np.zeros((8, 8, 3)), None, "image is an array float64 [8, 8, 3]; allowed: uint8"),
         (noise(8, 8, 3), "black.png", "mask=black.png is black everywhere; white marks"),
         (noise(8, 8, 3), noise(8, 6), "mask is 6x8, but the image is 8x8; the mask must have"),
     ],
 )
-def test_a_wrong_picture_is_one_line(tmp_path, monkeypatch, image, mask, message):
+def test_a_wrong_image_is_one_line(tmp_path, monkeypatch, image, mask, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("hello")
     Image.new("L", (8, 8)).save("black.png")

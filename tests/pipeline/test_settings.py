@@ -48,7 +48,7 @@ def test_strength_is_for_the_first_stage_and_resample_for_all(configs):
         ({"guidance": [1, -1]}, "guidance is -1.0; allowed: 0 or more"),
         ({"guidance_interval": 3, "guidance": 2}, "guidance_interval is (3.0,); allowed: (low, hi"),
         ({"guidance_interval": (-3, 3), "guidance": 1}, "guidance_interval=-3,3 needs guidance"),
-        ({"mask": np.zeros((8, 8), bool)}, "mask (a picture) needs an image, and a base model"),
+        ({"mask": np.zeros((8, 8), bool)}, "mask (an image) needs an image, and a base model"),
         ({"strength": 0.5}, "strength=0.5 needs an image, no mask, and a base model"),
     ],
 )
