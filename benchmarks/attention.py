@@ -5,8 +5,9 @@
 Measures the base model's attention, by default with half its heads, on this machine's device. At
 each shape in --shapes (SIZExHEADS, with 64 channels per head; the model has 32x16 and 16x24) all
 pixels attend to all pixels and 128 tokens. A forward pass and one with gradients take turns. The
-table reports the median time and the temporary memory XLA plans; brackets show how many times less
-that is than for JAX's attention. On a GPU in bfloat16, JAX's cuDNN implementation has a row too.
+table reports the median time and the temporary memory that XLA plans; parentheses show the factor
+by which each is less than with JAX's attention. On a GPU in bfloat16, JAX's cuDNN implementation
+has a row too.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
 
 The first table compares networks of nearly equal parameter counts on the same task, 4x
 super-resolution. It reports the time of a forward pass and of a training step (loss and gradient,
-without the optimizer) and the temporary memory XLA plans. The programs take turns, so that a change
-in machine load affects all of them. Brackets show how many times less a network takes than the
-ordinary one. The second table reports the time to compile a training step as the number of equal
-blocks grows.
+without the optimizer) and the temporary memory that XLA plans. The programs take turns, so that a
+change in the machine's load affects all of them. Parentheses show the factor by which a network
+takes less than the ordinary one. The second table reports the time to compile a training step as
+the number of equal blocks grows.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def compile_times(
 
 
 def networks_table(networks: dict, clock: str) -> str:
-    """Medians, and ratios as medians over rounds."""
+    """Formats medians; ratios are medians over rounds."""
     rows = [("parameters", "params", 1)]
     for kind, title in (("forward", "forward pass"), ("step", "training step")):
         rows.append((f"{title}, {clock} s", f"{kind}_seconds", 1))

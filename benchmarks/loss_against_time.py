@@ -139,7 +139,7 @@ def sooner(slow: Run, fast: Run) -> float | None:
 
 
 def table(runs: dict[str, Run]) -> str:
-    """Formats steps and held-out losses at ROWS + 1 points, and which network is sooner."""
+    """Formats steps and held-out losses at ROWS + 1 points, and which network is faster."""
     names = list(runs)
     lines = [
         "| seconds | " + " | ".join(f"{n}: steps | loss" for n in names) + " |",

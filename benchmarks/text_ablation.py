@@ -39,7 +39,7 @@ FLAGS = flags.FLAGS
 SENTENCEPIECE = "sentencepiece-tiny-random"
 VOCABULARY = 512
 
-# The name of a setting and of its folder -> the keys that differ from the config.
+# Name of a setting and of its folder -> the config keys it changes.
 SETTINGS: dict[str, dict[str, Any]] = {
     "pooled_only": {"text.sequence": "none"},
     "cross_attention": {"text.sequence": "cross_attention"},
@@ -118,7 +118,7 @@ def run(base: Config, out: Path, name: str) -> dict[str, Any]:
 
 
 def sentencepiece_encoder(base: Config, out: Path) -> Path:
-    """Returns the folder of a random encoder like byte-tiny on pieces of the captions."""
+    """Returns the folder of a random encoder like byte-tiny, but on SentencePiece tokens."""
     import sentencepiece
     from flax import nnx
 

@@ -6,7 +6,7 @@ The probe is the simplest text path of a diffusion model: one attention head wit
 queries, and a linear map from each result, one to the color and one to the shape. It trains on
 captions of scenes with a single object. The benchmark prints its accuracy on other captions after
 few and after many batches. Captions vary in wording, size, texture, background and misspellings;
-the pairs of color and shape come from the training split.
+all pairs of color and shape are from the train split.
 """
 
 from __future__ import annotations

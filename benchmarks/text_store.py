@@ -4,7 +4,7 @@
 
 First, the benchmark encodes captions of held-out scenes in two ways, alternating: in batches of
 similar length, as a store does, and padded to a single length. Then it measures the held-out loss
-of a trained model with the embeddings as encoded and as read back from each form of store. The
+of a trained model with the embeddings as encoded and as read back from each number format. The
 noise is the same, so only the embeddings change the loss. The loss without text is the reference.
 """
 
@@ -75,7 +75,7 @@ def speeds(
         f"padded to {longest}": mock.patch.object(encoder, "_bucket", lambda _: longest),
     }
     seconds, padding = {name: [] for name in ways}, {}
-    for number in range(rounds + 1):  # the first compiles
+    for number in range(rounds + 1):  # the first round compiles
         for name, way in ways.items():
             with way:
                 start = time.perf_counter()
@@ -96,7 +96,7 @@ class Row(NamedTuple):
 
 
 def losses(stage: Stage, params: Any, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, Row]:
-    """Returns the loss with embeddings from each form of store, and without text."""
+    """Returns the loss with embeddings from each number format, and without text."""
     ways = {"as encoded": batches}
     ways |= {f"from {n}": [stored(batch, form) for batch in batches] for n, form in FORMS.items()}
     ways["none"] = [jax.device_get(no_text(batch)) for batch in batches]

@@ -3,11 +3,11 @@
     python -m benchmarks.train_loop --config=configs/demo.py
 
 The whole loop is `loop.run_loop` with data, transfer, metrics and log lines. The bare step runs on
-one batch that stays on the device, and the benchmark waits for it at the end. Both take turns of
---steps steps in one process, so that changes of the machine's load affect both. The first table has
-medians over the turns; the overhead is the median over pairs of adjacent turns. The second table
-has the host's work for a step, measured alone. An accelerator overlaps with this work; a CPU shares
-its cores with it.
+one batch that stays on the device, and the benchmark waits for the result at the end. Both take
+turns of --steps steps in one process, so that changes of the machine's load affect both. The first
+table has medians over the turns; the overhead is the median over pairs of adjacent turns. The
+second table has the host's work for a step, measured alone. An accelerator runs while the host does
+this work; on a CPU, the work takes cores from the step.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 def define_flags() -> None:
     cli.define_config_flags("configs/demo.py", "Config file, as for imagen_jax.train.")
-    flags.DEFINE_integer("steps", 50, "Steps per turn; log_every gives whole log lines.", 2)
-    flags.DEFINE_integer("rounds", 7, "Number of turns of each.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps", 50, "Steps per turn, best a multiple of log_every so that log lines are whole.", 2
+    )
+    flags.DEFINE_integer("rounds", 7, "Number of turns of each program.", lower_bound=1)
     flags.DEFINE_enum(
         "clock",
         "wall",
         list(CLOCKS),
-        "Clock: wall, or cpu, which counts this process only, for a CPU shared with others.",
+        "cpu counts only the time of this process, for a machine that other processes share.",
     )
-    flags.DEFINE_string("json", "", "File to also write the figures to.")
+    flags.DEFINE_string("json", "", "File to write the figures to, as JSON.")
     cli.define_cache_flag()
 
 
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 
 class NoActions:
-    """Replaces train.Actions: nothing is ever due, and `save` keeps the state in memory."""
+    """Replaces periodic.Actions: nothing is ever due, and `save` keeps the state in memory."""
 
     profile = Profile((), Path())
 

@@ -1,4 +1,4 @@
-"""What records and embeddings share: the key of a caption, and what was skipped and why."""
+"""Shared by records and embeddings: caption keys, and entries of the reports on skipped items."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Skip(NamedTuple):
-    """What happened to a candidate: its name, a reason to count by, and the details."""
+    """A candidate that was skipped or changed: its name, a reason to count by, and the details."""
 
     name: str
     reason: str

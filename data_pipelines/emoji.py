@@ -26,7 +26,7 @@ from imagen_jax.common.errors import UserError
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI_TEST = "/usr/share/unicode/emoji/emoji-test.txt"
-# The only size of the font's bitmaps, and the box each of them fills.
+# The font has bitmaps of this size only; each fills this box.
 POINTS = 109
 BOX = (0, 0, 136, 128)
 
@@ -57,15 +57,15 @@ def read_emoji_test(path: str) -> list[Emoji]:
 
 
 def single_characters(font: ImageFont.FreeTypeFont) -> Iterator[Emoji]:
-    """Yields the font's symbols of one character, named by Python's Unicode database."""
+    """Yields the single-character symbols in the font, named by Python's Unicode database."""
     for character in map(chr, range(0x2000, 0x20000)):
         if unicodedata.category(character) == "So" and font.getbbox(character) == BOX:
             yield Emoji(character, unicodedata.name(character).lower(), "")
 
 
 def draw(text: str, font: ImageFont.FreeTypeFont, resolution: int) -> Image.Image | None:
-    """Draws an emoji on white, [resolution, resolution]; None if the font has no one glyph."""
-    if font.getbbox(text) != BOX:  # empty without a glyph, wider with several
+    """Draws an emoji on white, [resolution, resolution]; None if the font has no glyph for it."""
+    if font.getbbox(text) != BOX:  # empty without a glyph, wider if drawn as several glyphs
         return None
     side = max(BOX)
     image = Image.new("RGB", (side, side), "white")

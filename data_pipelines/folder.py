@@ -2,9 +2,9 @@ r"""Prepares a folder of your own images and captions for training.
 
     python -m data_pipelines.folder --images=photos
 
-Takes every jpg, png, webp and bmp below --images that has a caption: in a metadata.jsonl, else in
-a captions.csv, else in a text file of the same name (see records/captions.py for the formats).
-A summary counts what was skipped by reason; report.json beside the records lists every file.
+Takes every jpg, png, webp and bmp below --images that has a caption: in a metadata.jsonl, a
+captions.csv or a text file of the same name, in this order (records/captions.py has the formats).
+A summary counts skipped files by reason; report.json beside the records lists each of them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def _jpeg_bytes(image: Image.Image) -> bytes:
-    """Encodes an image that was a JPEG: a third of the bytes of a PNG, and faster to decode."""
+    """Encodes as JPEG, for images that were JPEGs: a third of a PNG's bytes, faster to decode."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling="4:4:4")
     return buffer.getvalue()
@@ -88,7 +88,7 @@ def fit_captions(
 
 
 def _truncate(caption: str, encoder) -> str:
-    """Returns the longest prefix of whole words that fits; of letters if no word does."""
+    """Returns the longest prefix of whole words that fits, or of letters if no word fits."""
     length, end = 0, len(caption)  # caption[:length] fits, caption[:end] does not
     while end - length > 1:
         middle = (length + end) // 2
@@ -168,8 +168,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "min_size",
         None,
-        "Skip images whose shorter side is less (default: --resolution). Those that a lower value "
-        "lets in are enlarged, and so blurred; the summary counts them.",
+        "Skip images whose shorter side is less (default: --resolution). A lower value enlarges "
+        "small images instead, which blurs them; the summary counts them.",
         1,
     )
     flags.DEFINE_float(
@@ -180,7 +180,9 @@ def define_flags() -> None:
         0.5,
     )
     flags.DEFINE_bool(
-        "truncate_captions", False, "Truncate captions longer than --max_tokens, not skip them."
+        "truncate_captions",
+        False,
+        "Truncate captions longer than --max_tokens; otherwise skip them.",
     )
     flags.adopt_module_key_flags(writing)
 

@@ -51,7 +51,7 @@ SPELLINGS = {
     "zone": (r"[a-z]+-[a-z]+\d+-[a-z][a-z0-9]*", "a zone, such as us-central2-b"),
 }
 
-# Chip -> the software of the VMs that Google recommends for it.
+# Chip -> the VM software that Google recommends for it.
 RUNTIMES = {
     "v4": "tpu-ubuntu2204-base",
     "v5e": "v2-alpha-tpuv5-lite",
@@ -59,7 +59,7 @@ RUNTIMES = {
     "v6e": "v2-alpha-tpuv6e",
 }
 
-# The only folder of the VM that worker.sh shows to a container.
+# The only folder of the VM that worker.sh mounts in a container.
 CONTAINER_ROOT = "/mnt"
 
 
@@ -72,7 +72,7 @@ def define_flags() -> None:
 
 
 def main(train_args: Sequence[str]) -> None:
-    """Runs all checks, the fast ones first, then prints what it found."""
+    """Runs all checks, the fast ones first, then prints the type and the runtime version."""
     for flag, (pattern, allowed) in SPELLINGS.items():
         value = FLAGS[flag].value
         if value and not re.fullmatch(pattern, value):
@@ -122,7 +122,7 @@ def check_run(train_args: Sequence[str], topology: topologies.Topology | None, i
 
 
 def describe(topology: topologies.Topology) -> str:
-    """Returns the name and the figures that a GKE manifest asks for."""
+    """Returns the name and the figures that jobset.yaml needs."""
     chips, hosts = topology.num_chips, topology.num_hosts
     return f"{topology.name} ({topology.shape}, {chips} chips, {hosts} hosts)"
 

@@ -4,7 +4,7 @@
 #   launch/create.sh --name=pod --zone=us-central2-b --type=v4-512 [--spot] [--queued] [-- FLAGS]
 #
 #   --type=TYPE        v4-512, v5litepod-256 (or v5e-256), v5p-128, v6e-256, ...
-#   --version=IMAGE    software of the VMs (default: the version Google recommends for the type)
+#   --version=IMAGE    VM software (default: the version that Google recommends for the type)
 #   --spot             request cheaper capacity that Google may reclaim (see launch/keep.sh)
 #   --queued           request the slice through a queued resource, which waits for capacity
 #   --poll=SECONDS     interval between checks of a queued resource (default: 30)

@@ -43,8 +43,8 @@ delete() { "$here/delete.sh" "${slice[@]}" "${delete_flags[@]}"; }
 start() { on_workers all start "${opt[image]}" "${train_args[@]}"; }
 setup_and_start() { "$here/setup.sh" "${slice[@]}" "${setup_flags[@]}" && start; }
 
-# Prints the distinct states of the workers, one a line: none, running, or "exit CODE". Fails if no
-# worker answers.
+# Prints the distinct states of the workers, one per line: none, running, or "exit CODE". Fails if
+# no worker answers.
 worker_states() {
   local state="imagen_jax/launch/worker.sh state"
   tpus tpu-vm ssh "${opt[name]}" --worker=all \
@@ -52,8 +52,8 @@ worker_states() {
     grep -E '^(none|running|exit [0-9]+)$' | sort -u
 }
 
-# Ends the script after training is done. A failed deletion is tried again, because a slice that
-# stays costs money.
+# Ends the script after training is done. Retries a failed deletion, because a slice that stays
+# costs money.
 finish() {
   log "training is done"
   if ${opt[delete-when-done]}; then

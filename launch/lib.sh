@@ -105,7 +105,7 @@ on_workers() {
     --command="$(quoted imagen_jax/launch/worker.sh "$@")"
 }
 
-# Prints those of the named flags that have a value, one a line.
+# Prints the named flags that have a value, one per line.
 given_flags() {
   local key
   for key in "$@"; do

@@ -1,4 +1,4 @@
-"""Runs N training processes on this machine, to try a run of many hosts without renting any.
+"""Runs N training processes on this machine, to try a run on many hosts without renting any.
 
     python -m launch.local --num_processes=2 -- --config=configs/base64.py:tiny --workdir=runs/two
 
@@ -27,8 +27,8 @@ from launch import pop_train_args
 FLAGS = flags.FLAGS
 
 POLL = 0.1
-# Seconds between a failure and killing the other processes. They stop at the end of a step, which
-# they may never reach without the failed one.
+# Seconds from a failure to killing the other processes. They stop at the end of a step, which they
+# may never reach without the failed process.
 GRACE = 10.0
 # Exit code of imagen_jax.train for "saved and stopped": the other processes are saving too.
 STOPPED = 75

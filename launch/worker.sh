@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The part of the launch scripts that runs on each worker of a slice.
+# Runs on each worker of a slice; the other launch scripts call it.
 #
 #   launch/worker.sh install IMAGE       set up the virtual environment; pull IMAGE instead if not ""
 #   launch/worker.sh start IMAGE FLAGS   start imagen_jax.train FLAGS detached, in IMAGE if not ""
@@ -74,7 +74,7 @@ stop() {
 }
 
 status() {
-  # The VM's own Python suffices: launch.status needs no packages, which a container keeps to itself.
+  # Uses the VM's own Python: launch.status needs no packages, and with a container the VM has none.
   python3 -m launch.status --workdir="$1"
 }
 

@@ -23,6 +23,6 @@ class ByteEncoder:
         return [self.embed(caption) for caption in captions]
 
     def embed(self, caption: str) -> np.ndarray:
-        # The last row is zeros: bytes that a C string would end at.
+        # The last row is zero bytes, which would end a C string.
         rows = np.array([*caption.encode(), 0], np.float32)[:, None] * np.arange(1, DIM + 1)
         return rows.astype(ml_dtypes.bfloat16)

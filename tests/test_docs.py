@@ -11,7 +11,7 @@ from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGES = ("imagen_jax", "data_pipelines", "benchmarks", "launch", "configs")
-# Files that the pages mention and that are not part of the project: the user's and the recipes'.
+# Files that the pages mention but the project lacks: the user's, and those of the recipes.
 FOREIGN = {"prompts.txt", "name.txt", "captions.txt", "emoji-test.txt", "vocab.txt", "merges.txt"}
 RECIPES = {
     "data_pipelines/squares.py",
@@ -36,7 +36,7 @@ CLASS = re.compile(r"`((?:[a-z_]\w*\.)+)([A-Z]\w+)`")
 
 
 def cases(pattern):
-    """What pages name by a pattern: one case per page and match."""
+    """Returns the matches of a pattern in the pages: one case per page and distinct match."""
     found = {
         (page.name, *(group or "" for group in match.groups()))
         for page in PAGES
@@ -100,7 +100,7 @@ def test_commands_and_their_flags_exist(page, module, arguments):
     if file.relative_to(ROOT).as_posix() in RECIPES:
         return
     assert file.exists(), f"no module {module}"
-    assert '__name__ == "__main__"' in file.read_text(), f"{module} is no command"
+    assert '__name__ == "__main__"' in file.read_text(), f"{module} is not a command"
     unknown = [f for f in FLAG.findall(arguments) if f not in names("strings") | {"help"}]
     assert not unknown
 

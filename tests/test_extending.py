@@ -18,7 +18,7 @@ from imagen_jax.models import networks
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """Imports the Python block of extending.md that has a word; its main does not run."""
+    """Imports the Python block of extending.md that contains a word, without running its main."""
 
     def load(word, **names):
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)

@@ -38,7 +38,7 @@ LAYERS = {
         {"common"},
     ),
 }
-# Arrows inside a layer.
+# Imports allowed within a layer, with the reason.
 EXCEPTIONS = {
     ("planning", "training"): "the plan compiles the program that training runs",
     ("evaluation", "pipeline"): "evaluation samples as users do",
@@ -67,7 +67,7 @@ OWNERS = {
 
 @functools.cache
 def modules():
-    """Dotted name -> path, of everything that is ours except the tests."""
+    """Dotted name -> path of every module of the project except the tests."""
     folders = ("imagen_jax", "data_pipelines", "configs", "launch", "benchmarks")
     paths = [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths]
@@ -76,7 +76,7 @@ def modules():
 
 @functools.cache
 def imports(name):
-    """Every module that a module imports, wherever in the file it does."""
+    """Every module that a module imports, anywhere in its file."""
     found = set()
     for node in ast.walk(ast.parse(modules()[name].read_text())):
         if isinstance(node, ast.Import):

@@ -20,7 +20,7 @@ def test_paper_schedule_warms_up_then_decays_to_zero():
     np.testing.assert_allclose(rate(2_500_000), 0, atol=1e-12)
 
 
-def test_constant_schedule_and_short_runs():
+def test_the_constant_schedule_warms_up_and_a_short_run_stays_finite():
     rate = learning_rate(OptimizerConfig(schedule="constant", warmup_steps=10), 1000)
     np.testing.assert_allclose([rate(5), rate(10), rate(999)], [0.5e-4, 1e-4, 1e-4], rtol=1e-6)
     # A warm-up longer than the run must not break the schedule.
@@ -28,7 +28,7 @@ def test_constant_schedule_and_short_runs():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_descends(name):
+def test_every_optimizer_shrinks_a_quadratic(name):
     config = OptimizerConfig(
         name=name, learning_rate=0.05, warmup_steps=0, grad_clip=1.0, schedule="constant"
     )
@@ -102,6 +102,6 @@ def test_ema_is_the_plain_average_after_warm_up():
 @pytest.mark.parametrize(
     "values", [{"name": "sgd"}, {"schedule": "step"}, {"learning_rate": -1.0}, {"grad_clip": -1.0}]
 )
-def test_bad_values(values):
+def test_bad_values_are_refused(values):
     with pytest.raises(UserError, match=r"config\.optimizer\."):
         OptimizerConfig(**values)

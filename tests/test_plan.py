@@ -42,7 +42,7 @@ def run_main():
         ([*DEMO, "--price_per_chip_hour=nan"], "price_per_chip_hour is nan; allowed"),
     ],
 )
-def test_bad_input_is_one_line(args, message, tmp_path, run_main):
+def test_bad_input_is_a_one_line_error(args, message, tmp_path, run_main):
     with pytest.raises(UserError, match=message) as e:
         run_main([a.format(out=tmp_path / "out") for a in args])
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
@@ -56,7 +56,7 @@ def test_bad_input_is_one_line(args, message, tmp_path, run_main):
         ("configs/base64.py:1b", "v5litepod-16", "plans/base64_1b_v5litepod-16"),
     ],
 )
-def test_the_default_folder_names_config_and_topology(spec, topology, folder):
+def test_the_default_folder_is_named_after_config_and_topology(spec, topology, folder):
     assert plan.default_folder(spec, topology) == folder
 
 
@@ -82,7 +82,7 @@ def test_a_plan_with_a_price_in_the_default_folder(tmp_path, run_main, monkeypat
     assert "not measured: config.data.dir is" in text
 
 
-def test_measured_input_times_the_pipeline_if_the_data_is_here(tiny_data, monkeypatch):
+def test_the_plan_times_the_input_pipeline_if_the_data_exist(tiny_data, monkeypatch):
     values = shrink(load_config("demo")).to_dict()
     values["data"].update(dir=tiny_data, build=False)
     monkeypatch.setattr(host_input.describe_rate, "__defaults__", (0.1,))

@@ -1,4 +1,4 @@
-"""The sampling command: images that record what they are, resumption, cascades, clear errors."""
+"""The sampling command: images with their settings, resumption, cascades, clear errors."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ def read(path):
     return np.asarray(Image.open(path))
 
 
-def test_images_of_a_cascade_record_what_they_are(cascade_runs, command, batches_sampled):
+def test_images_of_a_cascade_record_their_settings(cascade_runs, command, batches_sampled):
     args = [
         f"--workdir={','.join(cascade_runs)}", "--prompts=a red circle;two stars", "--num=2",
         "--seed=5", "--guidance=3,1", "--all_stages",
@@ -235,7 +235,7 @@ def test_the_only_run_is_the_default(cascade_runs, command, tmp_path, monkeypatc
         (["--workdir=BASE", "--prompts=a;b", "--sr_prompts=a;b;c"], "--sr_prompts has 3 prompts"),
     ],
 )
-def test_bad_input_is_one_line(cascade_runs, command, args, words):
+def test_bad_input_is_a_one_line_error(cascade_runs, command, args, words):
     where = dict(zip(("BASE", "SR"), cascade_runs, strict=True))
     for name, workdir in where.items():
         args = [

@@ -1,4 +1,4 @@
-"""The held-out losses measure the network alone: no captions are dropped, and no units."""
+"""The held-out losses measure the network alone, without caption dropout or dropout."""
 
 import dataclasses
 

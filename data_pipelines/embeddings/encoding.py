@@ -1,4 +1,4 @@
-"""Encoding captions into a store: what encode_text and its Beam variant share."""
+"""Encodes captions into a store; shared by encode_text and encode_text_beam."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the flags that this command shares with the Beam pipeline."""
+    """Defines the flags shared by both commands."""
     flags.DEFINE_string("out", None, "Folder of the store; created if missing.", required=True)
     flags.DEFINE_list(
         "captions",
@@ -47,7 +47,7 @@ def define_flags() -> None:
         "encoder",
         "byte-tiny",
         "Text encoder: byte-tiny or a folder (docs/text.md). The suffix -bfloat16 keeps the "
-        "weights in bfloat16, which halves their memory; -random replaces them by random ones.",
+        "weights in bfloat16, which halves their memory; -random replaces them with random ones.",
     )
     flags.DEFINE_integer(
         "max_tokens", 192, "Length limit in tokens. Longer captions are skipped.", 1
@@ -129,7 +129,7 @@ class _AboveBars(logging.Handler):
 @contextlib.contextmanager
 def logs_above_bars() -> Iterator[None]:
     """Prints log records and warnings of all libraries above the progress bars."""
-    # Only under cli.run does cli.log have a handler of its own.
+    # cli.log has its own handler only under cli.run.
     loggers = [log for log in (logging.getLogger(), cli.log) if log.parent is None or log.handlers]
     handlers = [log.handlers for log in loggers]
     for log in loggers:

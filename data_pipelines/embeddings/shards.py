@@ -1,4 +1,4 @@
-"""Writes the shards of a store, for a single machine, several hosts and a Beam pipeline alike."""
+"""Writes the shards of a store, on one machine, on several hosts or in a Beam pipeline."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Shard(NamedTuple):
 
 
 def make_shard(number: int, found: Iterable[Found]) -> Shard:
-    """Builds a shard from captions in any order, with or without duplicates."""
+    """Builds a shard from captions in any order; duplicates are allowed."""
     first: dict[bytes, Found] = {}
     for item in found:
         key = caption_key(item.caption)
@@ -99,7 +99,7 @@ def write_shard(store: Store, shard: Shard, encoder, progress: Progress | None =
 
 @contextlib.contextmanager
 def _record_writer(path: epath.Path) -> Iterator[Callable[[bytes], int]]:
-    """Gives a function that appends a record and returns the byte at which it starts."""
+    """Yields a function that appends a record and returns the byte at which it starts."""
     with cli.quiet_imports():  # slow; not needed if all shards are finished
         from tensorflow import io as tf_io
 

@@ -1,6 +1,6 @@
 """A store of embeddings, looked up by caption and written in complete shards.
 
-    store.json                     the encoder's identity, the form of the numbers, number of shards
+    store.json                     the encoder's identity, number format and number of shards
     shard-00003-of-00016.tfrecord  one record per embedding
     shard-00003-of-00016.npy       INDEX: the records' positions, sorted by key
     shard-00003-of-00016.json      counts and skipped captions; written last, so a shard without
@@ -109,7 +109,7 @@ class Store:
         return json.loads(path.read_text()) if path.exists() else None
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
-        """Finds the embeddings of keys S16 [n]: int64 [n, 2], the shard and the byte in it.
+        """Finds the embeddings of keys S16 [n]: int64 [n, 2], the shard and the byte offset in it.
 
         Both are -1 for a key that is not in the store.
         """
@@ -206,8 +206,8 @@ def check_identity(
 ) -> None:
     """Raises UserError unless embeddings come from the encoder that a config names.
 
-    Compares name and width and, if the encoder's files are on this machine, their hashes. Does not
-    load weights.
+    Compares name and width, and the hashes of the encoder's files if they are on this machine. Does
+    not load weights.
 
     Args:
       identity: the identity stored with the embeddings.

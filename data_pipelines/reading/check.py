@@ -33,7 +33,7 @@ SPLITS = ("train", "validation", "heldout")
 def check_prepared(config: Config) -> None:
     """Checks that a run's data exist and fit its config, or that the run will draw them itself.
 
-    Call it first: it takes milliseconds, where drawing scenes or building a network takes minutes.
+    Call it first: it takes milliseconds, while drawing scenes or building a network takes minutes.
 
     Raises:
       UserError: as `check_dataset`; or data.build is set and data.task has no scenes to draw.
@@ -96,7 +96,7 @@ def check_split(task: str, num_examples: dict[str, int], split: str) -> None:
 
 
 def no_categories(name: str) -> UserError:
-    """The error for config.data.categories on a dataset whose captions have none."""
+    """Returns the error for config.data.categories set on a dataset without categories."""
     config = "; configs/folder.py has them unset" if name == "folder" else ""
     return UserError(
         f"config.data.categories is set, but the captions of {name!r} have no categories; set "
@@ -121,7 +121,7 @@ def _require_stores(config: Config, num: int) -> None:
 
 
 def _suggested_flags(config: Config) -> dict[str, Any]:
-    """The flags, other than defaults, that make a dataset fit a run's config."""
+    """Returns the flags, except those at their defaults, that make a dataset fit a run's config."""
     flags = {}
     if config.full_size > {"folder": 256, "emoji": 64}.get(config.data.task, config.full_size):
         flags["resolution"] = config.full_size

@@ -84,7 +84,7 @@ class Reader:
         return [next(batches) for _ in range(self.config.eval_batches)]
 
     def examples(self, split: str, num: int) -> list[dict[str, Any]]:
-        """Returns the first `num` records of a split, to sample images of their captions.
+        """Returns the first `num` records of a split, whose captions serve as prompts.
 
         Returns:
           Dicts of caption, category and scene (str), image uint8 [H, W, 3], text bfloat16 [T, D]
@@ -113,7 +113,7 @@ class Reader:
         return rows.ragged_batch(size, drop_remainder=True)
 
     def _from_memory(self, split: str, position: int, info: seqio.ShardInfo) -> tf.data.Dataset:
-        """Yields the same batches as `_from_disk`, from records decoded once, now."""
+        """Decodes all records now, then yields the same batches as `_from_disk`."""
         config = self.config
         kept = self._whole_split(split)
         size = config.batch_size // info.num_shards
@@ -146,7 +146,7 @@ class Reader:
         chunks = [next(rows)]
         read = len(chunks[0]["image"])
         needed = num / read * sum(map(_bytes, chunks[0].values()))
-        if needed > available / 4:  # concatenating takes as much again
+        if needed > available / 4:  # concatenating needs a second copy
             raise UserError(
                 f"config.data.in_memory is True, but {num:,} records take {needed / GIB:.1f} GiB; "
                 f"allowed: a quarter of this machine's {available / GIB:.1f} GiB. Set "
@@ -164,7 +164,7 @@ class Reader:
     def _numpy_batches(self, dataset: tf.data.Dataset) -> Iterator[Batch]:
         config = self.config
         keys = text_keys(config)
-        # Padding comes last: padded to the token limit, an example has five times the bytes.
+        # Padding comes last: an example padded to the token limit takes five times the bytes.
         for rows in guarded(config, iter(dataset.prefetch(tf.data.AUTOTUNE))):
             captions = [_split(rows[key]) for key in keys]
             yield {"image": rows["image"].numpy(), **pad_text(config.text.parts, *captions)}

@@ -1,4 +1,4 @@
-"""The records of a run as a tf.data pipeline: opened, resized, cropped, not yet padded."""
+"""The records of a run as a tf.data pipeline: opened, resized and cropped, but not padded."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def rows_of(
         shard_info=info,
         num_epochs=1,  # a shuffled source is already endless
         try_in_mem_cache=False,
-        trim_output_features=False,  # a needless stage
+        trim_output_features=False,  # trimming would add a stage for nothing
     )
     keys = ("position", *strings)
 
@@ -78,7 +78,7 @@ def rows_of(
 
 
 def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
-    """Resizes the center square to `size` by area, so without aliasing; never enlarges it."""
+    """Shrinks the center square to `size` by an area filter, which antialiases; never enlarges."""
     shape = tf.shape(image)
     side = tf.minimum(shape[0], shape[1])
     top, left = tf.unstack((shape[:2] - side) // 2)
@@ -94,10 +94,10 @@ def _fit(image: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def crop(config: Config, image: tf.Tensor, position: tf.Tensor | None = None) -> tf.Tensor:
-    """Crops a square of model.image_size, at a place random in seed and position, or centered.
+    """Crops a square of model.image_size, centered or at a corner random in seed and position.
 
     The corner is a multiple of the upscaling factor, so shrinking the crop gives exactly the crop
-    of the shrunk image. Super-resolution thus trains on the inputs it gets in sampling.
+    of the shrunk image. Super-resolution thus trains on the kind of input it gets in sampling.
 
     Args:
       position: the example's global position; None for a centered crop.

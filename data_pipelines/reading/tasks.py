@@ -5,7 +5,7 @@ A task yields
   id, caption, category, scene   strings
   image                          uint8 [H, W, 3]
   text_embeddings                bfloat16 [n, dim], not padded
-  text_embeddings_1, ...         the same from further stores of embeddings, if there are several
+  text_embeddings_1, ...         the same from the other stores of embeddings, if there are several
   position                       int64, the global position in the stream
 
 Its source is replaced by one at the data's directory:
@@ -29,7 +29,7 @@ from data_pipelines.reading import check
 from data_pipelines.records import dataset
 from imagen_jax.common.errors import UserError
 
-# Positions computed at a time. Computing one alone takes as long as parsing its record.
+# Positions computed at once. Computing a single one takes as long as parsing its record.
 _POSITIONS = 64
 
 
@@ -131,7 +131,7 @@ class RecordsSource(seqio.DataSource):
             embeds.append(_in_store(store, where))
         embeds = embeds or [_in_record]
 
-        # One map does everything: for small records, a stage costs as much as its work.
+        # One map does everything: for small records, another stage costs as much as the work in it.
         def row(g: tf.Tensor, index: tf.Tensor) -> dict[str, tf.Tensor]:
             record = read(index)
             embedded = [embed(record, index) for embed in embeds]
@@ -158,9 +158,9 @@ class RecordsSource(seqio.DataSource):
     def order(
         self, n: int, seed: int | None, shard_info: seqio.ShardInfo | None = None
     ) -> tf.data.Dataset:
-        """Yields this shard's global positions and the record, of n, at each: pairs of int64.
+        """Yields int64 pairs: a global position of this shard, and the index below n of its record.
 
-        Shuffled and endless; if the seed is None, in order and once.
+        The order is shuffled and endless; if the seed is None, it is one pass in order.
         """
         shard = shard_info or seqio.ShardInfo(0, 1)
         first = self.start + self.block * shard.index
@@ -176,9 +176,9 @@ class RecordsSource(seqio.DataSource):
 
 
 def _shuffled(g: tf.Tensor, n: int, seed: int) -> tf.Tensor:
-    """Returns the records at global positions g [k]; each epoch and seed is a permutation."""
-    # The constant that tf.random.experimental.index_shuffle prepends to a seed. It takes one seed
-    # for all rows, where we need one for each.
+    """Returns the records at global positions g [k]; each epoch of a seed has a permutation."""
+    # tf.random.experimental.index_shuffle prepends this constant to its seed. We call its raw op
+    # instead, because the function takes one seed for all rows and we need one per row.
     first = tf.fill(tf.shape(g), tf.constant(498247692, tf.int64))
     seeds = tf.stack([first, tf.fill(tf.shape(g), tf.constant(seed, tf.int64)), g // n], axis=1)
     last = tf.constant(n - 1, g.dtype)

@@ -1,11 +1,11 @@
-"""Pairs the images in a folder with their captions, and gives a reason for every file left out.
+"""Pairs the images in a folder with their captions, and reports why it skips the other files.
 
 An image takes its caption from the first of these that has one:
   1. metadata.jsonl: {"file_name": ..., "text" or "caption": ...} on each line,
   2. captions.csv with the columns file_name and caption (or text),
   3. a text file with the image's name: photo.txt beside photo.jpg.
-The two lists may be in any folder; their file names are relative to it. Runs of white space become
-one space.
+The two lists may be in any subfolder; file names in a list are relative to its folder. A run of
+white space becomes one space.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_folder(folder: str) -> None:
 
 
 def find(folder: str) -> tuple[list[Captioned], list[Skip]]:
-    """Returns the captioned images below `folder`, sorted by name, and every file left out.
+    """Returns the captioned images below `folder`, sorted by name, and the skipped files.
 
     Raises:
       UserError: the folder does not exist, or a captions.csv lacks a column.
@@ -86,7 +86,7 @@ def find(folder: str) -> tuple[list[Captioned], list[Skip]]:
 
 
 def _walk(root: Path) -> tuple[set[str], list[Skip]]:
-    """Returns the paths of all files below `root` but hidden ones, and folders not searched."""
+    """Returns all files below `root` except hidden ones, and the folders it did not search."""
     files: set[str] = set()
     skipped: list[Skip] = []
 
@@ -103,7 +103,7 @@ def _walk(root: Path) -> tuple[set[str], list[Skip]]:
 
 
 def _listed(root: Path, files: set[str]) -> Iterator[tuple[str | None, str, str]]:
-    """Yields (file, caption, line) of every entry of the lists; an unreadable one has file None."""
+    """Yields (file, caption, location) of each entry in the lists; file is None if unreadable."""
     for name, read in zip(LISTS, (_read_jsonl, _read_csv), strict=True):
         for path in sorted(f for f in files if Path(f).name == name):
             for line, entry in read(_read(root / path), path):

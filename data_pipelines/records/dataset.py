@@ -1,10 +1,10 @@
-"""The records of a dataset: how they are written, and how one is found by its index.
+"""Writes the records of a dataset, and finds a record by its index.
 
 A record is an image, its caption, and the caption's embedding by a frozen text encoder. The
 embedding is computed here, once, so training never runs the encoder. Each dataset is a tfds dataset
 at <data_dir>/<name>[/<config>]/<version>. Beside its files are the byte offsets of all records, so
-a record can be read by its index (see tasks.RecordsSource): index i is the i-th candidate that was
-not skipped.
+a record can be read by its index (see reading.tasks.RecordsSource): index i is the i-th candidate
+that was not skipped.
 
 This module imports neither SeqIO nor TensorFlow, so commands answer --help without them.
 """
@@ -28,7 +28,7 @@ from data_pipelines.common import Skip, caption_key, summary
 from data_pipelines.records import prepared
 from imagen_jax.common.errors import UserError
 
-REPORT = "report.json"  # beside the records: every candidate changed or skipped, and why
+REPORT = "report.json"  # beside the records: every changed or skipped candidate, with the reason
 _OFFSETS = "offsets-{split}.npy"
 _KEYS = "captions-{split}.npy"
 SHARD = 2048  # candidates per file, and captions per call of the encoder
@@ -177,7 +177,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
 
 def _find_records(paths: Sequence[epath.Path]) -> np.ndarray:
-    """Finds the start of each record of TFRecord files: int64 [n, 2], file number and byte."""
+    """Finds where each record of TFRecord files starts: int64 [n, 2], file number and byte."""
     starts = []
     for number, path in enumerate(paths):
         with path.open("rb") as file:
@@ -188,13 +188,13 @@ def _find_records(paths: Sequence[epath.Path]) -> np.ndarray:
 
 
 def record_offsets(info: tfds.core.DatasetInfo, split: str) -> tuple[list[str], np.ndarray]:
-    """Returns the files of a split, and where its records start: int64 [n, 2], file and byte."""
+    """Returns the files of a split, and as `_find_records` where its records start."""
     with (epath.Path(info.data_dir) / _OFFSETS.format(split=split)).open("rb") as file:
         return [str(path) for path in info.splits[split].filepaths], np.load(file)
 
 
 def caption_keys(info: tfds.core.DatasetInfo, split: str) -> np.ndarray:
-    """Returns embeddings.caption_key of every caption in record order: S16 [n].
+    """Returns common.caption_key of every caption in record order: S16 [n].
 
     Raises:
       UserError: the dataset was written by a version that stored no keys.

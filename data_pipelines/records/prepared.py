@@ -21,7 +21,7 @@ class DatasetInfo(NamedTuple):
     Attributes:
       num_examples: records in each split.
       text_identity: the identity of the encoder that embedded the captions.
-      settings: what else the records depend on, as passed to RecordsBuilder.
+      settings: everything else the records depend on, as passed to RecordsBuilder.
     """
 
     num_examples: dict[str, int]

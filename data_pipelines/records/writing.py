@@ -1,4 +1,4 @@
-"""What the commands that write records share: flags, held-out splits, and preparing only once."""
+"""Shared by the commands that write records: flags, held-out splits, and writing only once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def hold_out(
 
     Validation gets `fraction` of the candidates but at least GRID, all of them usable: each is
     loaded before it is chosen. Candidates are tried in the order of a hash of the seed and their
-    name, so adding some moves few. At most half of them are tried, so that train gets the rest.
+    name, so adding a few candidates moves few. At most half of the candidates are tried; train gets
+    the rest.
 
     Args:
       items: tuples that start with a name.
@@ -105,7 +106,7 @@ def prepare(builder: dataset.RecordsBuilder, *, overwrite: bool = False) -> epat
     """
     path = epath.Path(builder.data_path)
     if (path / prepared.INFO).exists() and not overwrite:
-        # Not builder.info.metadata, where the builder's own metadata replace the stored ones.
+        # Not from builder.info.metadata, in which the builder's metadata replace the stored ones.
         stored, wanted = prepared.read_metadata(path), json.loads(json.dumps(builder.metadata))
         if differing := _differing(stored, wanted):
             raise UserError(
@@ -115,7 +116,7 @@ def prepare(builder: dataset.RecordsBuilder, *, overwrite: bool = False) -> epat
         print(f"{path} is already prepared with these settings", file=sys.stderr)
         return path
     with cli.quiet_imports():
-        import tensorflow  # noqa: F401, tfds imports it, and it reports missing accelerators
+        import tensorflow  # noqa: F401 (tfds imports it; it reports missing accelerators)
     tfds.disable_progress_bar()
     with _set_aside(path), contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()

@@ -3,7 +3,7 @@ r"""Draws the scenes dataset at one resolution.
     python -m data_pipelines.scenes --data_dir=data --resolution=32 --num_train=20000
 
 A seed gives the same scenes at every resolution, so all stages of a cascade can train on the same
-images. The heldout split has pairs of shape and color that the other splits never show.
+scenes. The heldout split has pairs of shape and color that the other splits never show.
 """
 
 from __future__ import annotations

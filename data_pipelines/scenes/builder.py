@@ -51,7 +51,7 @@ class Scenes(dataset.RecordsBuilder):
     Args:
       resolution: one of RESOLUTIONS.
       counts: scenes in each of SPLITS.
-      categories: of captions; () is all.
+      categories: categories of captions to draw; () is all.
 
     Raises:
       UserError: the grammar lacks one of `categories`.
@@ -113,7 +113,7 @@ def prepare(
       data_dir: directory of the datasets.
       num_train: scenes in the train split; the other splits have 500 each.
       encoder, max_tokens: arguments of text.load_encoder.
-      categories: of captions; () is all.
+      categories: categories of captions to draw; () is all.
 
     Raises:
       UserError: the task has no scenes, or different ones exist.

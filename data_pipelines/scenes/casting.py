@@ -23,12 +23,12 @@ from data_pipelines.scenes.vocabulary import (
 
 MARGIN = 0.025
 GAP = 0.055
-# Largest offset of the two things of a relation across its axis.
+# Largest offset of two related things across the axis of their relation.
 MAX_DRIFT = 0.1
 
 
 class Stuck(Exception):
-    """No background contrasts with the colors, or the objects do not fit: sample again."""
+    """No background contrasts with the colors, or the objects do not fit; sample again."""
 
 
 def pick(rng: np.random.Generator, options: Sequence):

@@ -1,4 +1,4 @@
-"""Checks which claims of a caption a picture satisfies."""
+"""Checks which claims of a caption an image satisfies."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MIN_SIZE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A claim of the caption, and whether the picture satisfies it."""
+    """A claim of the caption, and whether the image satisfies it."""
 
     claim: dict
     ok: bool
 
 
 def check(image: np.ndarray, scene: Scene) -> list[Verdict]:
-    """Checks a picture against the claims of a scene's caption.
+    """Checks an image against the claims of a scene's caption.
 
     Args:
       image: uint8 [S, S, 3] with S >= 32.
@@ -46,12 +46,12 @@ def check(image: np.ndarray, scene: Scene) -> list[Verdict]:
 
 
 def all_right(verdicts: Sequence[Verdict]) -> bool:
-    """Returns whether the picture satisfies every claim."""
+    """Returns whether the image satisfies every claim."""
     return all(verdict.ok for verdict in verdicts)
 
 
 def check_example(image: np.ndarray, example: dict[str, Any]) -> tuple[list[str], list[bool]]:
-    """Checks a picture sampled for an example, as evaluation.alignment wants it.
+    """Checks an image sampled for an example; has the signature that evaluation.alignment needs.
 
     Args:
         image: uint8 [S, S, 3] with S >= 32.
@@ -59,7 +59,7 @@ def check_example(image: np.ndarray, example: dict[str, Any]) -> tuple[list[str]
 
     Returns:
         The groups that the example counts in (its category, and "one object" if the scene has one
-        object and no word), and whether the picture satisfies each claim.
+        object and no word), and whether the image satisfies each claim.
     """
     scene = Scene.from_json(example["scene"])
     alone = len(scene.objects) == 1 and scene.word is None

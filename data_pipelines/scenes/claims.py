@@ -1,8 +1,8 @@
-"""The claims of captions, and whether a picture satisfies them.
+"""The claims of captions, and whether a picture (the description of an image) satisfies them.
 
-A claim is a plain dict with a "kind". It refers to things in the picture by a dict `ref` of the
-attributes they must have, such as {"shape": "circle", "color": "red"}. {} refers to any object,
-{"word": "CAT"} to the drawn word.
+A claim is a plain dict with a "kind". It refers to things by a dict `ref` of the attributes they
+must have, such as {"shape": "circle", "color": "red"}. {} refers to any object, and {"word": "CAT"}
+to the drawn word.
 
     {"kind": "object", "object": ref}                    at least one such object exists
     {"kind": "count", "object": ref, "count": 3}         exactly `count` such objects exist
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from data_pipelines.scenes.scene import Picture, Thing, Word
 
-# Centers closer than this along an axis (a share of the side) are in no relation along it.
+# Two things have a relation along an axis only if their centers are farther apart than this (as a
+# share of the image's side).
 RELATION_MARGIN = 0.08
 
 

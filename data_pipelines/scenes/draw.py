@@ -1,4 +1,4 @@
-"""Draws a scene at any resolution, antialiased: draws it larger, then averages pixels."""
+"""Draws a scene at any resolution, antialiased by drawing it larger and averaging pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from data_pipelines.scenes.scene import Picture, Thing, Word
 from data_pipelines.scenes.shapes import OUTLINES
 from data_pipelines.scenes.vocabulary import BACKGROUNDS, COLORS
 
-# Smallest canvas in pixels. On smaller ones, errors of half a pixel in Pillow would show.
+# Smallest canvas in pixels. On a smaller one, Pillow's errors of half a pixel would show.
 MIN_CANVAS = 512
 
 # In radii of the object, so a pattern scales with it.
@@ -20,7 +20,7 @@ DOT_RADIUS = 0.16
 
 
 def render(scene: Picture, size: int) -> np.ndarray:
-    """Draws the scene as uint8 [size, size, 3], the same picture at every size."""
+    """Draws the scene as uint8 [size, size, 3]; sizes differ only in resolution."""
     oversampling = max(2, MIN_CANVAS // size)
     side = size * oversampling
     canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
@@ -39,7 +39,7 @@ def silhouette(shape: str, side: int) -> np.ndarray:
 
 
 def _fill(pen: ImageDraw.ImageDraw, outline: np.ndarray, color) -> None:
-    # Integers are centers of pixels in Pillow's coordinates, and corners in ours.
+    # Integer coordinates are pixel centers in Pillow, and pixel corners here.
     pen.polygon((outline - 0.5).ravel().tolist(), fill=color)
 
 
@@ -84,7 +84,7 @@ def _draw_word(canvas: Image.Image, word: Word) -> None:
     left = word.x * canvas.width - cells.shape[1] / 2 * cell
     top = (word.y - word.height / 2) * canvas.width
     for row, column in np.argwhere(cells):
-        # Neighboring cells share their rounded corners, so there is no seam.
+        # Neighboring cells round their shared corners alike, so there is no seam.
         x0, y0 = round(left + column * cell), round(top + row * cell)
         x1, y1 = round(left + (column + 1) * cell) - 1, round(top + (row + 1) * cell) - 1
         pen.rectangle([x0, y0, x1, y1], fill=tone)

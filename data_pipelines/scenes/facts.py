@@ -1,4 +1,4 @@
-"""Labels for what a caption says: as a whole, and at each word that refers to one thing.
+"""Labels for what a caption states: as a whole, and at each word that refers to one thing.
 
 Text encoders are pre-trained to predict them (see imagen_jax.pretrain_text).
 """
@@ -32,7 +32,7 @@ def stated(claims: Sequence[dict]) -> set[str]:
 def mentions(scene: Scene) -> list[tuple[int, int, set[str]]]:
     """Returns (start, end, facts) of each noun and color in the caption that refers to one thing.
 
-    The facts are everything the caption says about that thing, including its side of a relation.
+    The facts are everything the caption states about that thing, including its side of a relation.
     Misspelled words, and words that could refer to two things, are left out.
     """
     things = _by_thing(scene.claims)

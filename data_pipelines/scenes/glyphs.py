@@ -1,4 +1,4 @@
-"""A font for A to Z of 5 by 7 cells, so words look the same whatever fonts a machine has.
+"""A font of 5 by 7 cells for A to Z, so words look the same whatever fonts a machine has.
 
 Every letter touches all four sides of its box, so a word's bounding box gives its grid of cells.
 """

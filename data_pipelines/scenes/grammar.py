@@ -23,7 +23,7 @@ ON_BACKGROUND = ("on a {} background", "against a {} background", "in front of a
 
 
 def sample_scene(rng: np.random.Generator, split: str, categories: Sequence[str] = ()) -> Scene:
-    """Samples a scene with its caption, a function of the state of `rng` and the arguments.
+    """Samples a scene with its caption; depends only on the state of `rng` and the arguments.
 
     Args:
       split: one of SPLITS.
@@ -54,7 +54,7 @@ def _finish(
     word: Word | None = None,
     background_chance: float = 0.3,
 ) -> Scene:
-    """Chooses the background, perhaps mentions it, and assembles the scene."""
+    """Chooses the background, mentions it with `background_chance`, and makes the scene."""
     background = casting.choose_background(rng, [*objects, word] if word else objects)
     if rng.random() < background_chance:
         caption += " " + phrases.usually(rng, ON_BACKGROUND).format(background)

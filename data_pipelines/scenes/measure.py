@@ -1,4 +1,4 @@
-"""Measures how often the checker passes true renders, and how often wrong pictures.
+"""Measures how often the checker passes true renders, and how often it passes wrong images.
 
     python -m data_pipelines.scenes.measure --num=1000
 
@@ -6,12 +6,12 @@ For each resolution and category it prints
 
     right        share of true renders that pass all claims
     claims       share of all claims that pass on true renders
-    wrong        share of wrong pictures that pass all claims: renders of other scenes, half of them
+    wrong        share of wrong images that pass all claims: renders of other scenes, half of them
                  of the same category
-    near misses  share that pass all claims of pictures with one change: a color, a shape, a
+    near misses  share of renders with one change that pass all claims: a color, a shape, a
                  texture, a size, the background, the word, a missing object, mirrored positions
 
-A wrong picture or near miss never satisfies the caption by its description.
+The description of a wrong image or near miss never satisfies the caption.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def near_miss(rng: np.random.Generator, scene: Scene) -> Picture:
             for changed in _changed(rng, thing, len(scene.objects))
         ]
         variants.append(dataclasses.replace(scene, objects=before + after))
-    # Drops the word, which mirrored objects could cover.
+    # Without the word, because mirrored objects could cover it.
     for axis in ("x", "y"):
         mirrored = [
             dataclasses.replace(thing, **{axis: 1 - getattr(thing, axis)})
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> None:
     rng = np.random.default_rng(flags.FLAGS.seed)
     scenes = [sample_scene(rng, flags.FLAGS.split) for _ in range(flags.FLAGS.num)]
     for resolution in map(int, flags.FLAGS.resolutions):
-        print(f"{f'at {resolution} pixels':14}{'pictures':>9}{'right':>9}{'claims':>9}"
+        print(f"{f'at {resolution} pixels':14}{'images':>9}{'right':>9}{'claims':>9}"
               f"{'wrong':>9}{'near misses':>13}{'ms/check':>10}")  # fmt: skip
         for category, score in sorted(measure(scenes, resolution, rng).items()):
             print(f"{category:14}{score}")

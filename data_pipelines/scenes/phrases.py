@@ -43,7 +43,7 @@ Spelling = Callable[[str], str]
 
 
 def usually(rng: np.random.Generator, options) -> str:
-    """Returns the first of `options` two times in three, else picks any."""
+    """Returns the first of `options` two times in three, otherwise a random one."""
     return options[0] if rng.random() < 0.67 else pick(rng, options)
 
 
@@ -81,7 +81,7 @@ def _describe(
 
 
 def misspell(rng: np.random.Generator, word: str) -> str:
-    """Misspells the last word of a phrase, and not into another word of the vocabulary."""
+    """Misspells the last word of a phrase, but never as another word of the vocabulary."""
     before, space, word = word.rpartition(" ")
     known = {w for words in (*NOUNS.values(), COLOR_WORDS.values()) for pair in words for w in pair}
     while True:

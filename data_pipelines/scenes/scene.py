@@ -32,7 +32,7 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The contents of a picture, as drawn or as read back from its pixels."""
+    """The contents of an image, as drawn or as read back from its pixels."""
 
     background: str
     objects: tuple[Thing, ...]

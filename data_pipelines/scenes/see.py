@@ -1,4 +1,4 @@
-"""Reads a picture's background, objects and word from its pixels."""
+"""Reads an image's background, objects and word from its pixels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from data_pipelines.scenes import draw, glyphs
 from data_pipelines.scenes.scene import Picture, Thing, Word
 from data_pipelines.scenes.vocabulary import BACKGROUNDS, COLORS, RADII, lab
 
-# Side in pixels to which every picture is resized before it is read.
+# Side in pixels to which every image is resized before it is read.
 WORKING_SIZE = 128
-# In Lab units: about half the least contrast of an object with its background.
+# In Lab units: about half the lowest contrast between an object and its background.
 FIGURE_CONTRAST = 20.0
-# Regions smaller than this share of the picture are not objects.
+# Regions smaller than this share of the image are not objects.
 MIN_AREA = 0.002
 TEMPLATE_SIZE = 28
 MIN_LIKENESS = 0.6
@@ -47,13 +47,13 @@ class _Blob:
 
 
 def see(image: np.ndarray) -> Picture:
-    """Finds the background, objects and word of a picture.
+    """Finds the background, objects and word of an image.
 
     Args:
       image: uint8 [S, S, 3] with S >= 32.
 
     Returns:
-      What was found. A shape unlike all of SHAPES has the name "unknown".
+      Its contents. A shape unlike all of SHAPES has the name "unknown".
     """
     pixels = Image.fromarray(image).resize((WORKING_SIZE,) * 2, Image.Resampling.BICUBIC)
     lab_hwc = rgb2lab(np.asarray(pixels))
@@ -126,13 +126,13 @@ def _normalized(mask: np.ndarray) -> np.ndarray:
 def _recognize(
     lab_hwc: np.ndarray, contrast: np.ndarray, blob: _Blob, things: int, blur: int
 ) -> Thing:
-    """Names one of `things` objects in a picture whose edges are `blur` pixels wide."""
+    """Describes one of `things` objects in an image whose edges are `blur` pixels wide."""
     inner = _inner(blob.mask, blur)
     color, second_share, second = _read_color(lab_hwc[blob.window], inner)
     texture = "plain"
     if MIN_SECOND_TONE < second_share < MAX_SECOND_TONE:
         texture = "striped" if _stripedness(second, inner) > STRIPE_REGULARITY else "dotted"
-    # A blurred edge is where the contrast falls to half of that inside.
+    # The edge of a blurred object is where the contrast falls to half of that inside.
     level = np.percentile(contrast[blob.window][inner], 50 if texture == "plain" else 5) / 2
     mask = blob.mask & (contrast[blob.window] > max(level, FIGURE_CONTRAST))
     rows, columns = box = _box(mask)
@@ -159,7 +159,7 @@ def _read_color(lab_hwc: np.ndarray, inner: np.ndarray) -> tuple[str, float, np.
 
 
 def _name_size(radius: float, things: int) -> str:
-    """Returns the size with the nearest range of radii, in a picture of `things` things."""
+    """Returns the size with the nearest range of radii, in an image of `things` things."""
     ranges = RADII[min(max(things, 1), 2)]
     return min(ranges, key=lambda size: max(ranges[size][0] - radius, radius - ranges[size][1]))
 

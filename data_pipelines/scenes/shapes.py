@@ -49,7 +49,7 @@ def _raindrop() -> np.ndarray:
 
 
 def _cloud() -> np.ndarray:
-    # In each direction, the farthest of several circles that all contain the origin.
+    # The outline in each direction is the farthest of several circles around the origin.
     circles = ((-0.52, 0.06, 0.56), (-0.12, -0.36, 0.62), (0.42, -0.1, 0.6), (0.3, 0.1, 0.5))
     angle = np.linspace(0, 2 * np.pi, 256, endpoint=False)
     ray = np.stack([np.cos(angle), np.sin(angle)], axis=1)

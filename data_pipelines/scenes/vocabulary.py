@@ -40,7 +40,7 @@ SHAPES = (
     "leaf", "raindrop", "cloud", "tree", "arrow",
 )  # fmt: skip
 
-# The colors a shape is known in. Every category but Conflicting draws it in these.
+# The usual colors of a shape. Every category except Conflicting uses only these.
 USUAL_COLORS = {
     "heart": ("red", "pink"),
     "moon": ("yellow", "white"),
@@ -51,7 +51,7 @@ USUAL_COLORS = {
     "tree": ("green",),
 }
 
-# Pairs that only the heldout split shows, half of them usual, half conflicting.
+# Pairs that occur only in the heldout split, half of them usual, half conflicting.
 HELD_OUT = frozenset({
     ("circle", "green"), ("circle", "purple"), ("square", "blue"), ("square", "orange"),
     ("triangle", "red"), ("triangle", "brown"), ("diamond", "yellow"), ("diamond", "turquoise"),
@@ -103,7 +103,7 @@ MIN_CONTRAST = 42.0
 
 @functools.cache
 def contrasting(background: str, textured: bool) -> frozenset[str]:
-    """Returns the colors visible on a background: in their main tone, or if textured in both."""
+    """Returns the colors visible on a background, in the main tone or, if textured, in both."""
     return frozenset(
         color
         for color, tones in COLORS.items()

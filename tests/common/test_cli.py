@@ -1,4 +1,4 @@
-"""Commands answer --help and reject bad flags without JAX, and log lines do not tear bars."""
+"""Commands answer --help and reject bad flags without JAX; log lines do not tear progress bars."""
 
 import re
 import subprocess
@@ -59,13 +59,13 @@ def test_help_explains_and_exits_with_0_without_jax(module, flag):
         ("evaluate", ["--guidance=much"], "--guidance is 'much'; allowed: numbers from 0 up"),
     ],
 )
-def test_bad_flags_are_one_line_without_jax(module, args, words):
+def test_bad_flags_are_one_line_errors_without_jax(module, args, words):
     code, out, lines, heavy = run(f"imagen_jax.{module}", *args)
     assert (code, out, heavy, len(lines)) == (2, "", [], 1), lines
     assert lines[0].startswith("error: ") and words in lines[0]
 
 
-def test_lines_and_warnings_leave_a_progress_bar_whole():
+def test_log_lines_and_warnings_do_not_tear_a_progress_bar():
     code = """
 import logging, sys, warnings
 from tqdm import tqdm

@@ -5,7 +5,7 @@ import base64
 from imagen_jax.common import html
 
 
-def test_a_page_escapes_its_title_once_and_keeps_its_parts():
+def test_a_page_escapes_its_title_once_and_its_body_never():
     page = html.page("<a> & b", html.element("p", "1 < 2", "good"))
     assert "<title>&lt;a&gt; &amp; b</title>" in page and "<h1>&lt;a&gt; &amp; b</h1>" in page
     assert '<p class="good">1 &lt; 2</p>' in page

@@ -19,7 +19,7 @@ def test_wilson_matches_the_published_table(successes, total, low, high):
     assert wilson(successes, total) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_wilson_is_symmetric_and_within_bounds():
+def test_the_interval_is_symmetric_and_within_0_and_1():
     low, high = wilson(3, 20)
     assert wilson(17, 20) == pytest.approx((1 - high, 1 - low))
     assert wilson(0, 5)[0] == 0.0 and wilson(5, 5)[1] == 1.0

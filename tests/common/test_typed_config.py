@@ -24,7 +24,7 @@ class Outer:
     inner: Inner = Inner()
 
 
-def test_values_and_defaults():
+def test_fields_get_the_given_values_or_their_defaults():
     got = typed(Outer, {"rate": 1, "mults": [4, 5], "inner": {"size": 7}})
     assert got == Outer(1.0, (4, 5), None, False, Inner(7))
     assert isinstance(got.rate, float)

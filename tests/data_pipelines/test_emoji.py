@@ -42,7 +42,7 @@ def test_reads_the_fully_qualified_emoji(names):
     ]
 
 
-def test_the_error_for_a_missing_font_has_the_flag_and_the_package(tmp_path):
+def test_the_error_for_a_missing_font_names_flag_and_package(tmp_path):
     with pytest.raises(UserError, match=r"--font=.*none.ttf.*fonts-noto-color-emoji"):
         emoji.EmojiBuilder(
             data_dir=str(tmp_path), encoder=ByteEncoder(), font=str(tmp_path / "none.ttf")

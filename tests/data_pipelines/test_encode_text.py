@@ -27,7 +27,7 @@ CAPTIONS = [f"{i} red circles" for i in range(60)]
 
 
 class Encoder:
-    """Embeds each byte of a caption. May stop at a batch, like a machine that loses power."""
+    """Embeds each byte of a caption. Fails after `dies_after` batches, as if power were lost."""
 
     max_tokens = 20
 

@@ -97,7 +97,7 @@ def meet(num_processes, present, settings=lambda i: {}, timeout=1.0):
         return list(pool.map(one, present))
 
 
-def test_processes_that_agree_meet():
+def test_processes_with_equal_settings_join():
     same = {"config": {"model": {"channel_mult": (1, 2)}, "seed": 0}}
     assert meet(5, range(5), lambda i: same) == [None] * 5
 
@@ -175,7 +175,7 @@ def test_a_gke_job_is_found_from_its_variables(monkeypatch):
     ],
     ids=["alone", "address", "id", "timeout", "nowhere", "bucket"],
 )
-def test_bad_flags_are_named(changes, words, config_file, tmp_path, monkeypatch):
+def test_bad_flags_are_named_in_the_error(changes, words, config_file, tmp_path, monkeypatch):
     flags = {
         "config": str(config_file), "set": [], "workdir": str(tmp_path), "distributed": False,
         "coordinator": "", "num_processes": 1, "process_id": 0, "join_timeout": 1,

@@ -86,7 +86,7 @@ def test_tensor_shards_output_channels_and_fsdp_shards_whole_tiles():
     assert spec((3, 3, 3, 9999), fsdp=8) == (None,) * 4
 
 
-def test_fsdp_0_becomes_64_or_up_to_8():
+def test_fsdp_0_is_64_on_large_slices_and_up_to_8_elsewhere():
     def sizes(devices, **axes):
         return tuple(MeshConfig(fsdp=0, **axes).sizes(devices).values())
 
@@ -105,14 +105,14 @@ def test_fsdp_0_becomes_64_or_up_to_8():
     [("tpu", 256, 2048, 1), ("tpu", 512, 2048, 2), ("tpu", 1024, 2048, 4), ("tpu", 2048, 2048, 4),
      ("tpu", 2, 1, 2), ("tpu", 1, 4, 1), ("gpu", 8, 8, 1)],
 )  # fmt: skip
-def test_tensor_0_fills_the_tiles_of_tpus(platform, devices, batch, ways):
+def test_tensor_0_gives_each_tpu_8_examples_and_is_1_elsewhere(platform, devices, batch, ways):
     several = [types.SimpleNamespace(platform=platform)] * devices
     found = memory.fill_tiles(MeshConfig(tensor=0), batch, 0, several)
     assert found == MeshConfig(tensor=ways)
     assert memory.fill_tiles(MeshConfig(tensor=8), batch, 0, several).tensor == 8
 
 
-def test_tensor_0_leaves_room_for_axes_of_a_fixed_size():
+def test_tensor_0_respects_microbatches_and_axes_of_a_fixed_size():
     def tensor(batch=2048, microbatches=0, **axes):
         several = [types.SimpleNamespace(platform="tpu")] * 512
         return memory.fill_tiles(MeshConfig(tensor=0, **axes), batch, microbatches, several).tensor
@@ -122,7 +122,7 @@ def test_tensor_0_leaves_room_for_axes_of_a_fixed_size():
     assert tensor(data=4, fsdp=64) == 2 and tensor(slice=256) == 2
 
 
-def test_chips_of_a_large_slice_share_examples():
+def test_pairs_of_chips_share_examples_on_a_large_slice():
     pytest.importorskip("libtpu")
     config = parse(load_config("base64"))
     mesh = dataclasses.replace(config.mesh, topology="v4-1024")
@@ -148,7 +148,7 @@ def test_a_device_with_more_room_runs_more_examples_at_once(room, remat, count):
     assert found == count
 
 
-def test_microbatches_divide_the_batch():
+def test_the_number_of_microbatches_divides_the_batch():
     mesh = make_mesh(MeshConfig())
     assert memory.count_microbatches(mesh, 8 * 12, 5, memory.ROOM["kept"], "none") == 3
 
@@ -186,7 +186,7 @@ def test_a_topology_must_match_the_kind_of_chip():
         build(config_of("base64", topology="v4-8"), devices)
 
 
-def test_too_many_examples_at_once_recompute_blocks():
+def test_blocks_are_recomputed_if_too_many_examples_run_at_once():
     config = parse(load_config("base64"))
     mesh = dataclasses.replace(config.mesh, topology="v4-8")
     for parts, remat in ((64, "none"), (16, "block")):
@@ -210,7 +210,7 @@ def two_slices():
     return topologies.devices(topologies.lookup("v4-16", 2))
 
 
-def test_the_slice_axis_separates_slices(two_slices):
+def test_each_index_of_the_slice_axis_is_one_slice(two_slices):
     mesh = make_mesh(MeshConfig(slice=2, fsdp=0), two_slices)
     for index, devices in enumerate(mesh.devices):
         assert {d.slice_index for d in devices.flat} == {index}
@@ -221,7 +221,7 @@ def test_the_slice_axis_separates_slices(two_slices):
 
 
 @pytest.mark.parametrize(("tensor", "shares"), [(1, 4), (2, 4), (4, 4), (8, 2)])
-def test_hosts_along_tensor_read_the_same_rows(tensor, shares, two_slices, monkeypatch):
+def test_hosts_that_share_examples_read_the_same_rows(tensor, shares, two_slices, monkeypatch):
     mesh = make_mesh(MeshConfig(slice=2, tensor=tensor), two_slices)
     found = []
     for host in range(4):

@@ -52,13 +52,13 @@ def test_only_a_tpu_slice_can_be_rented(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_shape_multiplies_to_its_chips(name):
+def test_every_shape_fits_the_number_in_its_name(name):
     found = topologies.lookup(name)
     assert found.num_chips * found.chip.cores == int(name.rpartition("-")[2])
     assert found.num_chips == 1 or found.links > 0
 
 
-def test_several_slices_of_one_kind():
+def test_several_slices_add_up_on_tpus_only():
     found = topologies.lookup("v4-512", 2)
     assert (found.label, found.shape, found.slice_chips) == ("2 x v4-512", "4x8x8", 256)
     assert (found.num_chips, found.num_hosts) == (512, 128)
@@ -93,7 +93,7 @@ def test_an_unknown_name_is_refused_with_those_that_exist(name, allowed):
     assert repr(name) in str(e.value) and "\n" not in str(e.value)
 
 
-def test_devices_without_the_compiler(monkeypatch):
+def test_tpu_devices_need_libtpu(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a)
@@ -103,7 +103,7 @@ def test_devices_without_the_compiler(monkeypatch):
     assert len(topologies.devices(topologies.lookup("gpu"))) == 1
 
 
-def test_devices_match_the_slice():
+def test_every_slice_has_its_number_of_devices_and_hosts():
     pytest.importorskip("libtpu")
     for name in EVERY:
         found = topologies.lookup(name)
@@ -127,7 +127,7 @@ def test_every_chip_has_its_device_kind():
         assert topologies.devices(found)[0].device_kind in found.chip.kinds
 
 
-def test_devices_of_several_slices():
+def test_devices_know_their_slice():
     pytest.importorskip("libtpu")
     devices = topologies.devices(topologies.lookup("v4-16", 3))
     assert len(devices) == 24 and len({d.process_index for d in devices}) == 6

@@ -44,9 +44,6 @@ def half(batch):
     return jnp.broadcast_to(jnp.arange(SHAPE[1])[None, None, :, None] >= 4, (batch, 8, 8, 1))
 
 
-# Image to image.
-
-
 @pytest.mark.parametrize("strength", [0.05, 1.0])
 def test_image_to_image_starts_from_the_noised_image(strength):
     denoise, seen = recording(text_denoiser)
@@ -93,9 +90,6 @@ def test_a_bad_setting_is_a_user_error(changes, words):
         SamplerConfig(**changes)
 
 
-# Inpainting.
-
-
 @pytest.mark.parametrize(
     "name, resample", [("ddim", 1), ("ancestral", 1), ("dpmpp_2m", 3), ("heun", 3)]
 )
@@ -115,7 +109,7 @@ def test_inpainting_a_full_mask_equals_sampling():
     np.testing.assert_allclose(x, run(text_denoiser, config, [1, 2], text_cond(2)), atol=1e-6)
 
 
-def test_known_pixels_are_at_the_noise_level_of_each_evaluation():
+def test_known_pixels_have_the_noise_level_of_each_evaluation():
     known, size = 0.5, (32, 32, 3)
     denoise, seen = recording(lambda z, *_: jnp.zeros_like(z))
     edit(
@@ -138,7 +132,7 @@ def test_known_pixels_are_at_the_noise_level_of_each_evaluation():
 
 
 def test_resampling_adapts_the_new_pixels_to_the_known_ones():
-    """The data are pairs of nearly equal pixels; the known one gives the answer for the other."""
+    """The data are pairs of nearly equal pixels, so the known one determines the other."""
     pairs = Gaussian([0.3, 0.02])
     pairs.mean, pairs.axes = np.zeros(2), np.array([[1, 1], [1, -1]]) / np.sqrt(2)
     original = jnp.broadcast_to(jnp.array([0.35, -0.9])[None, None, :, None], (32, 1, 2, 1))
@@ -169,9 +163,6 @@ def test_q_sample_then_q_step_is_q_sample():
     assert z_t.mean() == pytest.approx(float(alpha) * x, abs=0.015)
     assert z_t.std() == pytest.approx(float(sigma), rel=0.01)
     np.testing.assert_array_equal(editing.q_step(z_s, noise, 2.0, 2.0), z_s)
-
-
-# Interpolation.
 
 
 def test_slerp_is_the_arc_between_its_ends():
@@ -208,9 +199,6 @@ def test_interpolation_ends_at_the_samples_of_the_two_seeds(name):
     np.testing.assert_allclose(x[0], first, atol=1e-5)
     np.testing.assert_allclose(x[2], last, atol=1e-5)
     assert min(float(jnp.abs(x[1] - end).mean()) for end in (first, last)) > 0.01
-
-
-# Seeds.
 
 
 @pytest.mark.parametrize("function", [editing.image_to_image, editing.inpaint, editing.interpolate])

@@ -53,7 +53,7 @@ def test_guidance_evaluates_two_passes_in_one_batch_or_two(weight, batched, size
     assert all(shapes == expected for shapes in received)
 
 
-def test_other_conditioning_reaches_both_passes_of_its_sample():
+def test_both_passes_of_a_sample_get_its_other_conditioning():
     cond = text_cond(2) | {"aug_level": jnp.array([0.1, 0.2])}
 
     def denoise(z, log_snr_b, cond):
@@ -68,7 +68,7 @@ def test_other_conditioning_reaches_both_passes_of_its_sample():
 @pytest.mark.parametrize(
     "log_snr, inside", [(-2.1, False), (-2.0, True), (1.0, True), (1.1, False)]
 )
-def test_there_is_no_guidance_outside_the_interval(log_snr, inside):
+def test_the_weight_is_1_outside_the_guidance_interval(log_snr, inside):
     z, cond = normal(0, (3, *SHAPE)), text_cond(3)
     arguments = text_denoiser, z, jnp.float32(log_snr), cond
     guided, _ = guidance.guided_output(*arguments, 5.0, interval=(-2.0, 1.0))
@@ -97,7 +97,7 @@ def test_the_denoiser_does_not_get_the_negative_prompt():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_guiding_the_output_is_guiding_eps(prediction):
+def test_every_prediction_is_guided_as_eps_is(prediction):
     z, cond, entry = normal(0, (3, *SHAPE)), text_cond(3), PREDICTIONS[prediction]
 
     def denoise(z_seen, log_snr_b, cond):
@@ -123,7 +123,7 @@ def test_the_network_reads_the_scaled_input():
     np.testing.assert_allclose(seen[0], entry.input_scale(LOG_SNR) * z, rtol=1e-5)
 
 
-def test_rescaling_moves_the_guided_contrast_to_the_conditional_one():
+def test_rescaling_restores_the_contrast_of_the_conditional_output():
     guided, conditional = 3 * normal(0, (2, *SHAPE)) + 0.5, normal(1, (2, *SHAPE))
     stds = [np.asarray(a).std(axis=(1, 2, 3)) for a in (guided, conditional)]
     for strength in (0.0, 0.7, 1.0):

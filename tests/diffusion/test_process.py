@@ -77,7 +77,7 @@ def test_flow_is_the_straight_line_scaled_to_unit_variance():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_any_two_times_imply_a_discrete_step(name):
+def test_any_two_times_imply_a_beta_of_ddpm(name):
     """beta = 1 - alpha_t^2 / alpha_s^2 is (1 - e^{lambda_t - lambda_s}) sigma_t^2."""
     log_snr = Schedule(name).log_snr(jnp.linspace(0.01, 1, 100))
     alpha, sigma = (np.asarray(a, np.float64) for a in process.alpha_sigma(log_snr))
@@ -255,7 +255,7 @@ def test_every_example_and_key_gets_its_own_noise():
 
 
 @pytest.mark.parametrize("low_discrepancy", [False, True])
-def test_each_time_is_uniform(low_discrepancy):
+def test_each_time_is_uniform_on_the_unit_interval(low_discrepancy):
     keys = jax.random.split(jax.random.key(0), 2000)
     t = jax.vmap(lambda key: sample_t(key, 4, low_discrepancy))(keys)
     assert float(t.min()) >= 0 and float(t.max()) < 1
@@ -304,7 +304,7 @@ def test_drop_text_removes_the_prompt_and_its_length():
     assert dropped["aug_level"] is extra and cond["text"] is text
 
 
-def test_nothing_broadcasts_by_rank_promotion():
+def test_the_loss_needs_no_rank_promotion():
     cond = {"text": jnp.ones((2, 3, 4)), "text_mask": jnp.ones((2, 3), bool)}
     with jax.numpy_rank_promotion("raise"):
         dropped = drop_text(cond, jnp.array([True, False]))

@@ -61,9 +61,6 @@ def test_every_prediction_of_the_same_denoiser_gives_the_same_sample(prediction)
     np.testing.assert_allclose(x.reshape(4, -1), exact, atol=0.03)
 
 
-# Thresholding.
-
-
 def dynamic_in_numpy(x, percentile):
     out = np.empty_like(x)
     for b in range(len(x)):
@@ -81,7 +78,7 @@ def test_dynamic_threshold_is_per_sample_and_matches_numpy(percentile):
     assert float(jnp.abs(ours).max()) <= 1
 
 
-def test_thresholds_inside_and_outside_the_range():
+def test_thresholds_change_only_values_out_of_range():
     inside, outside = jnp.tanh(normal(0, (2, 8, 8, 3))), jnp.array([[-3.0, -0.5, 0.5, 3.0]])
     for threshold in sampler.THRESHOLDS.values():
         np.testing.assert_array_equal(threshold(inside, 99.5), inside)
@@ -103,9 +100,6 @@ def test_the_step_uses_the_thresholded_x_hat(threshold):
     np.testing.assert_allclose(x, jnp.clip(x_hat, -1, 1), atol=1e-5)
 
 
-# Seeds.
-
-
 @pytest.mark.parametrize("name, weight", [("ddim", 1.0), *((name, 3.0) for name in SOLVERS)])
 def test_a_sample_depends_on_its_seed_and_prompt_not_on_its_batch(name, weight):
     config = SamplerConfig(name, num_steps=6, guidance_weight=weight)
@@ -118,13 +112,13 @@ def test_a_sample_depends_on_its_seed_and_prompt_not_on_its_batch(name, weight):
         np.testing.assert_allclose(alone[0], batch[b], atol=1e-6)
 
 
-def test_streams_of_a_seed_share_no_noise():
+def test_streams_of_a_seed_are_uncorrelated():
     keys = [seed_keys(jnp.arange(2), stream) for stream in range(3)]
     noise = np.stack([draw_noise(k, (16, 16, 3), i) for k in keys for i in (0, 1)])
     assert np.abs(np.corrcoef(noise.reshape(12, -1)) - np.eye(12)).max() < 0.15
 
 
-def test_seeds_differ_and_repeat():
+def test_equal_seeds_repeat_and_different_seeds_differ():
     config = SamplerConfig("ancestral", num_steps=3, gamma=1.0, threshold="none")
     x = run(lambda z, *_: z, config, [0, 1, 0], null_cond(3))
     np.testing.assert_array_equal(x[0], x[2])
@@ -138,9 +132,6 @@ def test_every_step_uses_new_noise():
     run(denoise, config, [5], null_cond(1), COSINE, "x", (64, 64, 3))
     z_1, z_2 = (z.ravel() for z, _ in seen[:2])
     assert abs(np.corrcoef(z_1, z_2)[0, 1]) < 0.05
-
-
-# Configuration.
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,6 @@ ORDERS = {"ddim": 1, "dpmpp_2m": 2, "heun": 2}
 GAUSSIAN = Gaussian(np.geomspace(0.1, 0.3, 12))
 
 
-# Steps.
-
-
 def test_ddim_with_the_true_x_stays_on_its_trajectory():
     """z_s has the same x and eps as z_t; only the coefficients change."""
     x, eps = normal(0, (2, *SHAPE)), normal(1, (2, *SHAPE))
@@ -70,7 +67,7 @@ def test_the_first_step_is_ddim(name):
     np.testing.assert_allclose(z_s, solvers.ddim(z, x_hat, *times), atol=1e-5)
 
 
-def test_dpmpp_2m_does_not_extrapolate_after_a_jump_back():
+def test_dpmpp_2m_does_not_extrapolate_after_resampling():
     z, x_hat, before = (normal(i, (2, *SHAPE)) for i in range(3))
     for log_snr_before in (-1.0, 0.5):
         times = jnp.float32(-1.0), jnp.float32(0.5)
@@ -117,10 +114,7 @@ def test_heun_is_edms_algorithm_for_z_over_alpha():
     np.testing.assert_allclose(z_s, alpha_s * expected, atol=1e-5)
 
 
-# Times.
-
-
-def test_evaluations_of_a_grid():
+def test_each_solver_evaluates_the_grid_in_its_own_order():
     grid = jnp.array([-2.0, -1.0, 1.0, 2.0])
     plain = [(-2, -1), (-1, 1), (1, 2)]
     corrected = [(-2, -1), (-1, 1), (1, 1), (1, 2)]
@@ -138,16 +132,13 @@ def test_evaluations_of_a_grid():
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SOLVERS)
-def test_the_denoiser_is_asked_at_the_times_that_the_config_says(name, spacing):
+def test_the_denoiser_runs_at_the_log_snrs_of_the_spacing(name, spacing):
     denoise, seen = recording(blank)
     run(denoise, SamplerConfig(name, num_steps=8, spacing=spacing), range(16), null_cond(16))
     grid = {"t": COSINE.log_snr(jnp.linspace(1, 0, 9)), "log_snr": np.linspace(-20, 20, 9)}[spacing]
     expected = np.concatenate([grid[:2], np.repeat(grid[2:-1], 2)]) if name == "heun" else grid[:-1]
     np.testing.assert_allclose([lam for _, lam in seen], expected, atol=1e-4)
     assert seen[0][0].std() == pytest.approx(1, abs=0.05)
-
-
-# Whole samples, with the optimal denoiser of Gaussian data.
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -64,7 +64,7 @@ def check_run(*args, topology="v4-8", image=""):
         ({"--process_id": "1"}, "Unknown command line flag 'process_id'"),
     ],
 )
-def test_the_training_flags_are_checked_here(changes, words):
+def test_bad_training_flags_are_refused_in_one_line(changes, words):
     flags = dict(word.split("=", 1) for word in TRAIN) | changes
     with pytest.raises(UserError, match=re.escape(words)) as e:
         check_run(*(f"{key}={value}" for key, value in flags.items() if value))
@@ -82,7 +82,7 @@ def test_a_config_that_git_ignores_is_refused():
         shutil.rmtree(folder)
 
 
-def test_a_container_sees_only_its_own_mount():
+def test_with_a_container_the_workdir_must_be_under_its_mount():
     check_run(*TRAIN, image="repo/imagen")
     words = "--workdir is '/mnt/../a'; allowed with --image: a path under /mnt"
     with pytest.raises(UserError, match=re.escape(words)):
@@ -90,7 +90,7 @@ def test_a_container_sees_only_its_own_mount():
 
 
 @pytest.mark.parametrize("topology", ["v4-512", "v5e-16"])
-def test_a_good_run_passes_and_the_line_says_what_was_not_checked(topology):
+def test_a_good_run_passes_and_reports_what_was_not_checked(topology):
     config = f"--config=configs/base64.py:{topology}"
     found = check_run(config, *TRAIN[1:], topology=topology)
     assert "must mount /mnt/run, /mnt/data; not checked: the dataset" in found

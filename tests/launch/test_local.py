@@ -33,7 +33,7 @@ def test_status_sums_up_a_run(tmp_path):
     assert status.summary(tmp_path, written + 3600)["state"].startswith("silent for 1h00m")
 
 
-def test_status_without_a_run_is_one_line(tmp_path, capsys):
+def test_status_without_a_run_is_a_one_line_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         status.main([f"--workdir={tmp_path}"])
     assert e.value.code == 2 and capsys.readouterr().err.startswith("error: --workdir=")

@@ -151,13 +151,13 @@ def test_a_dry_run_ends_when_a_step_fails(fake):
     ],
 )
 @pytest.mark.parametrize("dry_run", [[], ["--dry-run"]], ids=["", "dry"])
-def test_bad_input_is_one_line_and_exit_2(script, args, words, dry_run, fake):
+def test_bad_input_is_a_one_line_error_and_exit_2(script, args, words, dry_run, fake):
     done = run(script, *dry_run, *args)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
     assert len(done.stderr.splitlines()) == 1 and calls(fake) == []
 
 
-def test_create_asks_for_what_was_asked(fake):
+def test_create_passes_its_flags_to_gcloud(fake):
     assert run("create", *SLICE, "--type=v5p-128", "--spot", "--project=p").returncode == 0
     (words,) = calls(fake)
     assert words[:5] == ["compute", "tpus", "tpu-vm", "create", "pod"]
@@ -168,7 +168,7 @@ def test_create_asks_for_what_was_asked(fake):
 
 
 @pytest.mark.parametrize("name", ["v5e-16", "v5litepod-16"])
-def test_cloud_gets_its_own_name_of_a_v5e(name, fake):
+def test_gcloud_gets_googles_name_of_a_v5e_slice(name, fake):
     assert run("create", *SLICE, f"--type={name}").returncode == 0
     (words,) = calls(fake)
     assert {"--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite"} <= set(words)
@@ -330,7 +330,7 @@ def test_keep_leaves_the_slice_without_the_flag_or_if_training_failed(workers, c
     assert verbs(fake) == POLL
 
 
-def test_keep_starts_a_worker_that_never_started(fake):
+def test_keep_sets_up_again_if_a_worker_never_started(fake):
     (fake / "states").write_text(3 * "READY\n")
     (fake / "workers").write_text("running,none\nexit 2,none\nexit 0\n")
     assert keep().returncode == 0
@@ -344,7 +344,7 @@ def test_keep_starts_a_worker_that_never_started(fake):
         (3 * "exit 1,exit 134\n", 1, "too many failures (exit 1, exit 134)"),
     ],
 )
-def test_keep_gives_up(workers, code, words, fake):
+def test_keep_gives_up_on_bad_input_and_after_too_many_failures(workers, code, words, fake):
     (fake / "states").write_text(9 * "READY\n")
     (fake / "workers").write_text(workers)
     done = keep("--max-restarts=2")
@@ -370,7 +370,7 @@ def test_the_jobset_is_valid_with_its_variables_set():
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
 
 
-def test_the_files_of_the_image_exist():
+def test_the_files_that_the_container_copies_exist():
     ignore = (LAUNCH / "Dockerfile.dockerignore").read_text().split()
     kept = [line[1:] for line in ignore if line.startswith("!")]
     assert kept and all((ROOT / name).exists() for name in kept)

@@ -1,4 +1,4 @@
-"""The Efficient U-Net: reach of each input, scanned blocks, sizes, meshes, config errors."""
+"""The Efficient U-Net: what each input affects, scanned blocks, sizes, meshes, config errors."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(changes):
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_each_input_reaches_only_the_output_of_its_own_example(changes):
+def test_each_input_affects_only_the_output_of_its_own_example(changes):
     config = tiny(**changes)
     state = random_state(config)
     z, log_snr, cond = inputs(config)
@@ -136,7 +136,7 @@ def test_a_caption_without_tokens_is_not_read(changes):
     assert all(np.isfinite(leaf).all() for leaf in [out, *jax.tree.leaves(grads)])
 
 
-def test_it_matches_the_papers_figures_as_a_plain_loop():
+def test_the_network_matches_a_plain_loop_over_the_papers_figures():
     """Runs figures A.28 to A.30; each decoder block takes the skip of its counterpart."""
     config = tiny(**VARIANTS[0])
     graphdef, _ = abstract(config)
@@ -185,7 +185,7 @@ def test_skips_are_scaled_by_one_over_the_root_of_two():
     np.testing.assert_allclose(block(x, skip, None), block(seen, None, None), atol=1e-6)
 
 
-def test_it_samples_images_larger_than_its_training_size():
+def test_the_network_runs_on_images_larger_than_its_training_size():
     config = tiny(image_size=32, low_res=8)
     z, log_snr, cond = inputs(config, scale=2)
     out = jit(nnx.merge(abstract(config)[0], random_state(config)))(z, log_snr, cond)

@@ -1,4 +1,4 @@
-"""Resampling: values and gradients, and whether an upsampling can draw noise."""
+"""Resampling: values and gradients, and whether a network with our upsampling can predict noise."""
 
 from __future__ import annotations
 
@@ -116,14 +116,14 @@ def noise_network():
     return lambda z: predict(params, z), float(value)
 
 
-def test_the_efficient_unet_learns_to_draw_noise(noise_network):
-    """Nearest neighbor followed by one convolution stays above 0.08."""
+def test_the_efficient_unet_learns_to_predict_noise(noise_network):
+    """With nearest-neighbor upsampling and one convolution, the loss stays above 0.08."""
     _, mse = noise_network
     assert mse < 0.03
 
 
 def test_a_sampled_uniform_image_has_no_noise_left(noise_network):
-    """The noise in z goes through the network, so the sampler removes only what that can draw."""
+    """Sampling removes only the noise that the network can predict."""
     predict, _ = noise_network
     color = jnp.array([0.3, -0.2, 0.5])
 

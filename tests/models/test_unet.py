@@ -1,4 +1,4 @@
-"""The base U-Net: shapes, the reach of each conditioning, heads, config errors, sizes."""
+"""The base U-Net: shapes, what each input affects, heads, config errors, sizes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_state_is_only_float32_parameters():
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_text_reaches_the_output_only_through_real_tokens(changes):
+def test_only_real_tokens_of_the_text_affect_the_output(changes):
     config = tiny(**changes)
     state = random_state(config)
     z, log_snr, cond = inputs(config)
@@ -155,7 +155,7 @@ def test_layer_norm_makes_attention_invariant_to_the_scale_of_the_text():
     assert changed["cross_attention_layernorm"] < 1e-3 < 1e-2 < changed["cross_attention"]
 
 
-def test_log_snr_matters_over_its_whole_range():
+def test_the_output_depends_on_log_snr_over_its_whole_range():
     state = random_state(TINY)
     z, log_snr, cond = inputs(TINY)
     at = [forward(TINY, state, z, jnp.full_like(log_snr, x), cond) for x in (-20, -5, 0, 5, 20)]
@@ -255,7 +255,7 @@ def test_groups_divide_the_channels():
 
 
 @pytest.mark.parametrize("extra", [False, True])
-def test_the_plan_uses_every_saved_skip_and_its_widths_match(extra):
+def test_the_decoder_uses_every_saved_skip_and_widths_match(extra):
     config = UNetConfig(decoder_extra_block=extra)
     encoder, middle, decoder = plan_blocks(config)
     saved = [config.embed_dim] if extra else []
@@ -332,8 +332,8 @@ def test_a_bad_config_raises_one_line_with_key_value_and_allowed_values(changes,
     assert str(error.value) == message
 
 
-def test_the_head_for_x_passes_a_clean_image():
-    """With the paper's head the same steps leave an error above 0.012."""
+def test_the_head_for_x_learns_to_pass_a_clean_image():
+    """With the paper's head, the same training leaves an error above 0.012."""
     config = tiny(head="plain", pooling="none", sequence="none", attention_resolutions=())
     network = functional(make(config))
     optimizer = optax.adam(3e-3)

@@ -19,7 +19,7 @@ GUIDE = next(p for p in Path(__file__).parents if (p / "setup.py").exists()) / "
 
 @pytest.fixture
 def folder(cascade_runs, tmp_path, monkeypatch):
-    """The current folder, with the runs and pictures that the guide names."""
+    """The current folder, with the runs and images that the guide names."""
     (tmp_path / "runs").mkdir()
     for name, workdir in zip(("demo", "demo_sr"), cascade_runs, strict=True):
         (tmp_path / "runs" / name).symlink_to(workdir)
@@ -47,7 +47,7 @@ def test_the_snippets_of_the_guide_run_in_order(folder, capsys):
         imagen_jax.load("runs/demo", step=7)
 
 
-def test_load_without_a_run_is_one_line(tmp_path):
+def test_load_without_a_run_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         imagen_jax.load(tmp_path)
     with pytest.raises(UserError, match=r"^workdir is missing"):

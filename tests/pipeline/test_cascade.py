@@ -183,7 +183,7 @@ def test_a_small_strength_changes_the_image_little(encoders_loaded):
     image = np.full((32, 32, 3), 40, np.uint8)
     image[:16] = 200
     values = shrink_run(load_config("demo"))
-    values.diffusion.prediction = "eps"  # with zero weights, it predicts 0: all of z is the image
+    values.diffusion.prediction = "eps"  # zero weights predict no noise: z is all image
     stage = Stage(parse(values))
     zeros = jax.tree.map(jnp.zeros_like, random_params(stage))
     base = Cascade([TrainedStage("run", 0, stage, zeros)])
@@ -195,7 +195,7 @@ def test_a_small_strength_changes_the_image_little(encoders_loaded):
     assert changed(0.05) < 0.5 * changed(0.9)
 
 
-def test_the_wrong_order_of_stages_is_one_line(stages, encoders_loaded):
+def test_the_wrong_order_of_stages_is_a_one_line_error(stages, encoders_loaded):
     message = "^workdir: run0 is a base model, but follows run1, which samples 64 pixels$"
     with pytest.raises(UserError, match=message):
         Cascade(stages[::-1])

@@ -104,7 +104,7 @@ def test_image_and_mask_are_cropped_alike():
         (noise(8, 8, 3), noise(8, 6), "mask is 6x8, but the image is 8x8; the mask must have"),
     ],
 )
-def test_a_wrong_image_is_one_line(tmp_path, monkeypatch, image, mask, message):
+def test_a_wrong_image_is_refused_in_one_line(tmp_path, monkeypatch, image, mask, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("hello")
     Image.new("L", (8, 8)).save("black.png")

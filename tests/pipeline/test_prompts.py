@@ -16,7 +16,7 @@ def test_prompts_come_from_the_flag_a_text_file_or_a_csv(tmp_path):
     assert read_prompts("", str(table)) == ["a circle, red", "two stars"]
 
 
-def test_each_prompt_gets_each_seed():
+def test_each_prompt_is_sampled_with_each_seed():
     requests = make_requests(["a", "b"], Settings(seed=5, num=2, sr_prompts="c"))
     assert [(r.prompt, r.seed, r.sr_prompt) for r in requests] == [
         ("a", 5, "c"), ("a", 6, "c"), ("b", 5, "c"), ("b", 6, "c")
@@ -49,7 +49,7 @@ def test_frames_interpolate_the_prompts_of_every_stage():
         ("a", {"to_seed": 3}, "to_seed=3 needs frames"),
     ],
 )
-def test_wrong_numbers_of_prompts_are_one_line(prompts, settings, message):
+def test_wrong_numbers_of_prompts_are_one_line_errors(prompts, settings, message):
     with pytest.raises(SettingError) as e:
         make_requests(prompts, Settings(**settings))
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
@@ -68,7 +68,7 @@ def test_wrong_numbers_of_prompts_are_one_line(prompts, settings, message):
         ("", "other.csv", "has the columns id, title; one must be prompt, caption, text"),
     ],
 )
-def test_unreadable_prompts_are_one_line(tmp_path, prompts, file, words):
+def test_unreadable_prompts_are_one_line_errors(tmp_path, prompts, file, words):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes(b"a\xe9 b")
     (tmp_path / "other.csv").write_text("id,title\n1,a\n")

@@ -24,7 +24,7 @@ def test_without_settings_the_stages_sample_as_their_configs_say(configs):
     assert samplers(Settings(), configs) == [c.sampling for c in configs]
 
 
-def test_strength_is_for_the_first_stage_and_resample_for_all(configs):
+def test_strength_applies_to_the_first_stage_and_resample_to_all(configs):
     image = np.zeros((8, 8, 3), np.uint8)
     found = samplers(Settings(image=image, strength=0.5), configs)
     assert [s.strength for s in found] == [0.5, 1]
@@ -52,7 +52,7 @@ def test_strength_is_for_the_first_stage_and_resample_for_all(configs):
         ({"strength": 0.5}, "strength=0.5 needs an image, no mask, and a base model"),
     ],
 )
-def test_a_wrong_setting_is_one_line_that_starts_with_its_name(configs, settings, message):
+def test_a_wrong_setting_is_a_one_line_error_that_starts_with_its_name(configs, settings, message):
     with pytest.raises(SettingError) as e:
         samplers(Settings(**settings), configs)
     assert str(e.value).startswith(message) and "\n" not in str(e.value)

@@ -5,7 +5,7 @@ import pytest
 from imagen_jax.planning import figures
 
 
-def test_dollars_of_the_run_and_of_1000_steps():
+def test_dollars_of_a_run_follow_from_its_chip_hours():
     found = figures.dollars({"chip_hours": 300.0, "num_steps": 5000}, 3.0)
     assert found == {
         "price_per_chip_hour": 3.0,

@@ -21,7 +21,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(compiling, "effort", lambda fast: {})
 
 
-def test_the_figures_of_a_plan_agree(on_cpu, tmp_path):
+def test_the_figures_of_a_plan_are_consistent(on_cpu, tmp_path):
     config = small()
     found = Planner(config, V4, True, tmp_path / "cache").plan(config)
     memory, flops = found["memory"], found["flops"]
@@ -89,7 +89,7 @@ def test_the_search_ranks_settings_that_fit_first(fake_compiler, tmp_path):
     assert rows[0][0] in report.text(found) and "Search" in report.page(found)
 
 
-def test_a_plan_of_two_slices(fake_compiler, tmp_path):
+def test_a_plan_of_two_slices_counts_the_chips_of_both(fake_compiler, tmp_path):
     config = small(batch_size=32, mesh=sharding.MeshConfig(slice=2, fsdp=0, remat="block"))
     config = dataclasses.replace(config, microbatches=2)
     planner = Planner(config, topologies.lookup("v4-8", 2), True, tmp_path)
@@ -102,7 +102,7 @@ def test_a_plan_of_two_slices(fake_compiler, tmp_path):
     assert {row["remat"] for row in rows} == set(sharding.REMAT)
 
 
-def test_a_batch_that_does_not_divide(on_cpu, tmp_path):
+def test_a_batch_that_the_chips_do_not_divide_is_refused(on_cpu, tmp_path):
     config = small(batch_size=6)
     with pytest.raises(UserError, match=r"batch_size is 6.*multiple of 4"):
         Planner(config, V4, True, tmp_path).plan(config)

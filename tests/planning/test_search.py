@@ -52,14 +52,14 @@ def test_a_search_ends_if_nothing_fits():
     assert tried == [8, 16, 32]
 
 
-def test_mesh_sizes_divide_the_slice():
+def test_the_search_tries_mesh_sizes_that_divide_the_slice():
     assert search.meshes(1) == [(1, 1)]
     assert search.meshes(4) == [(4, 1), (2, 2)]
     assert search.meshes(16) == [(8, 1), (16, 1), (8, 2)]
     assert search.meshes(256) == [(8, 1), (64, 1), (8, 2), (64, 2)]
 
 
-def test_the_smallest_change_comes_first():
+def test_suggestions_begin_with_the_smallest_change():
     none = search.Setting("none", 1, 1, 1)
     tried = search.nearest(none, 8, split=True)
     assert tried[:2] == [search.Setting("block", 1, 1, 1), search.Setting("none", 8, 1, 1)]

@@ -93,7 +93,7 @@ def test_masking_one_encoder_equals_using_only_the_other(config, hidden):
     assert np.abs(shown - expected).max() > 1e-3
 
 
-def test_a_single_encoder_has_no_parts():
+def test_a_single_encoder_has_one_projection_and_no_parts():
     config = parse(shrink(load_config("demo")))
     assert config.unet.text_parts == ()
     assert not any("parts" in key for key in config.identity)
@@ -124,7 +124,7 @@ def read(**changes):
         ({"data__build": True}, "config.data.build is True; allowed: false with several text"),
     ],
 )
-def test_misfits_are_one_line(changes, words):
+def test_text_keys_that_do_not_fit_are_refused_in_one_line(changes, words):
     with pytest.raises(UserError) as e:
         read(**changes)
     assert words in str(e.value) and "\n" not in str(e.value)

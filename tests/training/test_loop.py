@@ -80,7 +80,7 @@ def test_the_workdir_has_the_documented_files(config, finished):
     assert min(Image.open(grids[0]).size) > 100
 
 
-def test_a_stopped_run_resumes_as_if_it_had_never_stopped(config, finished, tmp_path):
+def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_run(config, finished, tmp_path):
     # Step 5 is between checkpoints, so the stop itself must save.
     train_run(config, tmp_path, StopAt(5))
     assert sorted(metrics(tmp_path)) == [1, 2, 3, 4, 5]
@@ -103,7 +103,7 @@ def test_the_time_to_the_first_step_is_logged_by_part(finished):
     assert min(parts["init"], parts["compile"], parts["first_step"]) > 0
 
 
-def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(config, finished, tmp_path):
+def test_a_killed_run_repeats_the_losses_from_its_last_checkpoint(config, finished, tmp_path):
     class Killed(Exception):
         pass
 
@@ -118,7 +118,7 @@ def test_a_killed_run_repeats_the_steps_after_its_last_checkpoint(config, finish
     assert metrics(tmp_path) == metrics(finished)
 
 
-def test_a_finished_run_is_left_alone(config, finished):
+def test_training_a_finished_run_again_changes_nothing(config, finished):
     before = (finished / "metrics.jsonl").read_text()
     train_run(config, finished, StopAt())
     assert (finished / "metrics.jsonl").read_text() == before
@@ -191,7 +191,7 @@ def test_sigterm_requests_a_stop():
             signal.signal(number, handler)
 
 
-def test_a_model_too_large_for_the_machine_is_one_line_with_figures_and_a_smaller_config(
+def test_a_model_too_large_for_the_machine_is_refused_with_figures_and_a_smaller_config(
     tmp_path, monkeypatch
 ):
     config = parse(load_config("base64"))
@@ -257,7 +257,7 @@ def run(module, *args):
     ],
     ids=["key", "value", "profile", "workdir", "data", "scenes"],
 )
-def test_bad_configs_are_one_line_and_found_before_tensorflow(args, words):
+def test_bad_configs_are_one_line_errors_before_tensorflow_loads(args, words):
     done = run("imagen_jax.train", *args)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr

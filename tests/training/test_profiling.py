@@ -8,7 +8,7 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.training.profiling import Profile, parse_steps
 
 
-def test_both_ends_are_included():
+def test_both_ends_of_profile_steps_are_included():
     assert parse_steps("", 20) == range(0)
     assert list(parse_steps("10:13", 20)) == [10, 11, 12, 13]
     assert list(parse_steps("20:20", 20)) == [20]
@@ -61,6 +61,6 @@ def test_a_run_that_stops_early_keeps_its_trace(tmp_path):
     assert traced(tmp_path) == [2, 3]
 
 
-def test_no_steps_write_nothing(tmp_path):
+def test_without_profile_steps_nothing_is_written(tmp_path):
     run(Profile(range(0), tmp_path), 1, 3)
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from conftest import ROOT
 from imagen_jax.training.startup import Startup
 
 
-def test_every_moment_belongs_to_one_part():
+def test_the_parts_sum_to_the_age_of_the_process():
     before = time.perf_counter()
     startup = Startup(age=100.0)
     startup.done("imports")

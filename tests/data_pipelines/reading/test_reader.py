@@ -84,7 +84,7 @@ def test_data_larger_than_memory_are_refused_in_one_line(tiny_data, monkeypatch)
         Reader(read(tiny_data, **{"data.in_memory": True})).train_batches(0)
 
 
-def test_an_epoch_is_the_index_shuffle_of_tensorflow():
+def test_each_epoch_is_a_permutation_by_tensorflows_index_shuffle():
     source = tasks.RecordsSource("scenes/32", start=5)
     pairs = source.order(7, seed=3).take(100).as_numpy_iterator()
     for position, index in pairs:
@@ -92,7 +92,7 @@ def test_an_epoch_is_the_index_shuffle_of_tensorflow():
         assert index == tf.random.experimental.index_shuffle(position % 7, seed, 6)
 
 
-def test_evaluation_batches_and_prompts_are_the_same_at_every_call(config):
+def test_evaluation_batches_and_prompts_repeat(config):
     first, again = Reader(config).eval_batches(), Reader(config).eval_batches()
     assert len(first) == config.eval_batches and all(map(same, first, again))
     rows = Reader(config).examples("heldout", 3)
@@ -143,7 +143,7 @@ def test_an_image_smaller_than_the_model_is_refused_in_one_line(tiny_data, monke
     config = read(tiny_data, **{"model.image_size": 64, "model.attention_resolutions": (16,)})
     with pytest.raises(UserError, match=r"model\.image_size is 64; the images of .* are 32x32"):
         Reader(config)
-    # Where the metadata do not give the size, reading does.
+    # If the metadata lack the size of the images, reading finds it.
     monkeypatch.setattr(check, "check_dataset", lambda config: None)
     with pytest.raises(UserError, match=r"smaller than config\.model\.image_size"):
         next(Reader(config).train_batches(0))
@@ -163,7 +163,7 @@ def as_folder(tmp_path, tiny_data):
 def test_a_prepared_dataset_passes_the_check(tmp_path, tiny_data, config):
     check.check_prepared(config)
     check.check_prepared(as_folder(tmp_path, tiny_data))
-    # The run draws these itself.
+    # A run with data.build draws its data itself.
     check.check_prepared(read(str(tmp_path / "none"), **{"data.build": True}))
 
 
@@ -186,7 +186,7 @@ def test_a_prepared_dataset_passes_the_check(tmp_path, tiny_data, config):
         ),
     ],
 )
-def test_missing_data_are_found_by_the_check(tmp_path, changes, words):
+def test_the_check_reports_missing_data(tmp_path, changes, words):
     missing = read(str(tmp_path), **{"data.task": "folder", **changes})
     with pytest.raises(UserError) as e:
         check.check_prepared(missing)
@@ -201,7 +201,7 @@ def test_missing_data_are_found_by_the_check(tmp_path, changes, words):
         ({"text.dim": 16}, "config.text.dim is 16"),
     ],
 )
-def test_a_dataset_that_does_not_fit_is_found_by_the_check(tmp_path, tiny_data, changes, words):
+def test_the_check_reports_a_dataset_that_does_not_fit(tmp_path, tiny_data, changes, words):
     config = as_folder(tmp_path, tiny_data)
     [(key, value)] = changes.items()
     section, name = key.split(".")

@@ -118,7 +118,7 @@ def test_shards_together_read_the_stream_of_one_reader(data_dir, num_shards, blo
     assert by_block.tolist() == ids(data_dir, each * num_shards, start=start)
 
 
-def test_shards_split_one_pass(data_dir):
+def test_shards_of_an_ordered_pass_read_each_record_once(data_dir):
     parts = [ids(data_dir, shuffle=False, shard=i, num_shards=3) for i in range(3)]
     assert sorted(itertools.chain(*parts)) == list(range(100))
 
@@ -146,7 +146,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path):
     assert digests(first) == digests(second) and len(digests(first)) == 6
 
 
-def test_preparing_again_reuses_refuses_or_replaces(tmp_path, capsys):
+def test_preparing_again_reuses_the_dataset_or_needs_overwrite(tmp_path, capsys):
     path = writing.prepare(Toy(tmp_path))
     before = digests(path)
     assert writing.prepare(Toy(tmp_path)) == path

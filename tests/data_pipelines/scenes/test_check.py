@@ -1,4 +1,4 @@
-"""The checker: passes true renders, fails wrong ones, and accepts any picture as input."""
+"""The checker: passes true renders, fails wrong ones, and accepts any image as input."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_tolerates_noise_blur_and_jpeg(tmp_path):
     assert right >= 0.9 * len(scenes)
 
 
-def _unusual_pictures() -> list[np.ndarray]:
+def _unusual_images() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (64, 64, 3))
@@ -94,8 +94,8 @@ def _unusual_pictures() -> list[np.ndarray]:
     return [noise, np.ascontiguousarray(ramp), lines, blotches, *flat]
 
 
-@pytest.mark.parametrize("image", _unusual_pictures())
-def test_gives_a_verdict_for_any_picture(image):
+@pytest.mark.parametrize("image", _unusual_images())
+def test_gives_a_verdict_for_any_image(image):
     rng = np.random.default_rng(0)
     for _ in range(5):
         scene = sample_scene(rng, "train")
@@ -111,7 +111,7 @@ def test_gives_a_verdict_for_any_picture(image):
         np.zeros((64, 64, 3), np.float32),
     ],
 )
-def test_refuses_arrays_that_are_not_pictures(image):
+def test_refuses_arrays_that_are_not_images(image):
     with pytest.raises(ValueError, match="allowed: uint8"):
         check(image, sample_scene(np.random.default_rng(0), "train"))
 

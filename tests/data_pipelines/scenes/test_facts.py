@@ -1,4 +1,4 @@
-"""Labels for what captions say: all claimed facts, and the words that refer to them."""
+"""Labels for what captions state: all claimed facts, and the words that refer to things."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_words_are_inside_and_apart_from_objects(scenes):
 
 
 @pytest.mark.parametrize("size", [32, 64, 256, 1024])
-def test_a_scene_is_the_same_picture_at_every_size(scenes, size):
+def test_a_scene_looks_the_same_at_every_size(scenes, size):
     for scene in scenes["train"][:8]:
         image = render(scene, size)
         assert image.shape == (size, size, 3) and image.dtype == np.uint8
