@@ -23,7 +23,7 @@ EMBED_DIMS = {"2b": 512, "1b": 384, "500m": 256, "300m": 192}
 
 def get_config(size: str = "2b") -> ConfigDict:
     if size not in (*EMBED_DIMS, "tiny"):
-        raise ValueError(f"--config argument is {size!r}; allowed: {', '.join(EMBED_DIMS)}, tiny")
+        raise ValueError(f"argument {size!r}; allowed: {', '.join(EMBED_DIMS)}, tiny")
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 2_500_000

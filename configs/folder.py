@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 def get_config(stage: str = "base") -> ConfigDict:
     if stage not in ("base", "sr"):
-        raise ValueError(f"--config argument is {stage!r}; allowed: base, sr")
+        raise ValueError(f"argument {stage!r}; allowed: base, sr")
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 2000

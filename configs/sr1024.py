@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 def get_config(size: str = "400m") -> ConfigDict:
     if size not in ("400m", "tiny"):
-        raise ValueError(f"--config argument is {size!r}; allowed: 400m, tiny")
+        raise ValueError(f"argument {size!r}; allowed: 400m, tiny")
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 2_500_000

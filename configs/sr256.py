@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 def get_config(size: str = "600m") -> ConfigDict:
     if size not in ("600m", "tiny"):
-        raise ValueError(f"--config argument is {size!r}; allowed: 600m, tiny")
+        raise ValueError(f"argument {size!r}; allowed: 600m, tiny")
     config = ConfigDict()
     config.seed = 0
     config.num_steps = 2_500_000

@@ -16,7 +16,6 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines.embeddings import encoding
-from data_pipelines.embeddings.encoding import logs_above_bars
 from data_pipelines.embeddings.store import create_store
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
     part, parts = parse_split(FLAGS.shard)
     encoder = encoding.load_encoder(FLAGS.encoder, FLAGS.max_tokens, FLAGS.fsdp)
     store = create_store(FLAGS.out, encoder.identity, FLAGS.dtype, FLAGS.num_shards)
-    with logs_above_bars(), tqdm(found, "reading", unit=" captions") as bar:
+    with tqdm(found, "reading", unit=" captions") as bar:
         shards = encoding.assign(store, bar, part, parts)
     encoding.encode(store, shards, encoder)
     encoding.report(store)

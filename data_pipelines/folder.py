@@ -80,24 +80,11 @@ def fit_captions(
             fitting.append(item)
         elif truncate:
             truncated.append(dataset.Skip(item.file, "caption truncated", f"{tokens} tokens"))
-            fitting.append(item._replace(caption=_truncate(item.caption, encoder)))
+            fitting.append(item._replace(caption=encoder.truncate(item.caption)))
         else:
             reason = f"caption longer than --max_tokens={encoder.max_tokens}"
             skipped.append(dataset.Skip(item.file, reason, f"{tokens} tokens"))
     return fitting, skipped, truncated
-
-
-def _truncate(caption: str, encoder) -> str:
-    """Returns the longest prefix of whole words that fits, or of letters if no word fits."""
-    length, end = 0, len(caption)  # caption[:length] fits, caption[:end] does not
-    while end - length > 1:
-        middle = (length + end) // 2
-        if encoder.num_tokens(caption[:middle]) <= encoder.max_tokens:
-            length = middle
-        else:
-            end = middle
-    words = caption[: length + 1].rpartition(" ")[0]
-    return words or caption[:length]
 
 
 class Folder(dataset.RecordsBuilder):

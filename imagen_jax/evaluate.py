@@ -45,7 +45,13 @@ def define_flags() -> None:
     flags.DEFINE_list("guidance", ["1", "3", "5"], "Guidance weights; 1 means no guidance.")
     flags.DEFINE_integer("num", 128, "Number of captions to sample.", lower_bound=1)
     flags.DEFINE_string("split", "heldout", "Split that the captions come from.")
-    flags.DEFINE_integer("seed", 0, "Seed of the first sample; each further sample adds 1.")
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "Seed of the first sample; each further sample adds 1.",
+        lower_bound=0,
+        upper_bound=2**32 - 1,
+    )
     cli.define_cache_flag()
 
 

@@ -34,7 +34,7 @@ from absl import flags
 from data_pipelines.scenes.facts import FACTS, mentions, stated
 from data_pipelines.scenes.grammar import sample_scene
 from imagen_jax.common import cli
-from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import check_folder
 
 MODEL = "byte-tiny"
 MAX_BYTES = 180
@@ -138,6 +138,8 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Collects the texts, trains the encoder and writes it to --out."""
     del argv
+    out = Path(flags.FLAGS.out)
+    check_folder(out, "out")
     # These import JAX, which --help does not need.
     import ml_dtypes
 
@@ -145,9 +147,6 @@ def main(argv: Sequence[str]) -> None:
     from imagen_jax.text.pretraining import Corpus, Text, train
     from imagen_jax.text.t5 import PRESETS
 
-    out = Path(flags.FLAGS.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; pass a folder, which is created if missing")
     steps, seed = flags.FLAGS.steps, flags.FLAGS.seed
     captions = caption_texts(flags.FLAGS.captions, np.random.default_rng(seed))
     sources = {

@@ -25,6 +25,7 @@ from absl import flags
 
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import check_folder
 
 FLAGS = flags.FLAGS
 
@@ -107,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
     workdirs = FLAGS.workdir or [runs.only_run()]
     if not FLAGS.workdir:
         cli.log.info("workdir: %s, the only run (--workdir chooses another)", workdirs[0])
+    check_folder(Path(FLAGS.out), "out")
     texts = prompts.read_prompts(FLAGS.prompts, FLAGS.prompts_file)
     values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     if FLAGS.sr_prompts:

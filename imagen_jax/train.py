@@ -47,7 +47,7 @@ def define_flags() -> None:
         "workdir",
         None,
         "Directory of the run; created if missing (default: runs/<name of the config file>, with "
-        "its argument, such as runs/base64_tiny).",
+        "its argument, such as runs/base64_tiny; required with several processes).",
     )
     flags.DEFINE_bool(
         "distributed",
@@ -106,6 +106,11 @@ def check_flags() -> Path:
         raise UserError("--config=FILE is needed, for example --config=configs/demo.py")
     if FLAGS.num_processes != 1 and not FLAGS.coordinator:
         raise UserError(f"--num_processes is {FLAGS.num_processes}; it needs --coordinator")
+    if not FLAGS.workdir and (FLAGS.distributed or FLAGS.coordinator):
+        raise UserError(
+            "--workdir=DIR is needed with several processes; it must be a path that all hosts "
+            "share (docs/launch.md)"
+        )
     if "://" in (FLAGS.workdir or ""):
         raise UserError(
             f"--workdir is {FLAGS.workdir!r}; it must be a path that all hosts share, such as a "

@@ -1,7 +1,7 @@
 """Checks the input of a launch from this machine, before anything is rented.
 
-    python -m launch.check --name=pod --zone=us-central2-b --type=v4-512 -- \
-        --config=configs/base64.py:v4-512 --workdir=/mnt/share/base64 \
+    python -m launch.check --name=pod --zone=us-central2-b --type=v4-512 -- \\
+        --config=configs/base64.py:v4-512 --workdir=/mnt/share/base64 \\
         --config.data.dir=/mnt/share/data
 
 create.sh, start.sh and keep.sh run this first. It checks:

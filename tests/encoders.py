@@ -3,6 +3,8 @@
 import ml_dtypes
 import numpy as np
 
+from imagen_jax.text import TextEncoder
+
 DIM = 4
 
 
@@ -10,6 +12,7 @@ class ByteEncoder:
     """Embeds each byte of a caption, and an end token, as multiples of its value."""
 
     max_tokens = 40
+    truncate = TextEncoder.truncate
 
     def __init__(self, name: str = "fake"):
         self.identity = {"encoder": name, "dim": DIM, "max_tokens": self.max_tokens}

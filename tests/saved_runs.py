@@ -25,7 +25,7 @@ def random_params(stage):
 def save_run(config, workdir):
     """Writes the config and a checkpoint of random EMA weights; returns the workdir."""
     stage = Stage(parse(config))
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, stage.config.checkpoint)
     state = {"ema": random_params(stage)}
     checkpoints.save(1, state, {"examples": 0}, stage.config.identity)
     checkpoints.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +21,6 @@ from data_pipelines.embeddings.shards import (
     write_shard,
 )
 from data_pipelines.embeddings.store import FORMS, Store
-from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -119,30 +116,6 @@ def assign(
     return [make_shard(number, items) for number, items in mine.items()]
 
 
-class _AboveBars(logging.Handler):
-    """Prints log records above open progress bars instead of through them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def logs_above_bars() -> Iterator[None]:
-    """Prints log records and warnings of all libraries above the progress bars."""
-    # cli.log has its own handler only under cli.run.
-    loggers = [log for log in (logging.getLogger(), cli.log) if log.parent is None or log.handlers]
-    handlers = [log.handlers for log in loggers]
-    for log in loggers:
-        log.handlers = [_AboveBars()]
-    logging.captureWarnings(True)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        for log, before in zip(loggers, handlers, strict=True):
-            log.handlers = before
-
-
 def encode(store: Store, shards: list[Shard], encoder) -> None:
     """Writes the shards that the store lacks, and prints the speed."""
     pending = [shard for shard in shards if not is_finished(store, shard)]
@@ -152,7 +125,7 @@ def encode(store: Store, shards: list[Shard], encoder) -> None:
     captions = tokens = positions = 0
     start, finished = time.perf_counter(), 0
     total = sum(len(shard.found) for shard in pending)
-    with logs_above_bars(), tqdm(total=total, unit=" captions", mininterval=0.5) as bar:
+    with tqdm(total=total, unit=" captions", mininterval=0.5) as bar:
 
         def progress(*counts: int) -> None:
             nonlocal captions, tokens, positions

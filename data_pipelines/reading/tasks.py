@@ -229,7 +229,7 @@ def _unpack_int8(stored: tf.Tensor, dim: int) -> tf.Tensor:
     return tf.cast(tf.cast(tokens[:, 4:], tf.float32) * scales[:, None], tf.bfloat16)
 
 
-# `unpack` of FORMS, in TensorFlow.
+# `unpack` of embeddings.store.FORMS, in TensorFlow.
 _UNPACK = {
     "bfloat16": lambda stored, dim: tf.reshape(tf.io.decode_raw(stored, tf.bfloat16), [-1, dim]),
     "int8": _unpack_int8,

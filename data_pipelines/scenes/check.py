@@ -54,12 +54,12 @@ def check_example(image: np.ndarray, example: dict[str, Any]) -> tuple[list[str]
     """Checks an image sampled for an example; has the signature that evaluation.alignment needs.
 
     Args:
-        image: uint8 [S, S, 3] with S >= 32.
-        example: a record with its category and scene (JSON).
+      image: uint8 [S, S, 3] with S >= 32.
+      example: a record with its category and scene (JSON).
 
     Returns:
-        The groups that the example counts in (its category, and "one object" if the scene has one
-        object and no word), and whether the image satisfies each claim.
+      The groups that the example counts in (its category, and "one object" if the scene has one
+      object and no word), and whether the image satisfies each claim.
     """
     scene = Scene.from_json(example["scene"])
     alone = len(scene.objects) == 1 and scene.word is None

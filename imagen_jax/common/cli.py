@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,14 +52,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
     --config.model.embed_dim=64 is short for --set=model.embed_dim=64, and -h for --help.
     """
-    argv = [a.replace("--config.", "--set=", 1) if a.startswith("--config.") else a for a in argv]
+    if "set" in flags.FLAGS:
+        argv = [re.sub("^--config[.]", "--set=", a) for a in argv]
     argv = ["--help" if a == "-h" else a for a in argv]
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as e:
         fail(_unknown_flag(e.flagname, e.flagvalue))
     except flags.Error as e:
-        fail(str(e).replace("\n", " "))
+        missing = re.search(r"Flag --(\w+) must have a value other than None", str(e))
+        fail(f"--{missing[1]} is needed (see --help)" if missing else str(e).replace("\n", " "))
     except SystemExit:  # absl exits with 1 after printing the help
         sys.exit(0)
     if len(rest) > 1:

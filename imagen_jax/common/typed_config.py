@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import re
 import types
 import typing
@@ -42,9 +43,11 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"--config is {file!r}: argument {argument!r}; allowed: none")
     try:
         values = (module.get_config(argument) if argument else module.get_config()).to_dict()
-    except (TypeError, ValueError) as e:
+    except ValueError as e:
         raise UserError(f"--config is {file!r}: {e}") from e
     for override in (*(f"mesh.topology={t}" for t in topology), *overrides):
         key, equals, text = override.partition("=")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,14 +28,15 @@ def write(workdir: Path, sheets: dict[str, Path], results: Sequence[Measured]) -
       sheets: files of the sample grids, by title.
       results: the metrics, in the order of display.
     """
-    lines = [json.loads(line) for line in (workdir / runs.METRICS).read_text().splitlines()]
+    lines = runs.read_metrics(workdir)
     train = [(m["step"], m["loss"]) for m in lines if "loss" in m]
     held_out = [(m["step"], m["eval_loss"]) for m in lines if "eval_loss" in m]
-    curve = workdir / runs.EVALUATION / "loss.png"
-    label = runs.read_config(workdir).loss_label
-    pictures.loss_curve([s for s, _ in train], [v for _, v in train], curve, held_out, label)
-    speed = [m["images_per_s"] for m in lines if "images_per_s" in m]
-    summary = f"Step {train[-1][0]:,}, loss {train[-1][1]:.4f}, {speed[-1]:.1f} images/s."
+    summary, curve = "The run has logged no loss.", workdir / runs.EVALUATION / "loss.png"
+    if train:
+        label = runs.read_config(workdir).loss_label
+        pictures.loss_curve([s for s, _ in train], [v for _, v in train], curve, held_out, label)
+        speed = [m["images_per_s"] for m in lines if "images_per_s" in m]
+        summary = f"Step {train[-1][0]:,}, loss {train[-1][1]:.4f}, {speed[-1]:.1f} images/s."
     parts = [
         html.element("p", summary),
         *(
@@ -46,7 +46,7 @@ def write(workdir: Path, sheets: dict[str, Path], results: Sequence[Measured]) -
             for measured in results
         ),
         *(html.element("h2", title) + html.image(path) for title, path in sheets.items()),
-        html.element("h2", "Loss") + html.image(curve),
+        *([html.element("h2", "Loss") + html.image(curve)] if train else []),
         html.element("h2", "Config"),
         html.element("pre", (workdir / runs.CONFIG).read_text()),
     ]

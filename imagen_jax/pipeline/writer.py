@@ -12,8 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from imagen_jax.common import cli, pictures
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import write_text
+from imagen_jax.common.files import make_folder, write_text
 from imagen_jax.pipeline.cascade import Cascade, Job
 from imagen_jax.pipeline.prompts import Request
 
@@ -33,10 +32,7 @@ def write_samples(
     Raises:
       UserError: the folder cannot be written, or a prompt is too long.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out={out} cannot be written: {e.strerror}") from e
+    make_folder(out, "out")
     records = _records(cascade, job)
     names = [f"{i:05d}.png" for i in range(len(records))]
     folders = [out / f"{s.size}" for s in cascade.stages[:-1]] if all_stages else []

@@ -150,16 +150,7 @@ def _input(plan: dict[str, Any]) -> Rows:
 
 def search_rows(plan: dict[str, Any]) -> list[list[str]]:
     """Returns header and rows of the search: the fastest first, settings that do not fit last."""
-    header = [
-        "remat",
-        "fsdp",
-        "tensor",
-        "microbatches",
-        "GiB per chip",
-        "s per step",
-        "MFU",
-        "note",
-    ]
+    mesh, cost = ["remat", "fsdp", "tensor", "microbatches"], ["GiB per chip", "s per step", "MFU"]
     rows = [
         [
             e["remat"],
@@ -173,7 +164,7 @@ def search_rows(plan: dict[str, Any]) -> list[list[str]]:
         ]
         for e in sorted(plan["search"], key=search.seconds)
     ]
-    return [header, *rows]
+    return [[*mesh, *cost, "note"], *rows]
 
 
 def text(plan: dict[str, Any]) -> str:

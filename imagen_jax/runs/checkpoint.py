@@ -25,13 +25,21 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, config: CheckpointConfig | None = None):
-        config = config or CheckpointConfig()
+        """Opens the checkpoints of a workdir.
+
+        Args:
+          config: the section `checkpoint`; None opens them for reading only, which changes nothing
+            on disk. Otherwise removes what an interrupted save has left.
+        """
+        writes, config = config is not None, config or CheckpointConfig()
         self.directory = epath.Path(workdir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.max_to_keep,
             keep_period=config.keep_every or None,
             step_prefix="step",
-            cleanup_tmp_directories=True,
+            create=writes,
+            # A reader must not remove the save in progress of a run that is training.
+            cleanup_tmp_directories=writes,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 

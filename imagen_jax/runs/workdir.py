@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -52,6 +52,13 @@ def check_run(workdir: epath.PathLike) -> None:
     """Raises UserError if the workdir has no run."""
     if not (epath.Path(workdir) / CONFIG).exists():
         raise UserError(f"--workdir={os.fspath(workdir)} holds no run: {CONFIG} is missing")
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """Reads METRICS; leaves out a last line that is cut off, and is empty without the file."""
+    path = epath.Path(workdir) / METRICS
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def only_run(folder: epath.PathLike = RUNS) -> epath.Path:

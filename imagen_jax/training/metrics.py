@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -15,13 +14,12 @@ import numpy as np
 from clu import metric_writers, parameter_overview
 from etils import epath
 
+from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
 from imagen_jax.devices import topologies
-from imagen_jax.runs.workdir import METRICS
+from imagen_jax.runs.workdir import METRICS, read_metrics
 from imagen_jax.training.step import bucket_names
-
-log = logging.getLogger("imagen_jax")
 
 
 def overview(params: Any) -> str:
@@ -56,9 +54,8 @@ class MetricLogger:
         """Drops lines after `step`, which a run wrote between its last checkpoint and its end."""
         if not self._main or not self._path.exists():
             return
-        lines = self._path.read_text().splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Adds the metrics of one step to the averages.

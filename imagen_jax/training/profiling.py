@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -11,9 +10,8 @@ from typing import Any
 
 import jax
 
+from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
-
-log = logging.getLogger("imagen_jax")
 
 
 def parse_steps(text: str, num_steps: int) -> range:

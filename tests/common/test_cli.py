@@ -56,6 +56,11 @@ def test_help_explains_and_exits_with_0_without_jax(module, flag):
         ("train", ["--config=configs/demo.py", "extra"], "unexpected argument 'extra'"),
         ("train", ["--config=configs/demo.py", "--num_processes=2"], "it needs --coordinator"),
         ("evaluate", ["--workdir=/nowhere"], "--workdir=/nowhere holds no run"),
+        ("evaluate", ["--config.seed=1"], "--config.seed is not a flag (see --help)"),
+        ("evaluate", ["--seed=-1"], "--seed=-1"),
+        ("pretrain_text", [], "--out is needed (see --help)"),
+        ("pretrain_text", ["--out=/dev/null/x"], "--out=/dev/null/x cannot be written"),
+        ("train", ["--config=configs/demo.py:x"], "demo.py:x': argument 'x'; allowed: none"),
         ("evaluate", ["--guidance=much"], "--guidance is 'much'; allowed: numbers from 0 up"),
     ],
 )

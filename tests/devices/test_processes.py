@@ -172,8 +172,10 @@ def test_a_gke_job_is_found_from_its_variables(monkeypatch):
         ({"coordinator": "here:1", "join_timeout": 0}, "--join_timeout is 0; allowed: 1 second"),
         ({"distributed": True}, "--distributed found no Cloud TPU VM, GKE, SLURM or MPI job;"),
         ({"workdir": "gs://bucket/run"}, "--workdir is 'gs://bucket/run'; it must be a path"),
+        ({"workdir": None, "distributed": True}, "--workdir=DIR is needed with several processes"),
+        ({"workdir": None, "coordinator": "here:1"}, "--workdir=DIR is needed with several"),
     ],
-    ids=["alone", "address", "id", "timeout", "nowhere", "bucket"],
+    ids=["alone", "address", "id", "timeout", "nowhere", "bucket", "default", "default of one"],
 )
 def test_bad_flags_are_named_in_the_error(changes, words, config_file, tmp_path, monkeypatch):
     flags = {

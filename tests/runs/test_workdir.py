@@ -37,3 +37,22 @@ def test_a_missing_run_is_an_error_and_creates_nothing(tmp_path):
         with pytest.raises(UserError, match=r"holds no run: config\.json is missing"):
             read(tmp_path / "none")
     assert not list(tmp_path.iterdir())
+
+
+def test_reading_checkpoints_changes_nothing_on_disk(tmp_path):
+    """A run that is training may be saving: Orbax writes to a temporary folder, then renames it."""
+    run = add_run(tmp_path, "demo")
+    with pytest.raises(UserError, match=f"no checkpoint in {run}"):
+        workdir.newest_step(run)
+    assert [path.name for path in run.iterdir()] == [workdir.CONFIG]
+    saving = run / workdir.CHECKPOINTS / "step_5.orbax-checkpoint-tmp"
+    saving.mkdir(parents=True)
+    with pytest.raises(UserError, match=f"no checkpoint in {run}"):
+        workdir.newest_step(run)
+    assert saving.exists()
+
+
+def test_a_metrics_line_that_is_cut_off_is_left_out(tmp_path):
+    assert workdir.read_metrics(tmp_path) == []
+    (tmp_path / workdir.METRICS).write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert [line["step"] for line in workdir.read_metrics(tmp_path)] == [1, 2]

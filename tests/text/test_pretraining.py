@@ -146,7 +146,7 @@ def test_the_command_refuses_a_file_as_its_folder(tmp_path):
     (tmp_path / "file").write_text("")
     done = pretrain(f"--out={tmp_path}/file")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: --out={tmp_path}/file is a file")
+    assert done.stderr.splitlines()[-1].startswith(f"error: --out={tmp_path}/file cannot be")
 
 
 def test_help_does_not_import_jax():

@@ -103,7 +103,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(config, one_device, tmp_pat
     _, state, experiment = one_device
     state = jax.tree.map(lambda x: x, state)  # copies the dicts
     del state.params["head"], state.ema["head"]
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
     checkpoints.save(3, state, {"examples": 0}, config.identity)
     checkpoints.wait()
     with pytest.raises(UserError, match=r"by another version of this network: it has no ema\.head"):
@@ -117,7 +117,7 @@ def test_a_checkpoint_restores_on_another_mesh_but_not_into_another_model(
     config, one_device, tmp_path
 ):
     _, state, _ = one_device
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
     checkpoints.save(3, state, {"examples": 24}, config.identity)
     checkpoints.wait()
 
