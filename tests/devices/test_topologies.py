@@ -136,7 +136,9 @@ def test_devices_know_their_slice():
 
 def test_libtpu_is_silent_without_a_tpu():
     pytest.importorskip("libtpu")
-    code = "import jax; from imagen_jax.common import cli; cli.run(lambda argv: print(jax.devices()))"
+    code = (
+        "import jax; from imagen_jax.common import cli; cli.run(lambda argv: print(jax.devices()))"
+    )
     env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT
