@@ -202,15 +202,15 @@ def test_the_only_run_is_the_default(cascade_runs, command, tmp_path, monkeypatc
     monkeypatch.setattr(logging.getLogger("imagen_jax"), "propagate", True)
     caplog.set_level(logging.INFO, "imagen_jax")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^--workdir=DIR is needed, and runs/ holds no run; pyth"):
+    with pytest.raises(UserError, match=r"^--workdir is not set, and runs/ has no run; train one"):
         command("--prompts=a")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(cascade_runs[0])
     (tmp_path / "runs" / "notes").mkdir()
     assert (command("--prompts=a", "--num=1") / "00000.png").exists()
-    assert "--workdir=runs/demo, the only run in runs/" in caplog.messages
+    assert "workdir: runs/demo, the only run (--workdir chooses another)" in caplog.messages
     (tmp_path / "runs" / "sr").symlink_to(cascade_runs[1])
-    with pytest.raises(UserError, match=r"is needed; runs/ holds runs/demo, runs/sr$"):
+    with pytest.raises(UserError, match=r"several runs; choose one of: runs/demo, runs/sr$"):
         command("--prompts=a")
 
 

@@ -43,12 +43,12 @@ def test_reading_checkpoints_changes_nothing_on_disk(tmp_path):
     """A run that is training may be saving: Orbax writes to a temporary folder, then renames it."""
     run = add_run(tmp_path, "demo")
     with pytest.raises(UserError, match=f"no checkpoint in {run}"):
-        workdir.newest_step(run)
+        checkpoint.newest_step(run)
     assert [path.name for path in run.iterdir()] == [workdir.CONFIG]
     saving = run / workdir.CHECKPOINTS / "step_5.orbax-checkpoint-tmp"
     saving.mkdir(parents=True)
     with pytest.raises(UserError, match=f"no checkpoint in {run}"):
-        workdir.newest_step(run)
+        checkpoint.newest_step(run)
     assert saving.exists()
 
 

@@ -114,7 +114,7 @@ def read(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"text__dim": (8, 4, 2)}, "config.text.dim is (8, 4, 2); allowed: 2 number(s), one for"),
+        ({"text__dim": (8, 4, 2)}, "config.text.dim is (8, 4, 2); allowed: 2 number(s), one per"),
         ({"text__dim": 8}, "config.text.dim is 8; allowed: 2 number(s)"),
         ({"text__max_tokens": [6]}, "config.text.max_tokens is (6,); allowed: 2 number(s)"),
         ({"text__encoder": "byte-tiny"}, "config.text.dim is (8, 4); allowed: 1 number(s)"),
