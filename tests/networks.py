@@ -1,7 +1,7 @@
 """Helpers for the tests of both U-Nets: states and inputs derived from a config."""
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -58,3 +58,20 @@ def inputs(config, scale=1):
 def with_text(cond, token):
     """Returns the conditioning with one token embedding of the first example changed."""
     return {**cond, "text": cond["text"].at[0, token].add(3.0)}
+
+
+@lru_cache
+def compiled(config):
+    """Compiles (state, z, log_snr, cond) -> output, gradient of its mean square by the state."""
+    graphdef, _ = abstract(config)
+
+    def loss(state, *args):
+        out = nnx.merge(graphdef, state)(*args)
+        return jnp.square(out).mean(), out
+
+    @jit
+    def run(*args):
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(*args)
+        return out, grads
+
+    return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import load_config
 from flax import nnx
-from networks import abstract, count, inputs, jit, make, random_state, with_text
+from networks import abstract, compiled, count, inputs, jit, make, random_state, with_text
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.typed_config import typed
@@ -39,23 +38,6 @@ VARIANTS = [
 
 def tiny(**changes) -> EfficientUNetConfig:
     return dataclasses.replace(TINY, **changes)
-
-
-@lru_cache
-def compiled(config: EfficientUNetConfig):
-    """Compiles (state, z, log_snr, cond) -> output, gradient of its mean square by the state."""
-    graphdef, _ = abstract(config)
-
-    def loss(state, *args):
-        out = nnx.merge(graphdef, state)(*args)
-        return jnp.square(out).mean(), out
-
-    @jit
-    def run(*args):
-        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(*args)
-        return out, grads
-
-    return run
 
 
 def assert_trees_close(tree, expected, tolerance):

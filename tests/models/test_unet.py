@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import optax
 import pytest
 from conftest import load_config
 from flax import nnx
-from networks import BATCH, abstract, count, inputs, jit, make, random_state, with_text
+from networks import BATCH, abstract, compiled, count, inputs, jit, make, random_state, with_text
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
@@ -48,23 +47,6 @@ VARIANTS = [
 
 def tiny(**changes) -> UNetConfig:
     return dataclasses.replace(TINY, **changes)
-
-
-@lru_cache
-def compiled(config: UNetConfig):
-    """Compiles (state, z, log_snr, cond) -> output, gradient of its mean square by the state."""
-    graphdef, _ = abstract(config)
-
-    def loss(state, *args):
-        out = nnx.merge(graphdef, state)(*args)
-        return jnp.square(out).mean(), out
-
-    @jit
-    def run(*args):
-        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(*args)
-        return out, grads
-
-    return run
 
 
 def forward(config: UNetConfig, state, z, log_snr, cond):
