@@ -20,6 +20,7 @@ from absl import flags
 
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
+from imagen_jax.diffusion.conditioning import stack_text
 from imagen_jax.stage import batch_size, load
 
 FLAGS = flags.FLAGS
@@ -65,7 +66,7 @@ def _sampler(stage, params, seeds, cond) -> Callable[..., np.ndarray]:
 def _prompts(config) -> dict[str, np.ndarray]:
     """Returns the text embeddings of the first held-out captions."""
     with cli.quiet_imports():
-        from data_pipelines.reading.reader import Reader, stack_text
+        from data_pipelines.reading.reader import Reader
 
     return stack_text(Reader(config).examples(config.data.sample_split, FLAGS.num))
 

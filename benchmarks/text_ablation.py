@@ -31,6 +31,7 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
 from imagen_jax.common.intervals import wilson
 from imagen_jax.config import Config, parse
+from imagen_jax.diffusion.conditioning import stack_text
 from imagen_jax.evaluation.alignment import alignment
 from imagen_jax.stage import load
 from imagen_jax.training import experiment
@@ -169,7 +170,7 @@ def measure(config: Config, workdir: Path) -> dict[str, Any]:
     The alignment of a category is its number of images, the number that match every claim, and the
     share of correct claims. The category "all" covers all images.
     """
-    from data_pipelines.reading.reader import Reader, stack_text
+    from data_pipelines.reading.reader import Reader
     from data_pipelines.scenes.check import check_example
 
     reader = Reader(config)

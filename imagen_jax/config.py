@@ -236,17 +236,16 @@ class Config:
         name, text = values.pop("name"), self.text
         require(name in NETWORKS, "model.name", name, ", ".join(NETWORKS))
         parts = [(part.max_tokens, part.dim) for part in text.parts]
-        head = "norm" if self.diffusion.prediction == "eps" else "plain"
-        return typed(
-            NETWORKS[name].config,
-            values,
-            "model.",
-            text_dim=text.width,
-            text_parts=tuple(parts) if len(parts) > 1 else (),
-            pooling=text.pooling,
-            sequence=text.sequence,
-            **({"head": head} if name == "unet" else {}),
-        )
+        derived = {
+            "text_dim": text.width,
+            "text_parts": tuple(parts) if len(parts) > 1 else (),
+            "pooling": text.pooling,
+            "sequence": text.sequence,
+            "head": "norm" if self.diffusion.prediction == "eps" else "plain",
+        }
+        network = NETWORKS[name].config
+        fields = {field.name for field in dataclasses.fields(network)}
+        return typed(network, values, "model.", **{k: v for k, v in derived.items() if k in fields})
 
     @functools.cached_property
     def full_size(self) -> int:

@@ -27,7 +27,6 @@ from imagen_jax.common.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from imagen_jax.config import Config
     from imagen_jax.evaluation.metric import Metric
     from imagen_jax.evaluation.report import Measured
 
@@ -66,8 +65,6 @@ def main(argv: Sequence[str]) -> None:
 
     workdir = FLAGS.workdir or runs.only_run()
     runs.check_run(workdir)
-    if not FLAGS.workdir:
-        cli.log.info("workdir: %s, the only run (--workdir chooses another)", workdir)
 
     from imagen_jax.devices import compilation
 
@@ -102,7 +99,9 @@ def evaluate(
     import numpy as np
     from tqdm import tqdm
 
+    from data_pipelines.reading.check import check_dataset
     from imagen_jax.common.files import make_folder
+    from imagen_jax.diffusion.conditioning import stack_text
     from imagen_jax.evaluation.report import TRUE, Measured
     from imagen_jax.runs import workdir as runs
     from imagen_jax.stage import load
@@ -114,9 +113,9 @@ def evaluate(
             "program checks them"
         )
     make_folder(workdir / runs.EVALUATION, "workdir")
-    check_data(config)
+    check_dataset(config)
     with cli.quiet_imports():
-        from data_pipelines.reading.reader import Reader, stack_text
+        from data_pipelines.reading.reader import Reader
 
     prompts = Reader(config).examples(split, num)
     stage, params = load(workdir, step)
@@ -142,14 +141,6 @@ def metrics() -> dict[str, Metric]:
     from imagen_jax.evaluation import alignment
 
     return {"alignment": alignment.metric(check_example)}
-
-
-def check_data(config: Config) -> None:
-    """Raises UserError, with the command that draws them, if the scenes are missing."""
-    from data_pipelines.reading.check import check_prepared
-
-    # With data.build, training draws missing scenes; evaluation does not.
-    check_prepared(dataclasses.replace(config, data=dataclasses.replace(config.data, build=False)))
 
 
 def write(

@@ -98,17 +98,17 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, samples the prompts and writes the images."""
     del argv
-    # Imported here so that --help answers at once.
+    # Imported here so that --help and bad input answer at once.
+    from imagen_jax.runs import workdir as runs
+
+    workdirs = FLAGS.workdir or [runs.only_run()]
+    check_folder(Path(FLAGS.out), "out")
+
     from imagen_jax.devices import compilation
     from imagen_jax.pipeline import cascade, prompts, writer
     from imagen_jax.pipeline.settings import SettingError, Settings
-    from imagen_jax.runs import workdir as runs
 
     compilation.use_cache(FLAGS.compilation_cache)
-    workdirs = FLAGS.workdir or [runs.only_run()]
-    if not FLAGS.workdir:
-        cli.log.info("workdir: %s, the only run (--workdir chooses another)", workdirs[0])
-    check_folder(Path(FLAGS.out), "out")
     texts = prompts.read_prompts(FLAGS.prompts, FLAGS.prompts_file)
     values = {field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     if FLAGS.sr_prompts:

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,10 +118,6 @@ class Stage:
     def put(self, local: dict[str, np.ndarray]) -> Batch:
         """Assembles the global batch on the mesh from each host's rows."""
         return sharding.put_batch(self.mesh, local)
-
-    def put_replicated(self, tree: Any) -> Any:
-        """Copies host arrays to every device."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
 
     def loss(
         self,

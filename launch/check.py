@@ -140,10 +140,8 @@ def parse_train_args(train_args: Sequence[str]) -> flags.FlagValues:
         flags.DEFINE_integer(name, 1, "", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("distributed", True, "", flag_values=values)
     flags.DEFINE_multi_string("set", [], "", flag_values=values)
-    # As in imagen_jax.common.cli: --config.KEY=VALUE is short for --set=KEY=VALUE.
-    words = [re.sub(r"^--config\.", "--set=", word) for word in train_args]
     try:
-        rest = values(["imagen_jax.train", *words])
+        rest = values(["imagen_jax.train", *cli.expand_config_flags(train_args)])
     except flags.Error as e:
         raise UserError(f"after --: {' '.join(str(e).split())}") from e
     if rest[1:]:

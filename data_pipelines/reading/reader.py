@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -168,11 +168,6 @@ class Reader:
         for rows in guarded(config, iter(dataset.prefetch(tf.data.AUTOTUNE))):
             captions = [_split(rows[key]) for key in keys]
             yield {"image": rows["image"].numpy(), **pad_text(config.text.parts, *captions)}
-
-
-def stack_text(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Stacks the text [N, T, D] and text_mask [N, T] of rows from `examples`."""
-    return {k: np.stack([row[k] for row in rows]) for k in ("text", "text_mask")}
 
 
 def _bytes(values: tf.Tensor | tf.RaggedTensor) -> int:

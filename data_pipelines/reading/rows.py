@@ -18,19 +18,9 @@ tf.config.set_visible_devices([], "GPU")
 TOO_SMALL = "an image is smaller than config.model.image_size (or config.data.image_size, if set)"
 
 
-def open_task(config: Config) -> seqio.Task:
-    """Returns the SeqIO task of `data.task`, after checking that its dataset fits the config.
-
-    Raises:
-      UserError: see check.check_dataset.
-    """
-    check.check_dataset(config)
-    return seqio.get_mixture_or_task(config.data.task)
-
-
 def source_of(config: Config, split: str, start: int = 0, block: int = 1) -> tasks.RecordsSource:
     """Returns the source of the config's records, after checking that the split exists."""
-    source = open_task(config).source
+    source = seqio.get_mixture_or_task(config.data.task).source
     info = prepared.dataset_info(config.data.dir, source.name)
     check.check_split(config.data.task, info.num_examples, split)
     return source.at(

@@ -47,13 +47,18 @@ def define_cache_flag() -> None:
     )
 
 
+def expand_config_flags(argv: Sequence[str]) -> list[str]:
+    """Writes each --config.KEY=VALUE as --set=KEY=VALUE, which absl can parse."""
+    return [re.sub("^--config[.]", "--set=", word) for word in argv]
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; rejects positional arguments, which absl would ignore.
 
     --config.model.embed_dim=64 is short for --set=model.embed_dim=64, and -h for --help.
     """
     if "set" in flags.FLAGS:
-        argv = [re.sub("^--config[.]", "--set=", a) for a in argv]
+        argv = expand_config_flags(argv)
     argv = ["--help" if a == "-h" else a for a in argv]
     try:
         rest = flags.FLAGS(argv)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import time
@@ -13,9 +12,8 @@ from pathlib import Path
 
 import jax
 
+from imagen_jax.common.cli import log
 from imagen_jax.common.files import probe_folder
-
-log = logging.getLogger("imagen_jax")
 
 DEFAULT = "~/.cache/imagen_jax/xla"
 # JAX records this event, with the seconds it took, for each program it reads from the cache.

@@ -125,3 +125,8 @@ def pad_text(parts: Sequence[TextPart], *captions: Sequence[np.ndarray]) -> dict
             mask[i, place][: len(embedding)] = True
         start = place.stop
     return {"text": text, "text_mask": mask}
+
+
+def stack_text(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Stacks the text [N, T, D] and text_mask [N, T] of examples."""
+    return {k: np.stack([row[k] for row in examples]) for k in ("text", "text_mask")}

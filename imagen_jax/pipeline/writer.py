@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from imagen_jax.common import cli, pictures
-from imagen_jax.common.files import make_folder, write_text
+from imagen_jax.common.files import make_folder, write_json
 from imagen_jax.pipeline.cascade import Cascade, Job
 from imagen_jax.pipeline.prompts import Request
 
@@ -49,7 +49,7 @@ def write_samples(
             for i, image in zip(rows, images, strict=True):
                 _write(image, folder / names[i], job.requests[i], records[i])
     listed = [{"file": n, **json.loads(r)} for n, r in zip(names, records, strict=True)]
-    write_text(out / "samples.json", json.dumps(listed, indent=1) + "\n")
+    write_json(out / "samples.json", listed)
     shown = names[: pictures.MOST_ON_A_SHEET]
     sheet = np.stack([_side_by_side([folder / name for folder in folders]) for name in shown])
     captions = [r.prompt for r in job.requests[: len(shown)]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 
+from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import Config
 from imagen_jax.devices import sharding, topologies
@@ -22,8 +22,6 @@ from imagen_jax.devices.topologies import Topology
 from imagen_jax.planning import compiling, search
 from imagen_jax.planning.figures import Run, figures
 from imagen_jax.training.experiment import Experiment, build
-
-log = logging.getLogger("imagen_jax")
 
 # Suggest sharding the state over more chips only if it takes more than this share of the memory.
 WORTH_SPLITTING = 0.05

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
 
@@ -62,13 +63,14 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def only_run(folder: epath.PathLike = RUNS) -> epath.Path:
-    """Returns the workdir of the only run in `folder`, the default of commands that read a run.
+    """Returns and logs the only run in `folder`, the default workdir of commands that read a run.
 
     Raises:
       UserError: there are several runs, or none.
     """
     found = sorted(path.parent for path in epath.Path(folder).glob(f"*/{CONFIG}"))
     if len(found) == 1:
+        log.info("workdir: %s, the only run (--workdir chooses another)", found[0])
         return found[0]
     if not found:
         raise UserError(

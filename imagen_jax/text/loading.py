@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import resource
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from tqdm import tqdm
 
+from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import sha256
 from imagen_jax.formats.tensors import StoredTensor
@@ -23,8 +23,6 @@ from imagen_jax.formats.tensors import StoredTensor
 # Suffixes of an encoder's name. RANDOM: the architecture with random weights. BFLOAT16: weights
 # rounded to bfloat16, which halves their memory.
 RANDOM, BFLOAT16 = VARIANTS = ("-random", "-bfloat16")
-
-log = logging.getLogger("imagen_jax")
 
 # Path of a weight in a module: ("blocks", 3, "attention", "query", "kernel").
 Key = tuple[str | int, ...]

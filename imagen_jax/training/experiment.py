@@ -46,7 +46,9 @@ class Experiment:
         self.stage = Stage(config, self.mesh)
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
 
-        shapes = jax.eval_shape(self._init)
+        # From the stage's shapes: tracing the initialization of a large network takes seconds.
+        new_state = functools.partial(init_state, optimizer=self.optimizer)
+        shapes = jax.eval_shape(new_state, self.stage.abstract_params)
         shardings = sharding.weight_shardings(self.mesh, shapes)
         self.abstract_state: TrainState = sharding.with_shardings(shapes, shardings)
         available = (topology and topology.chip.hbm_bytes) or memory.device_memory()
@@ -66,7 +68,9 @@ class Experiment:
         # random number generators than to run them.
         quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self.init: Callable[[], TrainState] = jax.jit(
-            self._init, out_shardings=shardings, compiler_options=quick
+            lambda: new_state(self.stage.init_params()),
+            out_shardings=shardings,
+            compiler_options=quick,
         )
         self.compiler_options = OPTIONS.get(devices[0].platform, {})
         self.step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]] = jax.jit(
@@ -110,9 +114,6 @@ class Experiment:
             batch_size=self.config.batch_size,
             available=available,
         )
-
-    def _init(self) -> TrainState:
-        return init_state(self.stage.init_params(), self.optimizer)
 
 
 def _checked_topology(config: Config, devices: list[jax.Device]) -> topologies.Topology | None:

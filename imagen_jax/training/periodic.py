@@ -11,7 +11,7 @@ import numpy as np
 
 from imagen_jax.common import pictures
 from imagen_jax.common.cli import log
-from imagen_jax.diffusion.conditioning import shrink_pixels
+from imagen_jax.diffusion.conditioning import shrink_pixels, stack_text
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.workdir import SAMPLES
 from imagen_jax.stage import batch_size
@@ -99,7 +99,7 @@ class Actions:
         For super-resolution, each cell shows the input, the sample and the true image.
         """
         seeds = np.arange(len(self._prompts), dtype=np.uint32)
-        cond = {k: np.stack([p[k] for p in self._prompts]) for k in ("text", "text_mask")}
+        cond = stack_text(self._prompts)
         if size := self._config.unet.low_res:
             true = np.stack([p["image"] for p in self._prompts])
             cond["low_res"] = shrink_pixels(true, size)
