@@ -25,7 +25,7 @@ setup(
         "matplotlib>=3.9",
         "ml-collections>=1.1",
         "numpy>=2.1",
-        "optax>=0.2.6",
+        "optax>=0.2.7",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
         "pyarrow>=18",

@@ -10,17 +10,25 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from imagen_jax.pipeline.cascade import Cascade
 
 __version__ = "0.1.0"
 
 
-def load(*workdirs: str | os.PathLike, step: int | None = None) -> Cascade:
+def load(
+    *workdirs: str | os.PathLike,
+    step: int | None = None,
+    ema: float | Sequence[float] | None = None,
+) -> Cascade:
     """Loads trained runs as a pipeline from prompts to images; see docs/api.md.
 
     Args:
       workdirs: a run, or the runs of a cascade in order.
       step: checkpoint step to load (default: the newest of each run).
+      ema: width of the weights' average to rebuild from each run's snapshots, or one width per run
+        (default: the EMA that training keeps).
 
     Raises:
       UserError: a workdir holds no run or no such checkpoint, or the runs do not form a cascade.
@@ -28,4 +36,4 @@ def load(*workdirs: str | os.PathLike, step: int | None = None) -> Cascade:
     # Here, because JAX takes seconds to import.
     from imagen_jax.pipeline import cascade
 
-    return cascade.load(*workdirs, step=step)
+    return cascade.load(*workdirs, step=step, ema=ema)

@@ -16,8 +16,9 @@ from imagen_jax.common.typed_config import require, typed
 from imagen_jax.devices import sharding
 from imagen_jax.diffusion import process
 from imagen_jax.diffusion.conditioning import TextPart
-from imagen_jax.diffusion.loss import WEIGHTINGS
+from imagen_jax.diffusion.loss import TimeSampling, check_weighting
 from imagen_jax.diffusion.sampler import SamplerConfig
+from imagen_jax.ema import EmaConfig
 from imagen_jax.models.denoiser import POOLING, SEQUENCE, NetworkConfig
 from imagen_jax.models.networks import NETWORKS
 
@@ -91,25 +92,39 @@ class DiffusionConfig:
     Attributes:
       schedule: a key of process.SCHEDULES.
       log_snr_min, log_snr_max: bounds of the schedule's log-SNR, at t = 1 and t = 0.
+      schedule_shift: added to the schedule's log-SNR; 2 log(64 / d) for images of side d makes them
+        look as noisy as images of side 64 do. See process.Schedule; 0 in the paper.
       prediction: a key of process.PREDICTIONS.
       weighting: a key of loss.WEIGHTINGS.
+      weighting_bias: log-SNR at which the weightings "sigmoid" and "sqrt_v" turn.
+      time_sampling: how training draws noise levels, a key of loss.TIME_SAMPLING. The held-out loss
+        always draws t uniformly, so that it compares between runs.
+      time_mean, time_std: mean and standard deviation of logit(t) for "logit_normal", and of the
+        log-SNR for "log_snr_normal". All log-SNRs stay within the bounds.
       caption_dropout: probability of training on the null prompt, which guidance needs; 0.1 in the
         paper.
-      low_discrepancy: spread the times of a batch evenly over [0, 1]; each stays uniform.
+      low_discrepancy: spread the times of a batch evenly over [0, 1], or over the quantiles of
+        time_sampling; the distribution of each stays the same.
     """
 
     schedule: str = "cosine"
     log_snr_min: float = process.LOG_SNR_MIN
     log_snr_max: float = process.LOG_SNR_MAX
+    schedule_shift: float = 0.0
     prediction: str = "eps"
     weighting: str = "eps"
+    weighting_bias: float = 0.0
+    time_sampling: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
     caption_dropout: float = 0.1
     low_discrepancy: bool = False
 
     def __post_init__(self):
-        process.Schedule(self.schedule, self.log_snr_min, self.log_snr_max)
-        for key, table in (("prediction", process.PREDICTIONS), ("weighting", WEIGHTINGS)):
-            process.lookup(table, f"diffusion.{key}", getattr(self, key))
+        process.Schedule(self.schedule, self.log_snr_min, self.log_snr_max, self.schedule_shift)
+        process.lookup(process.PREDICTIONS, "diffusion.prediction", self.prediction)
+        check_weighting(self.weighting, self.weighting_bias)
+        TimeSampling(self.time_sampling, self.time_mean, self.time_std)
         p = self.caption_dropout
         require(0 <= p <= 1, "diffusion.caption_dropout", p, "0 to 1")
 
@@ -173,7 +188,7 @@ class Config:
       seed: seed of the weights, the order of the data and all noise.
       num_steps: steps of the whole run.
       batch_size: examples per step, over all devices.
-      data, text, diffusion, optimizer, sampling, mesh, checkpoint: the sections.
+      data, text, diffusion, optimizer, sampling, mesh, checkpoint, ema: the sections.
       model: the network's keys, untyped; see `unet`.
       microbatches: number of equal microbatches in a batch; their gradients are averaged. 0 chooses
         the fewest that device_batch and a device's memory allow.
@@ -185,7 +200,8 @@ class Config:
         checkpoints; 0 turns them off (the last step still saves a checkpoint).
       eval_batches: batches per held-out loss.
       num_samples: images per sample grid.
-      ema_decay: decay of the EMA of the weights, which evaluation and sampling use.
+      ema_decay: decay of the EMA of the weights, which evaluation and sampling use; `ema` keeps
+        averages of other widths too.
     """
 
     seed: int
@@ -208,6 +224,7 @@ class Config:
     sampling: SamplerConfig = SamplerConfig()
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    ema: EmaConfig = EmaConfig()
 
     def __post_init__(self):
         for key in ("num_steps", "batch_size", "log_every", "num_samples"):
@@ -293,6 +310,10 @@ class Config:
             identity["diffusion.log_snr_min"] = d.log_snr_min
         if d.log_snr_max != process.LOG_SNR_MAX:
             identity["diffusion.log_snr_max"] = d.log_snr_max
+        if d.schedule_shift:
+            identity["diffusion.schedule_shift"] = d.schedule_shift
+        if self.ema.widths:
+            identity["ema.widths"] = self.ema.widths
         return identity
 
 

@@ -7,14 +7,13 @@ hold. The workdir receives
 
     report.html                               the evaluation on one page
     evaluation/<metric>.json                  the figures of each metric, such as alignment
-    evaluation/samples_guidance_<weight>.png  a grid of samples per guidance weight
+    evaluation/samples_guidance_<weight>.png  a grid of samples per guidance weight (and EMA width)
     evaluation/loss.png                       the loss curve
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +41,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
     flags.DEFINE_list("guidance", ["1", "3", "5"], "Guidance weights; 1 means no guidance.")
+    flags.DEFINE_list(
+        "ema",
+        None,
+        "Widths (sigma_rel) of the weights' average to rebuild from the run's snapshots and to "
+        "evaluate, such as 0.02,0.05,0.1 (default: the EMA that training keeps).",
+    )
     flags.DEFINE_integer("num", 128, "Number of captions to sample.", lower_bound=1)
     flags.DEFINE_string("split", "heldout", "Split that the captions come from.")
     flags.DEFINE_integer(
@@ -57,7 +62,8 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Checks the flags and the workdir, then evaluates."""
     del argv
-    weights = parse_guidance(FLAGS.guidance)
+    weights = cli.parse_numbers("guidance", FLAGS.guidance)
+    widths = cli.parse_numbers("ema", FLAGS.ema) if FLAGS.ema else [None]
 
     # Later imports are in the functions that use them, so that bad input is reported before JAX and
     # TensorFlow are imported.
@@ -69,22 +75,8 @@ def main(argv: Sequence[str]) -> None:
     from imagen_jax.devices import compilation
 
     compilation.use_cache(FLAGS.compilation_cache)
-    evaluate(Path(workdir).absolute(), weights, FLAGS.split, FLAGS.num, FLAGS.seed, FLAGS.step)
-
-
-def parse_guidance(words: Sequence[str]) -> list[float]:
-    """Parses the values of --guidance.
-
-    Raises:
-      UserError: there are none, or one is not a finite number from 0 up.
-    """
-    try:
-        weights = [float(word) for word in words]
-    except ValueError:
-        weights = []
-    if not weights or any(w < 0 or not math.isfinite(w) for w in weights):
-        raise UserError(f"--guidance is {','.join(words)!r}; allowed: numbers from 0 up")
-    return weights
+    workdir = Path(workdir).absolute()
+    evaluate(workdir, weights, FLAGS.split, FLAGS.num, FLAGS.seed, FLAGS.step, widths)
 
 
 def evaluate(
@@ -94,8 +86,14 @@ def evaluate(
     num: int,
     seed: int = 0,
     step: int | None = None,
+    widths: Sequence[float | None] = (None,),
 ) -> None:
-    """Samples `num` captions of a split at each guidance weight, checks the images, and reports."""
+    """Samples `num` captions of a split at each guidance weight, checks the images, and reports.
+
+    Args:
+      widths: widths of post-hoc EMA, each sampled at each guidance weight; None is the EMA that
+        training keeps.
+    """
     import numpy as np
     from tqdm import tqdm
 
@@ -104,6 +102,7 @@ def evaluate(
     from imagen_jax.diffusion.conditioning import stack_text
     from imagen_jax.evaluation.report import TRUE, Measured
     from imagen_jax.runs import workdir as runs
+    from imagen_jax.runs.posthoc import rebuild_ema
     from imagen_jax.stage import load
 
     config = runs.read_config(workdir)
@@ -118,15 +117,20 @@ def evaluate(
         from data_pipelines.reading.reader import Reader
 
     prompts = Reader(config).examples(split, num)
-    stage, params = load(workdir, step)
+    stage, params = load(workdir, step, widths[0])
     cond = stack_text(prompts)
     seeds = np.arange(len(prompts), dtype=np.uint32) + np.uint32(seed)
     samples = {}
-    with tqdm(total=len(prompts) * len(weights), desc="sampling", unit="image") as bar:
-        for weight in weights:
-            sampler = dataclasses.replace(config.sampling, guidance_weight=weight)
-            samples[weight] = stage.sample(params, seeds, cond, sampler, progress=bar.update)
-    columns = {str(weight): images for weight, images in samples.items()}
+    total = len(prompts) * len(weights) * len(widths)
+    with tqdm(total=total, desc="sampling", unit="image") as bar:
+        for i, width in enumerate(widths):
+            if i > 0:
+                params = rebuild_ema(workdir, config, stage.abstract_params, width, step)
+            for weight in weights:
+                name = str(weight) if width is None else f"{weight}, EMA {width:g}"
+                sampler = dataclasses.replace(config.sampling, guidance_weight=weight)
+                samples[name] = stage.sample(params, seeds, cond, sampler, progress=bar.update)
+    columns = dict(samples)
     columns[TRUE] = [p["image"] for p in prompts]
     results = {
         name: Measured(metric, {c: metric.measure(i, prompts) for c, i in columns.items()})
@@ -146,7 +150,7 @@ def metrics() -> dict[str, Metric]:
 def write(
     workdir: Path,
     split: str,
-    samples: Mapping[float, np.ndarray],
+    samples: Mapping[str, np.ndarray],
     captions: Sequence[str],
     results: Mapping[str, Measured],
 ) -> None:
@@ -160,8 +164,10 @@ def write(
     for name, measured in results.items():
         write_json(folder / f"{name}.json", {"split": split, "guidance": measured.tables})
     sheets = {}
-    for weight, images in samples.items():
-        path = sheets[f"guidance {weight:g}"] = folder / f"samples_guidance_{weight:g}.png"
+    for column, images in samples.items():
+        title = report.title(column)
+        path = folder / f"samples_{title.replace(', ', '_').replace(' ', '_')}.png"
+        sheets[title] = path
         pictures.save(pictures.grid(images[:SHOWN], captions[:SHOWN], columns=8), path)
     page = report.write(workdir, sheets, list(results.values()))
     for measured in results.values():

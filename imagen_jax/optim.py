@@ -26,19 +26,23 @@ class OptimizerConfig:
     Attributes:
       name: a key of OPTIMIZERS. The paper uses Adafactor with optax's defaults for the base model
         (appendix F.1) and Adam for super-resolution (appendices F.2 and F.3).
-      learning_rate: peak rate; for Adafactor, relative to the RMS of each weight.
+      learning_rate: peak rate; for Adafactor, relative to the RMS of each weight. For Muon, that of
+        the matrices: each update has singular values of about the rate, 0.02 by its author.
+      adam_learning_rate: Muon only: peak rate of Adam, which updates the other weights; None is
+        learning_rate.
       warmup_steps: steps of linear warm-up from 0.
       schedule: "cosine" decays to 0 at the last step (the paper prints end_value=2500000, which is
         the number of steps: a misprint); "constant" stays at the peak.
       weight_decay: decoupled: each step subtracts learning rate x weight_decay x weight. It means
-        the same for adafactor, adamw and lion; adam allows only 0.
-      b1, b2: decay rates of the moments; Adafactor has its own.
-      eps: added to the denominator; Adam and AdamW only.
+        the same for all but adam, which allows only 0.
+      b1, b2: decay rates of the moments; Adafactor has its own, and so do Muon's matrices.
+      eps: added to the denominator; Adam, AdamW and Muon only.
       grad_clip: largest global norm of the gradients; 0 turns clipping off.
     """
 
     name: str = "adafactor"
     learning_rate: float = 1e-4
+    adam_learning_rate: float | None = None
     warmup_steps: int = 10_000
     schedule: str = "cosine"
     weight_decay: float = 0.0
@@ -53,6 +57,12 @@ class OptimizerConfig:
         require(self.schedule in LR_SCHEDULES, "optimizer.schedule", self.schedule, allowed)
         for key in ("learning_rate", "warmup_steps", "weight_decay", "grad_clip"):
             require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "0 or more")
+        if self.name == "muon":
+            allowed = "above 0 for muon"
+            require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, allowed)
+        rate = self.adam_learning_rate
+        ok = rate is None or (self.name == "muon" and rate >= 0)
+        require(ok, "optimizer.adam_learning_rate", rate, "0 or more with name=muon, else None")
         allowed = "0 for adam; for weight decay set config.optimizer.name=adamw"
         decays = self.name != "adam" or self.weight_decay == 0
         require(decays, "optimizer.weight_decay", self.weight_decay, allowed)
@@ -71,6 +81,86 @@ def adafactor(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTr
     return optax.chain(update, decay)
 
 
+# Top-level parts of a network whose matrices Muon leaves to Adam: the first and the last layer, and
+# the embeddings of time and text.
+NOT_HIDDEN = ("conditioner", "stem", "head")
+
+
+def is_hidden_matrix(path: tuple, x: Any) -> bool:
+    """Returns whether Muon updates a weight: the kernels outside NOT_HIDDEN."""
+    return path[0].key not in NOT_HIDDEN and path[-1].key == "kernel" and x.ndim >= 2
+
+
+def stack_matrices(tree: Any) -> dict[str, dict[str, jax.Array]]:
+    """Stacks the hidden matrices of each shape, [n, ...], under "muon"; others go under "adam".
+
+    Muon's program grows with the number of arrays, and a network has few shapes.
+    """
+    stacks: dict[str, list[jax.Array]] = {}
+    others = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if is_hidden_matrix(path, x):
+            stacks.setdefault(str(x.shape), []).append(x)
+        else:
+            others[jax.tree_util.keystr(path, simple=True, separator=".")] = x
+    return {"muon": {shape: jnp.stack(xs) for shape, xs in stacks.items()}, "adam": others}
+
+
+def unstack_matrices(stacked: dict[str, dict[str, jax.Array]], like: Any) -> Any:
+    """Reverses stack_matrices for a tree of the structure and shapes of `like`."""
+    rows = {shape: iter(stack) for shape, stack in stacked["muon"].items()}
+
+    def leaf(path, x):
+        if is_hidden_matrix(path, x):
+            return next(rows[str(x.shape)])
+        return stacked["adam"][jax.tree_util.keystr(path, simple=True, separator=".")]
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def _dimension_numbers(stacked: Any) -> Any:
+    """Returns which axes of each stack are the matrix, for optax; None for Adam's weights.
+
+    A convolution [h, w, in, out] is the matrix [h w in, out], as in Muon's reference code. A kernel
+    with an odd number of axes, [L, ...], is L matrices, one for each layer.
+    """
+
+    def of(path, x):
+        first = 2 - x.ndim % 2  # the stack has one axis more than the kernel
+        inputs = tuple(range(first, x.ndim - 1))
+        numbers = optax.contrib.MuonDimensionNumbers(inputs, x.ndim - 1)
+        return numbers if path[0].key == "muon" else None
+
+    return jax.tree_util.tree_map_with_path(of, stacked)
+
+
+def muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Builds Muon for the hidden matrices and Adam, with Nesterov momentum, for all other weights.
+
+    Muon orthogonalizes the momentum (decay 0.95) of a matrix by five Newton-Schulz steps and scales
+    it by sqrt(max(1, out / in)). Source: https://kellerjordan.github.io/posts/muon.
+    """
+    peak = config.learning_rate
+    ratio = 1.0 if config.adam_learning_rate is None else config.adam_learning_rate / peak
+    inner = optax.contrib.muon(
+        rate,
+        weight_decay=config.weight_decay,
+        eps=config.eps,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        adam_weight_decay=config.weight_decay,
+        adam_learning_rate=lambda step: rate(step) * ratio,
+        muon_weight_dimension_numbers=_dimension_numbers,
+    )
+
+    def update(grads, state, params=None):
+        weights = None if params is None else stack_matrices(params)
+        updates, state = inner.update(stack_matrices(grads), state, weights)
+        return unstack_matrices(updates, grads), state
+
+    return optax.GradientTransformation(lambda p: inner.init(stack_matrices(p)), update)
+
+
 # name -> (config, learning rate) -> transformation.
 MakeOptimizer = Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]
 OPTIMIZERS: dict[str, MakeOptimizer] = {
@@ -78,6 +168,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adam": lambda c, rate: optax.adam(rate, c.b1, c.b2, c.eps),
     "adamw": lambda c, rate: optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay),
     "lion": lambda c, rate: optax.lion(rate, c.b1, c.b2, weight_decay=c.weight_decay),
+    "muon": muon,
 }
 
 

@@ -52,6 +52,12 @@ def define_flags() -> None:
         "(default: the only run in runs/).",
     )
     flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
+    flags.DEFINE_list(
+        "ema",
+        None,
+        "Width (sigma_rel) of the weights' average to rebuild from the run's snapshots, such as "
+        "0.05. Per stage (default: the EMA that training keeps).",
+    )
     flags.DEFINE_string("prompts", "", "Prompts, separated by semicolons.")
     flags.DEFINE_string(
         "prompts_file", "", "Text file with one prompt per line, or .csv with a column 'prompt'."
@@ -101,6 +107,7 @@ def main(argv: Sequence[str]) -> None:
     # Imported here so that --help and bad input answer at once.
     from imagen_jax.runs import workdir as runs
 
+    ema = cli.parse_numbers("ema", FLAGS.ema) if FLAGS.ema else None
     workdirs = FLAGS.workdir or [runs.only_run()]
     check_folder(Path(FLAGS.out), "out")
 
@@ -118,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         settings = Settings(**values)
         requests = prompts.make_requests(texts, settings)  # before the slow part, loading
-        pipe = cascade.load(*workdirs, step=FLAGS.step)
+        pipe = cascade.load(*workdirs, step=FLAGS.step, ema=ema)
         job = pipe.prepare(requests, settings)
         columns = settings.frames or settings.num
         writer.write_samples(

@@ -22,11 +22,12 @@ import numpy as np
 from imagen_jax.config import Config
 from imagen_jax.devices import sharding
 from imagen_jax.diffusion import conditioning, editing, process
-from imagen_jax.diffusion.loss import diffusion_loss
+from imagen_jax.diffusion.loss import UNIFORM, TimeSampling, diffusion_loss
 from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.models import networks
 from imagen_jax.runs import workdir as runs
 from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.runs.posthoc import rebuild_ema
 
 Params = networks.Params
 Batch = dict[str, jax.Array]
@@ -56,7 +57,8 @@ class Stage:
         self.config = config
         self.mesh = sharding.make_mesh(sharding.MeshConfig()) if mesh is None else mesh
         d = config.diffusion
-        self.schedule = process.Schedule(d.schedule, d.log_snr_min, d.log_snr_max)
+        bounds = (d.log_snr_min, d.log_snr_max)
+        self.schedule = process.Schedule(d.schedule, *bounds, d.schedule_shift)
         self._network = networks.build(config.unet)
         shapes = jax.eval_shape(self.init_params)
         shardings = sharding.weight_shardings(self.mesh, shapes)
@@ -143,7 +145,9 @@ class Stage:
         )
         dropout_key = dropout_key if self.config.unet.dropout else None
         denoise = self._denoiser(params, run_block, dropout_key)
-        return self._loss(denoise, x, conditioning.drop_text(cond, drop_b), noise_key)
+        d = self.config.diffusion
+        times = TimeSampling(d.time_sampling, d.time_mean, d.time_std)
+        return self._loss(denoise, x, conditioning.drop_text(cond, drop_b), noise_key, times)
 
     def held_out_losses(
         self, params: Params, batches: Iterable[dict[str, np.ndarray]]
@@ -220,7 +224,12 @@ class Stage:
         return x, cond
 
     def _loss(
-        self, denoise: process.Denoiser, x: jax.Array, cond: process.Cond, key: jax.Array
+        self,
+        denoise: process.Denoiser,
+        x: jax.Array,
+        cond: process.Cond,
+        key: jax.Array,
+        times: TimeSampling,
     ) -> tuple[jax.Array, jax.Array]:
         """Computes the loss and log-SNR of each example, as the section `diffusion` sets."""
         d = self.config.diffusion
@@ -232,6 +241,8 @@ class Stage:
             schedule=self.schedule,
             prediction=d.prediction,
             weighting=d.weighting,
+            weighting_bias=d.weighting_bias,
+            time_sampling=times,
             low_discrepancy=d.low_discrepancy,
         )
 
@@ -242,7 +253,8 @@ class Stage:
         x, cond = self._inputs(batch, aug_key)
         # A traced `null` keeps both losses in one program that runs the network once.
         cond = conditioning.drop_text(cond, jnp.full(x.shape[0], null))
-        return self._loss(self._denoiser(params), x, cond, noise_key)[0].mean()
+        # Uniform in t whatever training draws, so that runs compare.
+        return self._loss(self._denoiser(params), x, cond, noise_key, UNIFORM)[0].mean()
 
     def _sample_batch(
         self, params: Params, seeds_b: jax.Array, cond: process.Cond, sampler: SamplerConfig
@@ -264,19 +276,26 @@ class Stage:
         )
 
 
-def load(workdir: str | Path, step: int | None = None) -> tuple[Stage, Params]:
+def load(
+    workdir: str | Path, step: int | None = None, ema: float | None = None
+) -> tuple[Stage, Params]:
     """Loads a stage and its EMA weights from a workdir onto all devices.
 
     The mesh may differ from that of training, and training may still be running.
 
     Args:
-      step: checkpoint step to load (default: the newest).
+      step: checkpoint step to load, or step of a snapshot if `ema` is set (default: the newest).
+      ema: width of the average to rebuild from the run's snapshots, see imagen_jax.ema (default:
+        the EMA with ema_decay).
 
     Raises:
-      UserError: the workdir has no run, or no such checkpoint.
+      UserError: the workdir has no run, or no such checkpoint; see also `runs.posthoc.rebuild_ema`.
     """
-    config = runs.read_config(workdir)
+    config = dataclasses.replace(runs.read_config(workdir), mesh=sharding.MeshConfig())
+    if ema is not None:
+        stage = Stage(config)
+        return stage, rebuild_ema(workdir, config, stage.abstract_params, ema, step)
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         step = checkpoints.existing_step(step)  # before the network is built
-        stage = Stage(dataclasses.replace(config, mesh=sharding.MeshConfig()))
+        stage = Stage(config)
         return stage, checkpoints.restore_ema(stage.abstract_params, config.identity, step)

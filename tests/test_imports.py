@@ -27,7 +27,7 @@ LAYERS = {
         {"stage"},
         {"runs"},
         {"config"},
-        {"diffusion", "models", "text", "formats", "devices", "optim"},
+        {"diffusion", "models", "text", "formats", "devices", "optim", "ema"},
         {"common"},
     ),
     "data_pipelines": (

@@ -62,6 +62,18 @@ def test_the_held_out_losses_are_training_losses_with_all_or_no_captions(
         np.testing.assert_allclose(losses[name], np.mean(found), rtol=1e-5)
 
 
+def test_the_held_out_losses_draw_times_uniformly_whatever_training_draws(config, params, losses):
+    diffusion = dataclasses.replace(
+        config.diffusion, time_sampling="log_snr_normal", time_mean=-2.5, time_std=0.01
+    )
+    stage = Stage(dataclasses.replace(config, diffusion=diffusion))
+    batches = [random_batch(config, seed) for seed in range(2)]
+    assert stage.held_out_losses(params, batches) == losses
+    args = (params, stage.put(batches[0]), jax.random.key(0))
+    log_snr_b = jax.jit(lambda *args: stage.loss(*args)[1])(*args)
+    np.testing.assert_allclose(log_snr_b, -2.5, atol=0.05)
+
+
 def test_the_null_loss_does_not_see_the_captions(config, stages, params, losses):
     changed = []
     for seed in range(2):

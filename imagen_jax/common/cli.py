@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import math
 import os
 import re
 import sys
@@ -45,6 +46,21 @@ def define_cache_flag() -> None:
         "Directory that keeps compiled programs for later runs; an empty value turns the cache off "
         "(default: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/imagen_jax/xla).",
     )
+
+
+def parse_numbers(flag: str, words: Sequence[str]) -> list[float]:
+    """Parses the values of a list flag.
+
+    Raises:
+      UserError: there are none, or one is not a finite number from 0 up.
+    """
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = []
+    if not numbers or any(n < 0 or not math.isfinite(n) for n in numbers):
+        raise UserError(f"--{flag} is {','.join(words)!r}; allowed: numbers from 0 up")
+    return numbers
 
 
 def expand_config_flags(argv: Sequence[str]) -> list[str]:

@@ -106,12 +106,25 @@ SCHEDULES: dict[str, Callable[[jax.Array, float, float], jax.Array]] = {
 class Schedule:
     """A named noise schedule with bounds on its log-SNR.
 
-    Raises UserError if the name is unknown, or the bounds are not finite or not in order.
+    Averaging k^2 pixels into one multiplies the SNR by k^2. The shift 2 log(64 / d) makes an image
+    of side d, reduced to 64, as noisy as an unshifted image of side 64 (simple diffusion,
+    arXiv:2301.11093, section 3.1). JiT's noise scale s (arXiv:2511.13720) is the shift -2 log(s),
+    except that its network sees z undivided by its standard deviation and its loss weights do not
+    shift.
+
+    Attributes:
+      name: a key of SCHEDULES.
+      log_snr_min, log_snr_max: log-SNR at t = 1 and t = 0, after the shift.
+      shift: added to the log-SNR at every t, within the bounds.
+
+    Raises UserError if the name is unknown, the bounds are not finite or not in order, or the shift
+    is not finite.
     """
 
     name: str = "cosine"
     log_snr_min: float = LOG_SNR_MIN
     log_snr_max: float = LOG_SNR_MAX
+    shift: float = 0.0
 
     def __post_init__(self):
         lookup(SCHEDULES, "diffusion.schedule", self.name)
@@ -120,10 +133,17 @@ class Schedule:
         below = -math.inf < self.log_snr_min < self.log_snr_max
         allowed = f"below log_snr_max, {self.log_snr_max}, and finite"
         require(below, "diffusion.log_snr_min", self.log_snr_min, allowed)
+        finite = math.isfinite(self.shift)
+        require(finite, "diffusion.schedule_shift", self.shift, "a finite number")
 
     def log_snr(self, t: jax.Array) -> jax.Array:
         """Returns lambda_t for t in [0, 1], any shape; strictly decreasing within the bounds."""
-        return SCHEDULES[self.name](t, self.log_snr_min, self.log_snr_max)
+        schedule = SCHEDULES[self.name]
+        if not self.shift:
+            return schedule(t, self.log_snr_min, self.log_snr_max)
+        return self.shift + schedule(
+            t, self.log_snr_min - self.shift, self.log_snr_max - self.shift
+        )
 
 
 # Forward process.

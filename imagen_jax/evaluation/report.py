@@ -15,7 +15,7 @@ TRUE = "true images"  # the column of the examples' own images
 
 
 class Measured(NamedTuple):
-    """A metric and its tables by column; a column is a guidance weight, or TRUE."""
+    """A metric and its tables by column; a column is a guidance weight, see `title`, or TRUE."""
 
     metric: Metric
     tables: dict[str, Table]
@@ -63,8 +63,15 @@ def _columns(measured: Measured) -> tuple[list[str], list[list[str]]]:
         [group, str(row["num"]), *(metric.cell(table[group]) for table in tables.values())]
         for group, row in groups.items()
     ]
-    names = [name if name == TRUE else f"guidance {float(name):g}" for name in tables]
-    return ["category", "prompts", *names], rows
+    return ["category", "prompts", *map(title, tables)], rows
+
+
+def title(column: str) -> str:
+    """Returns a column's title: "3.0, EMA 0.05" gives "guidance 3, EMA 0.05"; TRUE stays."""
+    if column == TRUE:
+        return column
+    weight, comma, rest = column.partition(",")
+    return f"guidance {float(weight):g}{comma}{rest}"
 
 
 def text_table(measured: Measured) -> str:

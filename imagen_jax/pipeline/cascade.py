@@ -25,6 +25,7 @@ from imagen_jax.pipeline.images import read_inputs
 from imagen_jax.pipeline.prompts import Request, make_requests
 from imagen_jax.pipeline.settings import SettingError, Settings, samplers
 from imagen_jax.runs.checkpoint import newest_step
+from imagen_jax.runs.posthoc import newest_snapshot
 from imagen_jax.stage import Params, Stage, batch_size
 from imagen_jax.stage import load as load_stage
 from imagen_jax.text import TextEncoder, load_encoder
@@ -39,12 +40,14 @@ class TrainedStage:
       step: checkpoint step of the weights.
       stage: the stage.
       params: the weights.
+      ema: width of the average that the weights are; None for the EMA that training keeps.
     """
 
     name: str
     step: int
     stage: Stage
     params: Params
+    ema: float | None = None
 
     @property
     def size(self) -> int:
@@ -265,20 +268,31 @@ def _inputs_of(stage: TrainedStage, inputs: dict[str, np.ndarray]) -> dict[str, 
     return scaled
 
 
-def load(*workdirs: str | os.PathLike, step: int | None = None) -> Cascade:
+def load(
+    *workdirs: str | os.PathLike,
+    step: int | None = None,
+    ema: float | Sequence[float] | None = None,
+) -> Cascade:
     """Loads trained runs as a cascade.
 
     Args:
       workdirs: a run, or the runs of a cascade in order.
       step: checkpoint step to load (default: the newest of each run).
+      ema: width of the average to rebuild, or one per run, see `stage.load`.
 
     Raises:
       UserError: a workdir holds no run or no such checkpoint, or the runs do not form a cascade.
     """
     if not workdirs:
         raise SettingError("workdir is missing; give the directory of a run")
+    widths = list(ema) if isinstance(ema, Sequence) else [ema]
+    if len(widths) not in (1, len(workdirs)):
+        allowed = f"1, or one per stage ({len(workdirs)})"
+        raise SettingError(f"ema has {len(widths)} values; allowed: {allowed}")
     stages = []
-    for workdir in map(Path, workdirs):
-        found = newest_step(workdir) if step is None else step
-        stages.append(TrainedStage(str(workdir), found, *load_stage(workdir, found)))
+    for i, workdir in enumerate(map(Path, workdirs)):
+        width = widths[i % len(widths)]
+        newest = newest_step if width is None else newest_snapshot
+        found = newest(workdir) if step is None else step
+        stages.append(TrainedStage(str(workdir), found, *load_stage(workdir, found, width), width))
     return Cascade(stages)

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from imagen_jax.common import cli, pictures
 from imagen_jax.common.files import make_folder, write_json
-from imagen_jax.pipeline.cascade import Cascade, Job
+from imagen_jax.pipeline.cascade import Cascade, Job, TrainedStage
 from imagen_jax.pipeline.prompts import Request
 
 
@@ -60,7 +60,7 @@ def write_samples(
 def _records(cascade: Cascade, job: Job) -> list[str]:
     """Returns what each sample depends on, as JSON: request, checkpoints, settings and inputs."""
     stages = {
-        stage.name: {"step": stage.step, **dataclasses.asdict(sampler)}
+        stage.name: {"step": stage.step, **_ema(stage), **dataclasses.asdict(sampler)}
         for stage, sampler in zip(cascade.stages, job.samplers, strict=True)
     }
     common = {"stages": stages}
@@ -68,6 +68,11 @@ def _records(cascade: Cascade, job: Job) -> list[str]:
         hashes = {k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in job.inputs.items()}
         common["inputs_sha256"] = hashes
     return [json.dumps({**dataclasses.asdict(r), **common}) for r in job.requests]
+
+
+def _ema(stage: TrainedStage) -> dict[str, float]:
+    """Returns the width of the weights' average, or nothing for the EMA that training keeps."""
+    return {} if stage.ema is None else {"ema": stage.ema}
 
 
 def _side_by_side(paths: list[Path]) -> np.ndarray:

@@ -128,7 +128,7 @@ class Planner:
         self._model_flops = self._model_flops or experiment.stage.model_flops
         per_device = {
             "weights": sharding.bytes_per_device(state.params),
-            "ema": sharding.bytes_per_device(state.ema),
+            "ema": sharding.bytes_per_device((state.ema, state.averages)),
             "optimizer": sharding.bytes_per_device(state.opt_state),
             "gradients": sharding.bytes_per_device(state.params),
             "batch": sharding.bytes_per_device(experiment.stage.abstract_batch),

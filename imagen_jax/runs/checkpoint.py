@@ -21,18 +21,24 @@ class Checkpoints:
     A checkpoint appears only once it is complete: Orbax writes a temporary folder and renames it.
 
     Attributes:
-      directory: the folder `checkpoints` of the workdir.
+      directory: the folder of the workdir.
     """
 
-    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig | None = None):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        config: CheckpointConfig | None = None,
+        folder: str = CHECKPOINTS,
+    ):
         """Opens the checkpoints of a workdir.
 
         Args:
           config: the section `checkpoint`; None opens them for reading only, which changes nothing
             on disk. Otherwise removes what an interrupted save has left.
+          folder: folder in the workdir.
         """
         writes, config = config is not None, config or CheckpointConfig()
-        self.directory = epath.Path(workdir).absolute() / CHECKPOINTS
+        self.directory = epath.Path(workdir).absolute() / folder
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.max_to_keep,
             keep_period=config.keep_every or None,
@@ -47,13 +53,23 @@ class Checkpoints:
         """Returns the step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which a run that resumes here writes again."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
     def existing_step(self, step: int | None = None) -> int:
         """Returns `step` if it has a checkpoint (default: the newest step).
 
         Raises:
           UserError: there is no such checkpoint.
         """
-        found = sorted(self._manager.all_steps())
+        found = self.steps()
         if not found:
             raise UserError(f"no checkpoint in {self.directory}")
         if step is not None and step not in found:

@@ -25,6 +25,7 @@ RUNS = "runs"  # parent of the default workdirs
 CONFIG = "config.json"  # every config key, defaults included
 METRICS = "metrics.jsonl"  # one JSON object per line
 CHECKPOINTS = "checkpoints"  # training state and data position, by Orbax
+SNAPSHOTS = "snapshots"  # averages of the weights for post-hoc EMA, by Orbax
 SAMPLES = "samples"  # grids sampled during training
 PROFILE = "profile"  # traces of --profile_steps
 EVALUATION = "evaluation"  # metrics, sample grids and the loss curve of imagen_jax.evaluate

@@ -47,7 +47,10 @@ class Experiment:
         self.optimizer = optim.make_optimizer(config.optimizer, config.num_steps)
 
         # From the stage's shapes: tracing the initialization of a large network takes seconds.
-        new_state = functools.partial(init_state, optimizer=self.optimizer)
+        widths = config.ema.widths
+        new_state = functools.partial(
+            init_state, optimizer=self.optimizer, num_averages=len(widths)
+        )
         shapes = jax.eval_shape(new_state, self.stage.abstract_params)
         shardings = sharding.weight_shardings(self.mesh, shapes)
         self.abstract_state: TrainState = sharding.with_shardings(shapes, shardings)
@@ -83,6 +86,7 @@ class Experiment:
                 ema_decay=config.ema_decay,
                 seed=config.seed,
                 microbatches=self.microbatches,
+                widths=widths,
             ),
             in_shardings=(shardings, self.stage.batch_sharding),
             out_shardings=(shardings, sharding.replicated(self.mesh)),
@@ -98,7 +102,7 @@ class Experiment:
     def check_fits(self, available: float) -> None:
         """Raises UserError, with the figures, if the run cannot fit on its devices.
 
-        Counts what every run needs at least: weights, EMA, optimizer state, gradients, and the
+        Counts what every run needs at least: weights, averages, optimizer state, gradients, and the
         input and output of one block at the first level.
 
         Args:

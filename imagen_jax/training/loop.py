@@ -14,6 +14,7 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.files import make_folder
 from imagen_jax.devices.compilation import compile_ahead
 from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.runs.posthoc import open_snapshots
 from imagen_jax.runs.workdir import PROFILE, write_config
 from imagen_jax.training import metrics
 from imagen_jax.training.experiment import Experiment
@@ -50,7 +51,10 @@ def train(
     config = experiment.config
     make_folder(workdir, "workdir")
     # Closing, even after an error, finishes a pending save or discards it cleanly.
-    with contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints:
+    with (
+        contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints,
+        open_snapshots(workdir, config) as snapshots,
+    ):
         state, position = jax.block_until_ready(start_or_resume(experiment, checkpoints))
         if jax.process_index() == 0:
             write_config(workdir, config)
@@ -59,6 +63,8 @@ def train(
         if start >= config.num_steps:
             log.info("already trained for %d steps: %s", start, workdir)
             return True
+        if snapshots:
+            snapshots.discard_after(start)
         batches = reader.train_batches(position["examples"], *experiment.batch_share)
         # Taking the first batch before compiling lets the reader prefetch during compilation.
         batches = itertools.chain([next(batches)], batches)
@@ -71,7 +77,8 @@ def train(
             logger.resume_at(start)
             offset = position["examples"] - start * config.batch_size
             actions = Actions(
-                experiment, reader, workdir, checkpoints, logger, profile, startup, offset
+                *(experiment, reader, workdir, checkpoints, snapshots),
+                *(logger, profile, startup, offset),
             )
             startup.done("data opening")
             _log_setup(experiment, start)

@@ -1,4 +1,4 @@
-"""Periodic actions of a training run: evaluate, sample, save a checkpoint, end a profile."""
+"""Periodic actions of a run: evaluate, sample, save a checkpoint or snapshot, end a profile."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Actions:
         reader: Reader,
         workdir: Path,
         checkpoints: Checkpoints,
+        snapshots: Checkpoints | None,
         logger: MetricLogger,
         profile: Profile,
         startup: Startup,
@@ -42,11 +43,13 @@ class Actions:
         """Reads the held-out batches and the captions to sample.
 
         Args:
+          snapshots: of the averages for post-hoc EMA; None if the run keeps none.
           offset: examples consumed minus step x batch_size; not 0 if batch_size has changed.
         """
         config = experiment.config
         self._config, self._stage, self._workdir = config, experiment.stage, workdir
-        self._checkpoints, self._logger, self._offset = checkpoints, logger, offset
+        self._checkpoints, self._snapshots = checkpoints, snapshots
+        self._logger, self._offset = logger, offset
         self.profile, self._startup = profile, startup
         self._eval_batches = (
             reader.eval_batches(*experiment.batch_share)
@@ -72,6 +75,7 @@ class Actions:
         config = self._config
         last = step == config.num_steps
         table = (
+            (self._snapshots, config.ema.snapshot_every, self.save_snapshot),
             (config.checkpoint_every or last, config.checkpoint_every, self.save),
             (self._eval_batches, config.eval_every, self.evaluate),
             (self._prompts, config.sample_every, self.sample),
@@ -81,8 +85,15 @@ class Actions:
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves a checkpoint of the state and the position in the data."""
-        examples = step * self._config.batch_size + self._offset
-        self._checkpoints.save(step, state, {"examples": examples}, self._config.identity)
+        self._checkpoints.save(step, state, self._position(step), self._config.identity)
+
+    def save_snapshot(self, step: int, state: TrainState) -> None:
+        """Saves a snapshot of the averages for post-hoc EMA."""
+        position, identity = self._position(step), self._config.identity
+        self._snapshots.save(step, state.averages, position, identity)
+
+    def _position(self, step: int) -> dict[str, int]:
+        return {"examples": step * self._config.batch_size + self._offset}
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Logs the held-out losses of the EMA weights, always with the same noise."""

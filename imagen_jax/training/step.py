@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from imagen_jax.ema import update_averages
 from imagen_jax.optim import update_ema
 
 # Edges of the log-SNR buckets that the loss is reported in; the outer two are open.
@@ -22,18 +23,30 @@ LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything that training changes. All leaves are arrays."""
+    """Everything that training changes. All leaves are arrays.
+
+    Attributes:
+      step: number of steps taken.
+      params: the weights.
+      ema: their EMA, which evaluation and sampling use.
+      opt_state: the state of the optimizer.
+      averages: their averages for post-hoc EMA, one per width in the config section `ema`.
+    """
 
     step: jax.Array
     params: Any
     ema: Any
     opt_state: Any
+    averages: tuple[Any, ...] = ()
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state at step 0; the EMA starts as a copy of the weights."""
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, num_averages: int = 0
+) -> TrainState:
+    """Returns the state at step 0; the EMA and the averages start as copies of the weights."""
+    ema, *averages = (jax.tree.map(jnp.copy, params) for _ in range(1 + num_averages))
+    opt_state = optimizer.init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, tuple(averages))
 
 
 def bucket_names() -> list[str]:
@@ -95,6 +108,7 @@ def train_step(
     ema_decay: float,
     seed: int,
     microbatches: int = 1,
+    widths: Sequence[float] = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Runs one training step.
 
@@ -103,6 +117,7 @@ def train_step(
       batch: arrays [B, ...]; B is a multiple of `microbatches`.
       loss_fn: (params, batch, key) -> (loss [B], log_snr [B]).
       seed: seeds all randomness, together with the step, so a resumed run repeats exactly.
+      widths: the widths of state.averages.
 
     Returns:
       The new state, and the metrics: scalars loss and grad_norm, and sums per log-SNR bucket.
@@ -113,4 +128,5 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema, params, ema_decay, state.step)
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    averages = update_averages(state.averages, params, widths, state.step)
+    return TrainState(state.step + 1, params, ema, opt_state, averages), metrics

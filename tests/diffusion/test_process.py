@@ -67,6 +67,35 @@ def test_linear_is_the_chain_of_small_discrete_steps():
         assert sigma[n] ** 2 == pytest.approx(variance, rel=1e-4)
 
 
+def test_the_shift_is_that_of_simple_diffusion():
+    """-2 log tan(pi t / 2) + 2 log(64 / d), which is the log-SNR at 64 after average pooling."""
+    t = np.linspace(0.05, 0.95, 19)
+    schedule = Schedule("cosine", shift=2 * np.log(64 / 256))
+    found = np.asarray(schedule.log_snr(jnp.asarray(t, jnp.float32)))
+    expected = -2 * np.log(np.tan(np.pi * t / 2)) + 2 * np.log(64 / 256)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+    # Pool the noise of a 256-pixel image of constant brightness to 64: its SNR is that of 64.
+    alpha, sigma = process.alpha_sigma(jnp.float32(found[9]))
+    noise = sigma * normal(0, (1, 256, 256, 1)).reshape(64, 4, 64, 4).mean((1, 3))
+    at_64 = Schedule("cosine").log_snr(jnp.float32(t[9]))
+    assert 2 * np.log(alpha / noise.std()) == pytest.approx(float(at_64), abs=0.1)
+
+
+def test_the_noise_scale_of_jit_is_a_shift():
+    t = jnp.linspace(0.1, 0.9, 9)  # here t = 1 is noise
+    scale = 512 / 256
+    shifted = Schedule("flow", shift=-2 * np.log(scale)).log_snr(t)
+    np.testing.assert_allclose(shifted, 2 * jnp.log((1 - t) / (t * scale)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_shifted_schedule_keeps_its_bounds(name):
+    schedule = Schedule(name, log_snr_min=-12.0, log_snr_max=11.0, shift=-3.0)
+    log_snr = np.asarray(schedule.log_snr(jnp.linspace(0, 1, 501)))
+    np.testing.assert_allclose(log_snr[[0, -1]], [11, -12], rtol=1e-5)
+    assert np.all(np.diff(log_snr) <= 0)
+
+
 def test_flow_is_the_straight_line_scaled_to_unit_variance():
     t = jnp.linspace(0.01, 0.99, 99)
     alpha, sigma = process.alpha_sigma(Schedule("flow").log_snr(t))
@@ -115,7 +144,7 @@ def test_alpha_sigma_keep_their_precision_at_both_ends():
     [
         ("schedule", "cosin", "cosine, linear, flow"),
         ("prediction", "epsilon", "eps, x, v, edm, flow"),
-        ("weighting", "snr", "eps, x, v, edm, flow, truncated_snr, min_snr, p2"),
+        ("weighting", "snr", "eps, x, v, edm, flow, truncated_snr, min_snr, p2, sigmoid, sqrt_v"),
     ],
 )
 def test_an_unknown_name_is_a_user_error(key, value, allowed):
@@ -140,12 +169,19 @@ def test_bad_bounds_are_a_user_error(bounds, words):
             build(log_snr_min=bounds[0], log_snr_max=bounds[1])
 
 
-def test_a_stage_uses_the_bounds_of_its_config(tiny_config):
+def test_a_bad_shift_is_a_user_error():
+    with pytest.raises(UserError, match=r"diffusion.schedule_shift is inf; allowed: a finite"):
+        DiffusionConfig(schedule_shift=float("inf"))
+
+
+def test_a_stage_uses_the_bounds_and_the_shift_of_its_config(tiny_config):
     tiny_config.diffusion.update(log_snr_min=-10, log_snr_max=15.0)
     assert Stage(parse(tiny_config)).schedule == Schedule("cosine", -10.0, 15.0)
+    tiny_config.diffusion.schedule_shift = -1.5
+    assert Stage(parse(tiny_config)).schedule == Schedule("cosine", -10.0, 15.0, -1.5)
 
 
-def test_bounds_are_part_of_the_identity_unless_they_are_the_defaults(tiny_config):
+def test_bounds_and_shift_are_part_of_the_identity_unless_they_are_the_defaults(tiny_config):
     """So checkpoints written before the bounds were config keys still match."""
     default = parse(tiny_config).identity
     assert not any("log_snr" in key for key in default)
@@ -153,6 +189,8 @@ def test_bounds_are_part_of_the_identity_unless_they_are_the_defaults(tiny_confi
     assert parse(tiny_config).identity == default
     tiny_config.diffusion.log_snr_min = -10.0
     assert parse(tiny_config).identity == default | {"diffusion.log_snr_min": -10.0}
+    tiny_config.diffusion.log_snr_min, tiny_config.diffusion.schedule_shift = -20.0, -2
+    assert parse(tiny_config).identity == default | {"diffusion.schedule_shift": -2.0}
 
 
 def noise_of(x, key, schedule):
@@ -197,6 +235,8 @@ def weight_in_numpy(weighting, snr):
         "truncated_snr": np.maximum(snr, 1) * s2,
         "min_snr": np.minimum(snr, 5) * s2,
         "p2": 1 / (1 + snr),
+        "sigmoid": 1 / (1 + snr),
+        "sqrt_v": np.sqrt(1 + np.minimum(snr, np.exp(2))) * s2,
     }[weighting]
 
 

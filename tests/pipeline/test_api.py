@@ -45,6 +45,10 @@ def test_the_snippets_of_the_guide_run_in_order(folder, capsys):
     assert "steps is 0; allowed: 1 or more" in printed
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         imagen_jax.load("runs/demo", step=7)
+    with pytest.raises(UserError, match=r"--ema is set, but runs/demo keeps no snapshots; train"):
+        imagen_jax.load("runs/demo", ema=0.1)
+    with pytest.raises(UserError, match=r"^ema has 3 values; allowed: 1, or one per stage \(1\)"):
+        imagen_jax.load("runs/demo", ema=[0.1, 0.1, 0.1])
 
 
 def test_load_without_a_run_is_a_one_line_error(tmp_path):

@@ -136,6 +136,25 @@ def test_a_checkpoint_restores_on_another_mesh_but_not_into_another_model(
     checkpoints.close()
 
 
+@pytest.mark.slow
+def test_a_run_with_muon_learns_and_resumes_exactly(config, tmp_path):
+    optimizer = dataclasses.replace(
+        config.optimizer, name="muon", learning_rate=0.02, adam_learning_rate=2e-3, weight_decay=0.0
+    )
+    config = dataclasses.replace(config, optimizer=optimizer)
+    losses, state, experiment = run(config, steps=3, devices=jax.devices()[:1])
+    assert np.isfinite(losses).all()
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints.save(3, state, {"examples": 24}, config.identity)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(experiment.abstract_state, config.identity)
+    checkpoints.close()
+    batch = experiment.stage.put(random_batch(config, 4))
+    expected, _ = experiment.step(state, batch)
+    found, _ = experiment.step(restored, batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

@@ -5,11 +5,13 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT, load_config, shrink, train_run
 from PIL import Image
@@ -18,6 +20,10 @@ from imagen_jax import evaluate, train
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
 from imagen_jax.devices import processes
+from imagen_jax.pipeline import cascade
+from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.runs.workdir import read_config
+from imagen_jax.stage import load
 from imagen_jax.training.experiment import build
 from imagen_jax.training.loop import run_loop
 from imagen_jax.training.startup import Startup
@@ -40,6 +46,7 @@ def config(tiny_data):
     values.update(
         num_steps=6, log_every=1, eval_every=3, eval_batches=1, sample_every=3, checkpoint_every=4
     )
+    values["ema"] = {"widths": (0.05, 0.1), "snapshot_every": 2}
     return parse(values)
 
 
@@ -75,6 +82,8 @@ def test_the_workdir_has_the_documented_files(config, finished):
     assert any(finished.glob("events.out.tfevents.*"))
     assert list(finished.glob("profile/plugins/profile/steps_2_to_3/*.xplane.pb"))
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_4", "step_6"]
+    snapshots = sorted(p.name for p in (finished / "snapshots").iterdir())
+    assert snapshots == ["step_2", "step_4", "step_6"]
     grids = sorted((finished / "samples").iterdir())
     assert [g.name for g in grids] == ["step_00000003.png", "step_00000006.png"]
     assert min(Image.open(grids[0]).size) > 100
@@ -89,6 +98,37 @@ def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_run(config, finish
     assert metrics(tmp_path) == metrics(finished)
     for key in ("eval_loss", "eval_loss_null"):
         assert metrics(tmp_path, key) == metrics(finished, key)
+
+
+def test_any_width_of_ema_loads_after_training(finished):
+    config = read_config(finished)
+    experiment = build(config)
+    with contextlib.closing(Checkpoints(finished)) as checkpoints:
+        state, _ = checkpoints.restore(experiment.abstract_state, config.identity)
+    for width, average in zip(config.ema.widths, state.averages, strict=True):
+        _, params = load(finished, ema=width)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, average)
+    earlier, between = load(finished, step=4, ema=0.1)[1], load(finished, ema=0.07)[1]
+    leaves = [np.concatenate([x.ravel() for x in jax.tree.leaves(p)]) for p in (earlier, between)]
+    ema = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
+    assert all(1e-6 < np.abs(leaf - ema).max() < 1e-2 for leaf in leaves)
+    (stage,) = cascade.load(finished, ema=0.07).stages
+    assert (stage.step, stage.ema) == (6, 0.07)
+    jax.tree.map(np.testing.assert_array_equal, stage.params, between)
+
+
+@pytest.mark.parametrize(
+    "width, step, words",
+    [
+        (0.5, None, "--ema is 0.5; allowed: 0.01 to 0.25"),
+        (0.01, None, "--ema is 0.01, which the 3 snapshots up to step 6 cannot rebuild; choose"),
+        (0.05, 5, r"no checkpoint of step 5 in .*snapshots; found \[2, 4, 6\]"),
+    ],
+)
+def test_a_width_that_cannot_be_rebuilt_is_a_one_line_error(finished, width, step, words):
+    with pytest.raises(UserError, match=words) as e:
+        load(finished, step, width)
+    assert "\n" not in str(e.value)
 
 
 def test_the_time_to_the_first_step_is_logged_by_part(finished):
@@ -114,8 +154,13 @@ def test_a_killed_run_repeats_the_losses_from_its_last_checkpoint(config, finish
 
     with pytest.raises(Killed):
         train_run(config, tmp_path, KillAt5())
+    # A snapshot later than the last checkpoint is of a run that never was.
+    shutil.copytree(finished / "snapshots" / "step_6", tmp_path / "snapshots" / "step_5")
     train_run(config, tmp_path, StopAt())
     assert metrics(tmp_path) == metrics(finished)
+    assert not (tmp_path / "snapshots" / "step_5").exists()
+    averages = [load(workdir, ema=0.05)[1] for workdir in (tmp_path, finished)]
+    jax.tree.map(np.testing.assert_array_equal, *averages)
 
 
 def test_training_a_finished_run_again_changes_nothing(config, finished):
@@ -218,6 +263,14 @@ def test_evaluation_reports_by_category(finished, tmp_path):
     assert all(c in page for c in report["guidance"]["1.0"])
     shares = [100 * found[key] for key in ("fully", "low", "high", "claims")]
     assert "{:.0f}% ({:.0f}-{:.0f}%), claims {:.0f}%".format(*shares) in page
+
+
+def test_evaluation_compares_widths_of_ema(finished):
+    evaluate.evaluate(finished, [1.0], split="heldout", num=4, widths=[0.05, 0.1])
+    report = json.loads((finished / "evaluation" / "alignment.json").read_text())
+    assert list(report["guidance"]) == ["1.0, EMA 0.05", "1.0, EMA 0.1", "true images"]
+    assert "guidance 1, EMA 0.05" in (finished / "report.html").read_text()
+    assert (finished / "evaluation" / "samples_guidance_1_EMA_0.1.png").exists()
 
 
 def run(module, *args):
