@@ -73,6 +73,16 @@ def shrink_sr(config):
     return _shrink_run(config)
 
 
+def shrink_transformer(config):
+    """Shrinks a shipped transformer config."""
+    config.model.image_size = 16
+    config.model.patch_size = 4
+    config.model.width = 16
+    config.model.depth = 2
+    config.model.head_dim = 8
+    return _shrink_run(config)
+
+
 @pytest.fixture
 def tiny_config():
     return shrink(load_config("demo"))

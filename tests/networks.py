@@ -1,4 +1,4 @@
-"""Helpers for the tests of both U-Nets: states and inputs derived from a config."""
+"""Helpers for the tests of the networks: states and inputs derived from a config."""
 
 import math
 from functools import lru_cache, partial
@@ -9,9 +9,14 @@ import numpy as np
 from flax import nnx
 
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
+from imagen_jax.models.transformer import Transformer, TransformerConfig
 from imagen_jax.models.unet import UNet, UNetConfig
 
-NETWORKS = {UNetConfig: UNet, EfficientUNetConfig: EfficientUNet}
+NETWORKS = {
+    UNetConfig: UNet,
+    EfficientUNetConfig: EfficientUNet,
+    TransformerConfig: Transformer,
+}
 BATCH, TOKENS = 2, 5
 
 # Tiny programs compile twice as fast without XLA's expensive passes.
@@ -19,7 +24,7 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(config):
-    """Returns the constructor rngs -> network for either kind of config."""
+    """Returns the constructor rngs -> network for any kind of config."""
     return lambda rngs: NETWORKS[type(config)](config, rngs=rngs)
 
 
@@ -75,3 +80,23 @@ def compiled(config):
         return out, grads
 
     return run
+
+
+def assert_trees_close(tree, expected, tolerance):
+    """Compares leaf by leaf, relative to the leaf's largest value.
+
+    The scale is at least a thousandth of the tree's largest value: the bias of attention keys that
+    are not normalized shifts all logits equally, so its gradient is zero up to rounding.
+    """
+    most = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+
+    def close(a, b):
+        scale = jnp.maximum(jnp.abs(b).max(), 1e-3 * most)
+        np.testing.assert_allclose(a, b, atol=tolerance * scale)
+
+    jax.tree.map(close, tree, expected)
+
+
+def string_keys(tree):
+    """Converts keys to strings, as in checkpoints."""
+    return {str(k): string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree

@@ -30,12 +30,12 @@ BATCH_AXES = ("slice", "data", "fsdp")
 _POLICIES = jax.checkpoint_policies
 REMAT: dict[str, Callable[..., Any]] = {
     "none": _POLICIES.everything_saveable,  # block_runner then skips jax.checkpoint
-    "save_products": _POLICIES.save_only_these_names("conv", "attention", "statistics"),
+    "save_products": _POLICIES.save_only_these_names("conv", "product", "attention", "statistics"),
     "save_attention": _POLICIES.save_only_these_names("attention"),
     "block": _POLICIES.nothing_saveable,
     "offload": _POLICIES.save_and_offload_only_these_names(
         names_which_can_be_saved=["statistics"],
-        names_which_can_be_offloaded=["conv", "attention"],
+        names_which_can_be_offloaded=["conv", "product", "attention"],
         offload_src="device",
         offload_dst="pinned_host",
     ),
@@ -66,10 +66,10 @@ class MeshConfig:
       tensor: devices that shard the output channels of weights, and so attention heads. 0 chooses:
         1, or on TPUs 2 or 4 if a chip would have fewer than 8 examples.
       remat: what the backward pass recomputes in each block: "none" nothing (activations and
-        gathered weights stay in memory), "save_products" all but convolutions, attention and the
-        statistics of norms, "save_attention" all but attention, "block" everything; "offload" is
-        save_products with the products in the host's memory. "" chooses by the device's memory
-        (memory.choose_remat).
+        gathered weights stay in memory), "save_products" all but convolutions, a transformer's
+        matrix products, attention and the statistics of norms, "save_attention" all but attention,
+        "block" everything; "offload" is save_products with the products in the host's memory. ""
+        chooses by the device's memory (memory.choose_remat).
     """
 
     topology: str = ""

@@ -1,6 +1,6 @@
-"""Shared by both U-Nets: config keys, inputs and conditioning.
+"""Shared by all networks: config keys, inputs and conditioning.
 
-Both have the signature `network(z_bhwc, log_snr_b, cond, run_block=..., dropout_key=...)`.
+All have the signature `network(z_bhwc, log_snr_b, cond, run_block=..., dropout_key=...)`.
 
 `cond` is a dict of arrays with a leading batch axis:
 
@@ -10,7 +10,7 @@ Both have the signature `network(z_bhwc, log_snr_b, cond, run_block=..., dropout
   read if config.low_res is 0.
 
 `run_block(module, *args)` must return module(*args). The network uses every parameter through it.
-Arguments and results are arrays with a leading batch axis, or None, cond or Conditioning. The one
+Arguments and results are arrays with a leading batch axis, or trees of them, such as cond. The one
 exception is the dropout key, always the last argument.
 """
 
@@ -32,7 +32,7 @@ from imagen_jax.models.layers import Conditioning, ScalarEmbedding, TextPooling,
 POOLING = ("attention", "mean", "none")
 SEQUENCE = ("cross_attention_layernorm", "cross_attention", "none")
 DTYPE = ("bfloat16", "float32")
-MAY_BE_0 = ("low_res", "cond_width")
+MAY_BE_0 = ("low_res", "cond_width", "bottleneck")
 
 
 def is_positive(value: Any) -> bool:
@@ -42,7 +42,7 @@ def is_positive(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    """The config keys both U-Nets share.
+    """The config keys all networks share.
 
     Attributes:
       image_size: height and width of the training images, pixels.
@@ -50,7 +50,7 @@ class NetworkConfig:
       low_res: height and width of the low-resolution training images, pixels; 0 for a network that
         does no super-resolution.
       cond_width: channels of the time embedding and of the text tokens; 0 means 4 times the
-        channels of the first level.
+        channels of a U-Net's first level, or the width of a transformer.
       text_dim: width of the text encoder's embeddings.
       text_parts: with several encoders, (tokens, width) of each: the number of tokens it
         contributes, and how many of the text_dim channels it fills.

@@ -16,6 +16,7 @@ from flax import nnx
 
 from imagen_jax.models.denoiser import NetworkConfig
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
+from imagen_jax.models.transformer import Transformer, TransformerConfig
 from imagen_jax.models.unet import UNet, UNetConfig
 
 Params = dict[str, Any]
@@ -33,6 +34,7 @@ class Network(NamedTuple):
 NETWORKS = {
     "unet": Network(UNetConfig, UNet),
     "efficient_unet": Network(EfficientUNetConfig, EfficientUNet),
+    "transformer": Network(TransformerConfig, Transformer),
 }
 
 

@@ -7,7 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import load_config, random_batch, shrink, shrink_sr
+from conftest import load_config, random_batch, shrink, shrink_sr, shrink_transformer
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
@@ -16,7 +16,12 @@ from imagen_jax.devices.sharding import MeshConfig, make_mesh, weight_shardings
 from imagen_jax.training.experiment import Experiment, build
 
 STEPS = 20
-STAGES = {"base64": shrink, "sr256": shrink_sr, "sr1024": shrink_sr}
+STAGES = {
+    "base64": shrink,
+    "sr256": shrink_sr,
+    "sr1024": shrink_sr,
+    "transformer64": shrink_transformer,
+}
 slow = pytest.mark.slow
 MESHES = [
     {"data": 2, "fsdp": 2, "tensor": 2, "remat": "block"},
@@ -57,7 +62,7 @@ def on_one_device(config_name):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=name)
 @pytest.mark.parametrize(
-    "config_name", ["base64", *(pytest.param(s, marks=slow) for s in ("sr256", "sr1024"))]
+    "config_name", ["base64", *(pytest.param(s, marks=slow) for s in STAGES if s != "base64")]
 )
 def test_losses_match_those_of_one_device(config_name, mesh, monkeypatch):
     # Every weight of a tiny model is below the default size.

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from conftest import load_config
 from flax import nnx
-from networks import abstract, compiled, count, inputs, jit, make, random_state, with_text
+from networks import (
+    abstract,
+    assert_trees_close,
+    compiled,
+    count,
+    inputs,
+    jit,
+    make,
+    random_state,
+    string_keys,
+    with_text,
+)
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.typed_config import typed
@@ -38,26 +49,6 @@ VARIANTS = [
 
 def tiny(**changes) -> EfficientUNetConfig:
     return dataclasses.replace(TINY, **changes)
-
-
-def assert_trees_close(tree, expected, tolerance):
-    """Compares leaf by leaf, relative to the leaf's largest value.
-
-    The scale is at least a thousandth of the tree's largest value: the bias of attention keys
-    shifts all logits equally, so its gradient is zero up to rounding.
-    """
-    most = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected))
-
-    def close(a, b):
-        scale = jnp.maximum(jnp.abs(b).max(), 1e-3 * most)
-        np.testing.assert_allclose(a, b, atol=tolerance * scale)
-
-    jax.tree.map(close, tree, expected)
-
-
-def string_keys(tree):
-    """Converts keys to strings, as in checkpoints."""
-    return {str(k): string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def forward(config, state, z, log_snr, cond):

@@ -24,6 +24,7 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.config import TextConfig, parse
 from imagen_jax.diffusion.conditioning import pad_text
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
+from imagen_jax.models.transformer import TransformerConfig
 from imagen_jax.models.unet import UNetConfig
 from imagen_jax.pipeline import cascade
 from imagen_jax.stage import Stage
@@ -35,6 +36,8 @@ NETWORKS = [
                per_head_channels=8, text_dim=12, dtype="float32"),
     EfficientUNetConfig(8, low_res=4, widths=(8, 16), num_res_blocks=(1, 1), cond_width=16,
                         num_heads=2, text_dim=12, dtype="float32"),
+    TransformerConfig(8, patch_size=4, width=16, depth=1, head_dim=8, mlp_ratio=1.0, text_dim=12,
+                      dtype="float32"),
 ]  # fmt: skip
 
 
@@ -59,7 +62,7 @@ def test_an_overlong_embedding_cannot_overwrite_the_next_encoders_tokens():
         pad_text(TextConfig(**TWO).parts, ones(7, dim=8), ones(1, dim=4))
 
 
-@pytest.mark.parametrize(("config", "hidden"), zip(NETWORKS, (0, 1), strict=True), ids=["0", "1"])
+@pytest.mark.parametrize(("config", "hidden"), zip(NETWORKS, (0, 1, 0), strict=True), ids=range(3))
 def test_masking_one_encoder_equals_using_only_the_other(config, hidden):
     """The text has 5 tokens of width 12; a mask hides 4 tokens of another encoder."""
     z, log_snr, cond = inputs(config)
