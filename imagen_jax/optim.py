@@ -81,14 +81,15 @@ def adafactor(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTr
     return optax.chain(update, decay)
 
 
-# Top-level parts of a network whose matrices Muon leaves to Adam: the first and the last layer, and
-# the embeddings of time and text.
-NOT_HIDDEN = ("conditioner", "stem", "head")
+# Parts of a network whose matrices Muon leaves to Adam: the first and the last layers, the
+# embeddings of time and text, and the transformer's modulation, which starts at zero.
+NOT_HIDDEN = {"conditioner", "stem", "head", "patches", "text", "modulation"}
 
 
 def is_hidden_matrix(path: tuple, x: Any) -> bool:
     """Returns whether Muon updates a weight: the kernels outside NOT_HIDDEN."""
-    return path[0].key not in NOT_HIDDEN and path[-1].key == "kernel" and x.ndim >= 2
+    names = [entry.key for entry in path]
+    return NOT_HIDDEN.isdisjoint(names) and names[-1] == "kernel" and x.ndim >= 2
 
 
 def stack_matrices(tree: Any) -> dict[str, dict[str, jax.Array]]:

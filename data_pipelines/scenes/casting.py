@@ -23,6 +23,8 @@ from data_pipelines.scenes.vocabulary import (
 
 MARGIN = 0.025
 GAP = 0.055
+# Largest offset from the middle, as a share of the free space.
+NEAR = 0.3
 # Largest offset of two related things across the axis of their relation.
 MAX_DRIFT = 0.1
 
@@ -154,6 +156,21 @@ def scatter(rng: np.random.Generator, things: list[Thing], top=0.0, bottom=1.0) 
                 break
         else:
             raise Stuck
+    return placed
+
+
+def near_middle(rng: np.random.Generator, things: list[Thing]) -> list[Thing]:
+    """Places one thing near the middle of the image, or two beside each other, the first left."""
+    things = [_with_radius(rng, thing, len(things)) for thing in things]
+    gap = (1 - 2 * sum(thing.radius for thing in things)) / (len(things) + 1)
+    placed, left = [], 0.0
+    for thing in things:
+        left += gap
+        edge = thing.radius + MARGIN
+        x = left + thing.radius + rng.uniform(-1, 1) * NEAR * max(gap - GAP, 0)
+        y = 0.5 + rng.uniform(-1, 1) * NEAR * (0.5 - edge)
+        placed.append(_at(thing, x, y))
+        left += 2 * thing.radius
     return placed
 
 

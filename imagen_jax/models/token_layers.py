@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from imagen_jax.models.layers import dropout, sinusoidal_embedding, zeros_init
+from imagen_jax.models.products import Linear
 
 
 def _rows_and_columns(height: int, width: int) -> jax.Array:
@@ -78,7 +79,7 @@ class Modulation(nnx.Module):
     def __init__(self, count: int, emb_width: int, width: int, *, dtype: Any, rngs: nnx.Rngs):
         self.count = count
         kw = {"kernel_init": zeros_init, "dtype": dtype, "rngs": rngs}
-        self.linear = nnx.Linear(emb_width, count * width, **kw)
+        self.linear = Linear(emb_width, count * width, **kw)
 
     def __call__(self, emb_be: jax.Array) -> list[jax.Array]:
         """Returns the vectors, float32 [B, 1, width] each."""
@@ -97,8 +98,8 @@ class MLP(nnx.Module):
     def __init__(self, width: int, hidden: int, dropout_rate: float, *, dtype: Any, rngs: nnx.Rngs):
         kw = {"dtype": dtype, "rngs": rngs}
         self.dropout_rate = dropout_rate
-        self.gate, self.up = (nnx.Linear(width, hidden, **kw) for _ in range(2))
-        self.down = nnx.Linear(hidden, width, **kw)
+        self.gate, self.up = (Linear(width, hidden, **kw) for _ in range(2))
+        self.down = Linear(hidden, width, **kw)
 
     def __call__(self, x_bsc: jax.Array, key: jax.Array | None) -> jax.Array:
         h = jax.nn.silu(product(self.gate, x_bsc)) * product(self.up, x_bsc)

@@ -28,6 +28,7 @@ from flax import nnx
 from imagen_jax.models.attention import attention
 from imagen_jax.models.denoiser import Conditioner, NetworkConfig, call_block, with_low_res
 from imagen_jax.models.layers import zeros_init
+from imagen_jax.models.products import Linear
 from imagen_jax.models.resampling import depth_to_space, space_to_depth
 from imagen_jax.models.token_layers import (
     MLP,
@@ -127,11 +128,11 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         width, kw = config.width, {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.head_dim = config.head_dim
-        self.q, self.k, self.v = (nnx.Linear(width, width, **kw) for _ in range(3))
+        self.q, self.k, self.v = (Linear(width, width, **kw) for _ in range(3))
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim) for _ in range(2))
         if config.sequence != "none" and config.text_tokens == "keys":
-            self.text_k, self.text_v = (nnx.Linear(width, width, **kw) for _ in range(2))
-        self.out = nnx.Linear(width, width, **kw)
+            self.text_k, self.text_v = (Linear(width, width, **kw) for _ in range(2))
+        self.out = Linear(width, width, **kw)
 
     def __call__(self, x_bsc: jax.Array, tokens: Tokens) -> jax.Array:
         def heads(linear, x):
@@ -174,8 +175,8 @@ class PatchEmbedding(nnx.Module):
         kw = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         values = config.in_channels * config.patch_size**2
         narrow = config.bottleneck
-        self.squeeze = nnx.Linear(values, narrow, use_bias=False, **kw) if narrow else None
-        self.out = nnx.Linear(narrow or values, config.width, **kw)
+        self.squeeze = Linear(values, narrow, use_bias=False, **kw) if narrow else None
+        self.out = Linear(narrow or values, config.width, **kw)
         self.absolute = not config.low_res
 
     def __call__(self, patches_bhwc: jax.Array) -> jax.Array:
@@ -198,7 +199,7 @@ class TextEmbedding(nnx.Module):
         width, kw = config.emb_width, {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         normed = config.sequence == "cross_attention_layernorm"
         self.norm = nnx.LayerNorm(width, **kw) if normed else None
-        self.out = nnx.Linear(width, config.width, bias_init=nnx.initializers.normal(0.02), **kw)
+        self.out = Linear(width, config.width, bias_init=nnx.initializers.normal(0.02), **kw)
 
     def __call__(self, text_bte: jax.Array) -> jax.Array:
         return self.out(text_bte if self.norm is None else self.norm(text_bte))
@@ -212,7 +213,7 @@ class Head(nnx.Module):
         kw = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.modulation = Modulation(2, config.emb_width, config.width, **kw)
         self.norm = RMSNorm(config.width)
-        self.out = nnx.Linear(config.width, values, kernel_init=zeros_init, rngs=rngs)
+        self.out = Linear(config.width, values, kernel_init=zeros_init, rngs=rngs)
 
     def __call__(self, h_bsc: jax.Array, emb_be: jax.Array) -> jax.Array:
         h = h_bsc.astype(jnp.float32)
