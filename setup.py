@@ -21,6 +21,8 @@ setup(
         "clu>=0.0.12",
         "etils[epath]>=1.9",
         "flax>=0.12.4",
+        "google-crc32c>=1.5",
+        "imagehash>=4.3.2",
         "jax>=0.10",
         "matplotlib>=3.9",
         "ml-collections>=1.1",
@@ -28,6 +30,7 @@ setup(
         "optax>=0.2.7",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
+        "py3langid>=0.4",
         "pyarrow>=18",
         "safetensors>=0.5",
         "scikit-image>=0.25",
@@ -47,8 +50,8 @@ setup(
         # jax[tpu] installs the libtpu that matches JAX. Its compiler runs without a TPU.
         "plan": ["jax[tpu]>=0.10"],
         "parity": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.57"],
-        # SeqIO's offline task caching needs a fast CRC.
-        "data": ["google-crc32c>=1.5"],
+        # Reads the HEIC images of phones.
+        "heic": ["pillow-heif>=1"],
         # Beam requires protobuf 6, with which SeqIO needs this sentencepiece. constraints-beam.txt
         # has versions that were tested together.
         "beam": ["apache-beam>=2.77", "sentencepiece==0.2.2"],

@@ -147,9 +147,9 @@ def sentencepiece_encoder(base: Config, out: Path) -> Path:
 def captions(base: Config):
     """Returns the captions of the dataset with their locations."""
     from data_pipelines.embeddings import caption_lists
-    from data_pipelines.reading import tasks
+    from data_pipelines.reading import check
 
-    dataset = tasks.seqio.get_mixture_or_task(base.data.task).source.name
+    dataset = check.dataset_of(base.data.task)
     return caption_lists.read_dataset(base.data.dir, dataset)
 
 

@@ -1,8 +1,8 @@
 """Your own images: a 64x64 text-to-image model for a laptop, and its super-resolution stage.
 
-Prepare a folder of captioned images (docs/data.md has the caption formats), then train:
+Prepare images with captions (docs/data.md has the formats), then train:
 
-    python -m data_pipelines.folder --images=photos
+    python -m data_pipelines.ingest --source=photos
     python -m imagen_jax.train --config=configs/folder.py --workdir=runs/folder
 
 Cost: half a second of CPU time per step, about 10 minutes on two idle cores. Expected result on 184

@@ -7,6 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+NO_BEAM = (
+    "Apache Beam is not installed; install it with: pip install -c constraints-beam.txt "
+    "-e '.[beam]'"
+)
+
 
 class Skip(NamedTuple):
     """A candidate that was skipped or changed: its name, a reason to count by, and the details."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipelines.records import dataset, writing
+from data_pipelines.records import dataset, splits, writing
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
 
@@ -155,7 +155,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "validation_fraction",
         0.02,
-        f"Share of emoji held out, but at least {writing.GRID} and at most half; 0 for none.",
+        f"Share of emoji held out, but at least {splits.GRID} and at most half; 0 for none.",
         0,
         0.5,
     )

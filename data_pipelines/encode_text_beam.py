@@ -12,13 +12,12 @@ paths.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import apache_beam as beam
 from absl import flags
-from apache_beam.options.pipeline_options import PipelineOptions
 
-from data_pipelines.common import caption_key
+from data_pipelines.common import NO_BEAM, caption_key
 from data_pipelines.embeddings import encoding
 from data_pipelines.embeddings.caption_lists import Found
 from data_pipelines.embeddings.shards import is_finished, make_shard, write_shard
@@ -29,34 +28,35 @@ from imagen_jax.common.errors import UserError
 FLAGS = flags.FLAGS
 
 
-class WriteShard(beam.DoFn):
+@functools.cache
+def _encoder(name: str, max_tokens: int, fsdp: int):
+    """Loads the encoder once in each worker process."""
+    return encoding.load_encoder(name, max_tokens, fsdp)
+
+
+def write(
+    element: tuple[int, Iterable[Found | None]], store: Store, encoder_args: tuple[str, int, int]
+) -> None:
     """Writes the files of one shard, given its number and captions.
 
     Args:
       encoder_args: arguments of encoding.load_encoder.
     """
-
-    def __init__(self, store: Store, encoder_args: tuple[str, int, int]):
-        self._store, self._encoder_args = store, encoder_args
-        self._encoder = None
-
-    def process(self, element: tuple[int, Iterable[Found | None]]) -> None:
-        number, found = element
-        shard = make_shard(number, filter(None, found))
-        if is_finished(self._store, shard):
-            return
-        if self._encoder is None:
-            self._encoder = encoding.load_encoder(*self._encoder_args)
-            if self._encoder.identity != self._store.text_identity:
-                raise UserError(
-                    f"the encoder on this worker is {self._encoder.identity}; the store has "
-                    f"embeddings of {self._store.text_identity}"
-                )
-        write_shard(self._store, shard, self._encoder)
+    number, found = element
+    shard = make_shard(number, filter(None, found))
+    if is_finished(store, shard):
+        return
+    encoder = _encoder(*encoder_args)
+    if encoder.identity != store.text_identity:
+        raise UserError(
+            f"the encoder on this worker is {encoder.identity}; the store has embeddings of "
+            f"{store.text_identity}"
+        )
+    write_shard(store, shard, encoder)
 
 
 def build(
-    pipeline: beam.Pipeline,
+    pipeline,
     store: Store,
     reads: Sequence[Callable[[], Iterator[Found]]],
     encoder_args: tuple[str, int, int],
@@ -64,9 +64,11 @@ def build(
     """Adds the steps that read captions, group them by shard, and write the shards.
 
     Args:
+      pipeline: a beam.Pipeline.
       reads: functions that read the captions, one per file.
       encoder_args: arguments of encoding.load_encoder.
     """
+    import apache_beam as beam
 
     def keyed(found: Found) -> tuple[int, Found]:
         return store.shard_of(caption_key(found.caption)), found
@@ -76,12 +78,17 @@ def build(
     files = pipeline | "Files" >> beam.Create(reads) | "Spread" >> beam.Reshuffle()
     captions = files | "Read" >> beam.FlatMap(lambda read: read()) | "Key" >> beam.Map(keyed)
     grouped = (shards, captions) | beam.Flatten() | beam.GroupByKey()
-    grouped | "Write" >> beam.ParDo(WriteShard(store, encoder_args))
+    grouped | "Write" >> beam.Map(write, store, encoder_args)
 
 
 def main(argv: list[str]) -> None:
     del argv
-    from imagen_jax.text import encoder_identity  # imports JAX, which --help does not need
+    try:  # --help does not need these
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as e:
+        raise UserError(NO_BEAM) from e
+    from imagen_jax.text import encoder_identity
 
     reads = encoding.sources()
     identity = encoder_identity(FLAGS.encoder, FLAGS.max_tokens)

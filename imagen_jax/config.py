@@ -22,6 +22,7 @@ from imagen_jax.ema import EmaConfig
 from imagen_jax.models.denoiser import POOLING, SEQUENCE, NetworkConfig
 from imagen_jax.models.networks import NETWORKS
 
+CROPS = ("center", "random")
 # Fields of the network's config that may differ between a checkpoint and the run that reads it, or
 # that follow from the sections `text` and `diffusion`.
 NOT_WEIGHTS = (
@@ -134,10 +135,13 @@ class DataConfig:
     """Config section `data`, which data_pipelines.reading reads.
 
     Attributes:
-      task: a SeqIO task (see data_pipelines.reading.tasks).
+      task: a SeqIO task or mixture (see data_pipelines.reading.tasks), the name of a dataset in
+        `dir`, or "mixture".
+      mixture: tasks and their weights, such as {"folder": 0.7, "emoji": 0.3}, for task="mixture".
+        Each is read as often as its weight says, whatever its size.
       dir: folder of the prepared datasets.
-      embeddings: embedding store of the captions; "" reads the embeddings in the records. With
-        several text encoders, one store per encoder, joined by "+".
+      embeddings: embedding store of the captions; "" reads the embeddings that were prepared with
+        the data. With several text encoders, one store per encoder, joined by "+".
       categories: use only captions of these categories, such as ("Colors",), in training,
         evaluation, sample grids and `build`; () means all.
       eval_split: split for the held-out loss.
@@ -147,6 +151,16 @@ class DataConfig:
       image_size: side that images are resized to before training takes random crops of
         model.image_size; 0 means model.image_size, without crops. The paper's second
         super-resolution model trains on crops of 256 from 1024 (section 2.5).
+      crop: the square that is taken of an image in training: "center", or "random" in place and
+        size. Evaluation takes the center.
+      min_crop_scale: with crop="random", the least side of the square as a share of the shorter
+        side. Squares smaller than the resolution are not taken, because nothing is enlarged.
+      flip: mirror half of the training images. Captions say left and right, so think first.
+      shuffle_window: 0 shuffles all records of an epoch, reading one at a time. A multiple of 16
+        reads runs of 16 neighbors instead and spreads them over a window of so many examples, for
+        slow disks and buckets (reading.order). All hosts together hold a window of encoded records.
+      max_bad_share: share of bad records (damaged, too small, without an embedding) that stops a
+        run. Fewer are replaced by other records, counted in the metrics and listed in the workdir.
       in_memory: decode all training images once, at the start, and keep them in memory. Useful if
         they are few or the CPU is busy. Every host holds all of them.
     """
@@ -160,7 +174,32 @@ class DataConfig:
     build: bool = False
     num_train: int = 20_000
     image_size: int = 0
+    mixture: dict = dataclasses.field(default_factory=dict)
+    crop: str = "center"
+    min_crop_scale: float = 1.0
+    flip: bool = False
+    shuffle_window: int = 0
+    max_bad_share: float = 0.01
     in_memory: bool = False
+
+    def __post_init__(self):
+        weights = list(self.mixture.values())
+        positive = all(isinstance(w, (int, float)) and w > 0 for w in weights)
+        allowed = "task names with weights above 0, at most 4096"
+        require(positive and len(weights) <= 4096, "data.mixture", self.mixture, allowed)
+        allowed = "names with data.task='mixture', {} with any other task"
+        fits = bool(weights) == (self.task == "mixture")
+        require(fits, "data.mixture", self.mixture, allowed)
+        require(self.crop in CROPS, "data.crop", self.crop, ", ".join(CROPS))
+        scale, share, window = self.min_crop_scale, self.max_bad_share, self.shuffle_window
+        least = "above 0, up to 1" if self.crop == "random" else "1 with data.crop='center'"
+        fits = 0 < scale <= 1 if self.crop == "random" else scale == 1
+        require(fits, "data.min_crop_scale", scale, least)
+        require(0 <= share < 1, "data.max_bad_share", share, "0 or more, below 1")
+        allowed = "0, or a multiple of 16"
+        require(window >= 0 and window % 16 == 0, "data.shuffle_window", window, allowed)
+        whole = self.crop == "center" or not self.in_memory
+        require(whole, "data.in_memory", self.in_memory, "false with data.crop='random'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +280,7 @@ class Config:
 
     @property
     def stores(self) -> tuple[str, ...]:
-        """The stores of embeddings, one per text encoder; () means those in the records."""
+        """The stores of embeddings, one per text encoder; () means those prepared with the data."""
         if not self.data.embeddings:
             return ()
         return tuple(self.data.embeddings.split("+", len(self.text.parts) - 1))

@@ -13,6 +13,7 @@ input.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -141,15 +142,18 @@ def measured_input(config: Config) -> str:
     """Describes how fast this host delivers training batches, if the config's data is here."""
     import dataclasses
 
+    from etils import epath
+
     from imagen_jax.planning.host_input import describe_rate
 
-    if not Path(config.data.dir).is_dir():
+    if not epath.Path(config.data.dir).is_dir():
         return f"not measured: config.data.dir is {config.data.dir!r}, which does not exist here"
     with cli.quiet_imports():
         from data_pipelines.reading.reader import Reader
     few = dataclasses.replace(config, batch_size=min(config.batch_size, 64))
     try:
-        return describe_rate(Reader(few).train_batches(0))
+        with contextlib.closing(Reader(few).train_batches(0)) as batches:
+            return describe_rate(batches)
     except UserError as e:
         return f"not measured: {e}"
 

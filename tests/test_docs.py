@@ -12,7 +12,10 @@ from conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGES = ("imagen_jax", "data_pipelines", "benchmarks", "launch", "configs")
 # Files that the pages mention but the project lacks: the user's, and those of the recipes.
-FOREIGN = {"prompts.txt", "name.txt", "captions.txt", "emoji-test.txt", "vocab.txt", "merges.txt"}
+FOREIGN = {
+    *("prompts.txt", "name.txt", "key.txt", "captions.txt", "emoji-test.txt", "vocab.txt"),
+    "merges.txt",
+}
 RECIPES = {
     "data_pipelines/squares.py",
     "imagen_jax/models/convnet.py",

@@ -16,7 +16,11 @@ ROOT = next(p for p in Path(__file__).parents if (p / "setup.py").exists())
 # Nobody imports a command: flags and wiring only.
 COMMANDS = {
     "imagen_jax": {"train", "sample", "evaluate", "plan", "pretrain_text"},
-    "data_pipelines": {"folder", "emoji", "encode_text", "encode_text_beam"},
+    "data_pipelines": {
+        *("emoji", "encode_text", "encode_text_beam"),
+        *("ingest", "ingest_beam", "recaption"),
+        *("index_tars", "inspect"),
+    },
     "launch": {"local", "status", "check"},
 }
 # A room imports itself and the layers below its own.
@@ -32,7 +36,7 @@ LAYERS = {
     ),
     "data_pipelines": (
         COMMANDS["data_pipelines"],
-        {"reading"},
+        {"reading", "ingestion"},
         {"scenes", "embeddings"},
         {"records"},
         {"common"},
@@ -50,8 +54,8 @@ OWNERS = {
     "tensorflow": {"data_pipelines"},
     "seqio": {"data_pipelines"},
     "tensorflow_datasets": {"data_pipelines"},
-    "apache_beam": {"data_pipelines.encode_text_beam"},
-    "pyarrow": {"data_pipelines.embeddings"},
+    "apache_beam": {"data_pipelines.encode_text_beam", "data_pipelines.ingestion"},
+    "pyarrow": {"data_pipelines.embeddings", "data_pipelines.ingestion"},
     "flax": {"imagen_jax.models", "imagen_jax.text", "imagen_jax.pretrain_text"},
     "orbax": {"imagen_jax.runs"},
     "jax.sharding": {"imagen_jax.devices"},

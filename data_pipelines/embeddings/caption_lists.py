@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from etils import epath
 
-from imagen_jax.common import cli
+from data_pipelines.records import prepared
+from data_pipelines.records.source import open_split, records
 from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import matching
 
 _LONGEST_FIELD = 2**24  # characters in a CSV field; a longer one means an unclosed quote
 
@@ -29,17 +31,11 @@ def expand(patterns: Sequence[str]) -> list[str]:
     Raises:
       UserError: a pattern matches nothing, or a file has an unsupported type.
     """
-    files = set()
-    for pattern in patterns:
-        path = epath.Path(pattern)
-        matches = [path] if path.exists() else list(path.parent.glob(path.name))
-        if not matches:
-            raise UserError(f"--captions has {pattern!r}; there is no such file")
-        files.update(str(match) for match in matches)
+    files = matching(patterns, "captions")
     for file in files:
         if epath.Path(file).suffix not in _READERS:
             raise UserError(f"--captions has {file!r}; allowed: {', '.join(_READERS)}")
-    return sorted(files)
+    return files
 
 
 def read_file(file: str, column: str) -> Iterator[Found]:
@@ -66,18 +62,26 @@ def read_dataset(data_dir: str, name: str) -> Iterator[Found]:
     Raises:
       UserError: there is no such dataset.
     """
-    # Not a generator: it fails, and TensorFlow writes to stderr, before the caller opens a bar.
-    with cli.quiet_imports():
-        import tensorflow  # noqa: F401  (tfds imports it late)
-
-        from data_pipelines.records import dataset  # imports tfds
-
-    info = dataset.open_dataset(data_dir, name).info
+    # Not a generator: it fails before the caller opens a bar.
+    splits = sorted(prepared.dataset_info(data_dir, name).num_examples)
+    sources = {split: open_split(data_dir, name, split) for split in splits}
     return (
         Found(f"{name}:{split}", number, caption)
-        for split in sorted(info.splits)
-        for number, caption in enumerate(dataset.strings(info, split, "caption"))
+        for split, source in sources.items()
+        for number, record in enumerate(records(source))
+        for caption in getattr(record, "captions", ())  # a bad record has none
     )
+
+
+def read_records(paths: Sequence[epath.Path]) -> Iterator[Found]:
+    """Yields all captions of the records in TFRecord files that ingest wrote."""
+    from data_pipelines.records import tfrecord
+
+    for path in paths:
+        with path.open("rb") as file:
+            for number, framed in enumerate(tfrecord.read_frames(file, str(path))):
+                for caption in tfrecord.decode(tfrecord.data_of(framed))["captions"]:
+                    yield Found(path.name, number, caption.decode())
 
 
 def _read_lines(opened, file: str, column: str) -> Iterator[tuple[int, str]]:

@@ -6,8 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 from absl import flags
+from etils import epath
 from tqdm import tqdm
 
 from data_pipelines.common import caption_key
@@ -20,10 +22,11 @@ from data_pipelines.embeddings.shards import (
     make_shard,
     write_shard,
 )
-from data_pipelines.embeddings.store import FORMS, Store
+from data_pipelines.embeddings.store import FORMS, Store, create_store
 from imagen_jax.common.errors import UserError
 
 FLAGS = flags.FLAGS
+CAPTIONS_OF_A_SHARD = 50_000
 
 
 def define_flags() -> None:
@@ -158,3 +161,29 @@ def report(store: Store) -> None:
         print(f"{store.path}: {done} of {store.num_shards} shards are finished", file=sys.stderr)
     else:
         print(describe(store, finished), file=sys.stderr)
+
+
+def encode_beside(
+    path: epath.Path, read: Callable[[], Iterator[caption_lists.Found]], name: str, max_tokens: int
+) -> dict[str, Any]:
+    """Writes the store of a dataset's own captions, or what an interrupted run left out of it.
+
+    Args:
+      path: the store. One of another encoder is replaced.
+      read: reads the captions.
+      name: the encoder.
+
+    Returns:
+      The encoder's identity.
+    """
+    encoder = load_encoder(name, max_tokens, 1)
+    num_shards = 1 + sum(1 for _ in read()) // CAPTIONS_OF_A_SHARD
+    settings = (encoder.identity, "bfloat16", num_shards)
+    try:
+        store = create_store(str(path), *settings)
+    except UserError:
+        path.rmtree()
+        store = create_store(str(path), *settings)
+    encode(store, assign(store, read(), 0, 1), encoder)
+    finish(store)
+    return dict(encoder.identity)

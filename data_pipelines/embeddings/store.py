@@ -14,6 +14,7 @@ module does not import TensorFlow.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import json
@@ -25,8 +26,9 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from data_pipelines.records.files import load_array
 from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import write_json
+from imagen_jax.common.files import first_line, write_json
 
 INDEX = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4")])
 RECORD_FRAME = 16  # bytes that TFRecord adds to each record
@@ -85,6 +87,9 @@ class Store:
     text_identity: Mapping[str, Any]
     dtype: str
     num_shards: int
+    _indices: dict[int, np.ndarray] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def dim(self) -> int:
@@ -108,33 +113,28 @@ class Store:
         path = self.file(shard, ".json")
         return json.loads(path.read_text()) if path.exists() else None
 
-    def locate(self, keys: np.ndarray) -> np.ndarray:
-        """Finds the embeddings of keys S16 [n]: int64 [n, 2], the shard and the byte offset in it.
-
-        Both are -1 for a key that is not in the store.
-        """
-        where = np.full((len(keys), 2), -1, np.int64)
-        shards = np.array([self.shard_of(key) for key in keys.tolist()], np.int64)
-        for shard in np.unique(shards):
-            [rows] = np.nonzero(shards == shard)
-            index = self.index(shard)
-            slots = np.searchsorted(index["key"], keys[rows])
-            inside = slots < len(index)
-            rows, slots = rows[inside], slots[inside]
-            found = index["key"][slots] == keys[rows]
-            where[rows[found]] = np.stack(
-                [np.full(found.sum(), shard), index["offset"][slots[found]]], axis=1
-            )
-        return where
+    def find(self, key: bytes) -> tuple[int, int, int] | None:
+        """Returns the shard, byte offset and tokens of the embedding of a key; None if missing."""
+        shard = self.shard_of(key)
+        index = self.index(shard)
+        slot = bisect.bisect_left(index, key, key=_key)
+        if slot == len(index) or _key(index[slot]) != key:
+            return None
+        return shard, int(index[slot]["offset"]), int(index[slot]["tokens"])
 
     def index(self, shard: int) -> np.ndarray:
-        """Reads the INDEX of a shard, sorted by key."""
-        path = self.file(shard, ".npy")
-        try:
-            with path.open("rb") as file:
-                return np.load(file).astype(INDEX, copy=False)
-        except (OSError, ValueError, TypeError) as e:
-            raise UserError(f"{path}: missing or damaged: {str(e).splitlines()[0]}") from e
+        """Opens the INDEX of a shard, sorted by key, memory-mapped."""
+        if shard not in self._indices:
+            path = self.file(shard, ".npy")
+            try:
+                self._indices[shard] = load_array(str(path)).astype(INDEX, copy=False)
+            except (OSError, ValueError, TypeError) as e:
+                raise UserError(f"{path}: missing or damaged: {first_line(e)}") from e
+        return self._indices[shard]
+
+
+def _key(row: np.void) -> bytes:
+    return bytes(row["key"]).ljust(16, b"\0")  # NumPy strips trailing zeros
 
 
 def create_store(path: str, text_identity: Mapping[str, Any], dtype: str, num_shards: int) -> Store:

@@ -6,19 +6,19 @@ can report missing data in milliseconds.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from etils import epath
-
 from data_pipelines.embeddings.store import check_identity, open_store
-from data_pipelines.records.prepared import INFO, VERSION, dataset_info
+from data_pipelines.records import prepared
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.typed_config import require
 
 if TYPE_CHECKING:
-    from imagen_jax.config import Config
+    from imagen_jax.config import Config, DataConfig
 
-# SeqIO tasks and the datasets they read.
+MIXTURE = "mixture"  # the name of data.task for the tasks in data.mixture
+# SeqIO tasks and the datasets they read. Any other dataset is a task of its own name.
 TASKS = {
     "scenes_32": "scenes/32",
     "scenes_64": "scenes/64",
@@ -28,6 +28,24 @@ TASKS = {
     "folder": "folder",
 }
 SPLITS = ("train", "validation", "heldout")
+
+
+def dataset_of(task: str) -> str:
+    """Returns the dataset that a task reads, as a path in data.dir."""
+    return TASKS.get(task, task)
+
+
+def rates_of(data: DataConfig) -> dict[str, float]:
+    """Returns the tasks of a run and their rates: one task, data.mixture, or a SeqIO mixture.
+
+    SeqIO knows the mixtures that the config file, or a module that it imports, has registered.
+    """
+    if data.task == MIXTURE:
+        return dict(data.mixture)
+    if (seqio := sys.modules.get("seqio")) and data.task in seqio.MixtureRegistry.names():
+        mixture = seqio.MixtureRegistry.get(data.task)
+        return {task.name: float(mixture.get_rate(task)) for task in mixture.tasks}
+    return {data.task: 1.0}
 
 
 def check_prepared(config: Config) -> None:
@@ -46,45 +64,58 @@ def check_prepared(config: Config) -> None:
                 f"config.data.build is True, which draws scenes, but config.data.task is "
                 f"{data.task!r}; set --config.data.build=false"
             )
-        if not (epath.Path(data.dir) / TASKS[data.task] / VERSION / INFO).exists():
+        if not prepared.exists(data.dir, TASKS[data.task]):
             _check_stores(config)
             return
     check_dataset(config)
 
 
 def check_dataset(config: Config) -> None:
-    """Checks that the dataset of `data.task` exists and fits a run's config.
+    """Checks that the datasets of `data.task` exist and fit a run's config.
 
     Raises:
-      UserError: the task is unknown; the dataset or a store of embeddings is missing; a split that
-        the run reads is missing; the images are too small; captions have no categories to select
-        by; or the embeddings are from another encoder.
+      UserError: a task is unknown; a dataset or a store of embeddings is missing; a split that the
+        run reads is missing; the images are too small; captions have no categories to select by;
+        or the embeddings are from another encoder.
     """
-    data, text = config.data, config.text
-    require(data.task in TASKS, "data.task", data.task, ", ".join(TASKS))
-    name = TASKS[data.task]
-    info = dataset_info(data.dir, name, **_suggested_flags(config))
+    for task in rates_of(config.data):
+        _check_task(config, task)
+    if config.stores:
+        _check_stores(config)
+
+
+def _check_task(config: Config, task: str) -> None:
+    data, name = config.data, dataset_of(task)
+    known = task in TASKS or prepared.exists(data.dir, name)
+    names = f"{', '.join(TASKS)}, {MIXTURE}, or a dataset in data.dir={data.dir}"
+    require(known, "data.task", task, names)
+    info = prepared.dataset_info(data.dir, name, **_suggested_flags(config))
     reads = {"train"}
     reads |= {data.eval_split} if config.eval_every and config.eval_batches else set()
     reads |= {data.sample_split} if config.sample_every else set()
     for split in sorted(reads):
-        check_split(data.task, info.num_examples, split)
+        check_split(task, info.num_examples, split)
     if name == "folder" and data.categories:
         raise no_categories(name)
-    resolution = int(name.partition("/")[2] or info.settings.get("resolution", config.full_size))
-    if resolution < config.full_size:
+    size = name.partition("/")[2]
+    resolution = int(size if size.isdecimal() else info.settings.get("resolution") or 0)
+    if 0 < resolution < config.full_size:
         key = "data.image_size" if data.image_size else "model.image_size"
         again = f", or prepare them again with --resolution={config.full_size} --overwrite"
         raise UserError(
-            f"config.{key} is {config.full_size}; the images of data.task={data.task} in "
+            f"config.{key} is {config.full_size}; the images of data.task={task} in "
             f"{data.dir} are {resolution}x{resolution}: lower it{'' if '/' in name else again}"
         )
     if config.stores:
-        _check_stores(config)
         return
+    if info.text_identity is None:
+        raise UserError(
+            f"config.data.embeddings is '', but the records of data.task={task} hold no "
+            "embeddings; make a store with: python -m data_pipelines.encode_text "
+            f"--dataset={name} --data_dir={data.dir} --out=STORE"
+        )
     _require_stores(config, 1)
-    where = f"data.task={data.task} in {data.dir}"
-    check_identity(info.text_identity, *text.parts[0], where)
+    check_identity(info.text_identity, *config.text.parts[0], f"data.task={task} in {data.dir}")
 
 
 def check_split(task: str, num_examples: dict[str, int], split: str) -> None:

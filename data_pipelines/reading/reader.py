@@ -1,23 +1,31 @@
-"""Reads SeqIO tasks and yields this host's batches as NumPy arrays.
+"""Reads the tasks of a config and yields this host's batches as NumPy arrays.
 
 The example at a global position is a pure function of the position and the seed, so the position in
-the data is one number that does not depend on the number of hosts (see reading.tasks).
+the data is one number that does not depend on the number of hosts (see reading.order).
+
+Threads read and decode; the work is done by Pillow, TensorFlow and the operating system, which run
+outside Python's lock. tf.data could not skip a bad record without moving the following ones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 from tqdm import tqdm
 
 from data_pipelines.reading import check
-from data_pipelines.reading.rows import crop, guarded, rows_of, source_of, text_keys
+from data_pipelines.reading.bad import BadRecords
+from data_pipelines.reading.examples import Clock, Example, Examples
+from data_pipelines.reading.order import Interleave
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import Config
@@ -27,9 +35,9 @@ from imagen_jax.diffusion.conditioning import pad_text
 
 Batch = dict[str, np.ndarray]
 
-# Records read into memory at a time.
-_CHUNK = 256
-_STRINGS = ("caption", "category", "scene")
+_AHEAD = 3  # batches read ahead of the one that is used
+_CHUNK = 8  # examples per call of a thread
+_MEASURED = 256  # records decoded before the memory that all take is known
 
 
 def build(config: Config) -> None:
@@ -50,38 +58,57 @@ def build(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """The data of one run: training.reader.Reader over the SeqIO task of a config.
+    """The data of one run: training.reader.Reader over the tasks of a config.
+
+    Attributes:
+      clock: seconds by part of reading, over all threads.
 
     Raises:
       UserError: as check.check_dataset.
     """
 
     config: Config
+    clock: Clock = dataclasses.field(default_factory=Clock, compare=False)
 
     def __post_init__(self):
         check.check_dataset(self.config)
+
+    @functools.cached_property
+    def _bad(self) -> BadRecords:
+        return BadRecords(self.config.data.max_bad_share)
+
+    @functools.cached_property
+    def _interleave(self) -> Interleave:
+        return Interleave(tuple(check.rates_of(self.config.data).values()))
 
     def train_batches(self, position: int, shard: int = 0, num_shards: int = 1) -> Iterator[Batch]:
         """Returns this host's share of the training batches, without end.
 
         Args:
-          position: global examples already consumed, a multiple of the batch size.
+          position: global examples already consumed.
           shard: this host. Its rows are the contiguous block `shard` of every global batch.
 
         Returns:
           An iterator of dicts of image uint8 [b, H, W, 3], text bfloat16 [b, T, D] and text_mask
           bool [b, T], with b = batch_size / num_shards.
+
+        Raises:
+          UserError: the data cannot be read; data.in_memory is set and they are too large.
         """
-        split, info = "train", seqio.ShardInfo(shard, num_shards)
+        tasks = self._open("train", shuffle=True)
         if self.config.data.in_memory:
-            return self._numpy_batches(self._from_memory(split, position, info))
-        return self._numpy_batches(self._from_disk(split, position, info))
+            for examples in tasks:
+                self._into_memory(examples)
+        return self._batches(tasks, position, shard, num_shards)
 
     def eval_batches(self, shard: int = 0, num_shards: int = 1) -> list[Batch]:
-        """Returns the first `config.eval_batches` batches of the evaluation split."""
-        info = seqio.ShardInfo(shard, num_shards)
-        batches = self._numpy_batches(self._from_disk(self.config.data.eval_split, 0, info))
-        return [next(batches) for _ in range(self.config.eval_batches)]
+        """Returns the first `config.eval_batches` batches of the evaluation split.
+
+        A split with fewer examples starts again.
+        """
+        tasks = self._open(self.config.data.eval_split, shuffle=False)
+        with contextlib.closing(self._batches(tasks, 0, shard, num_shards)) as batches:
+            return [next(batches) for _ in range(self.config.eval_batches)]
 
     def examples(self, split: str, num: int) -> list[dict[str, Any]]:
         """Returns the first `num` records of a split, whose captions serve as prompts.
@@ -90,91 +117,110 @@ class Reader:
           Dicts of caption, category and scene (str), image uint8 [H, W, 3], text bfloat16 [T, D]
           and text_mask bool [T].
         """
-        config = self.config
-        rows = rows_of(config, source_of(config, split), split, shuffle=False, strings=_STRINGS)
-        rows = rows.take(num).map(lambda row: {**row, "image": crop(config, row["image"])})
+        tasks = self._open(split, shuffle=False)
+        num = min(num, sum(map(len, tasks)))
+        positions = np.arange(num)
         out = []
-        for row in guarded(config, rows.as_numpy_iterator()):
-            padded = pad_text(config.text.parts, *([row[key]] for key in text_keys(config)))
-            strings = {k: row[k].decode() for k in _STRINGS}
-            out.append({**strings, "image": row["image"], **{k: v[0] for k, v in padded.items()}})
+        for example in self._load(tasks, positions):
+            strings = {"caption": example.caption}
+            strings |= {key: getattr(example.record, key) for key in ("category", "scene")}
+            text = {key: values[0] for key, values in self.pad([example]).items()}
+            out.append({**strings, **text})
         return out
 
-    def _from_disk(self, split: str, position: int, info: seqio.ShardInfo) -> tf.data.Dataset:
-        """Yields batches of image uint8 [b, H, W, 3] and ragged embeddings, reading as it goes."""
-        config = self.config
-        size = config.batch_size // info.num_shards
-        rows = rows_of(config, source_of(config, split, position, size), split, info)
-        if config.full_size > config.unet.image_size:
-            rows = rows.map(
-                lambda row: {**row, "image": crop(config, row["image"], row["position"])},
-                tf.data.AUTOTUNE,
-            )
-        return rows.ragged_batch(size, drop_remainder=True)
+    def training_examples(self, position: int, num: int) -> list[Example]:
+        """Returns the training examples at `num` positions, for people to look at."""
+        return self._load(self._open("train", shuffle=True), position + np.arange(num))
 
-    def _from_memory(self, split: str, position: int, info: seqio.ShardInfo) -> tf.data.Dataset:
-        """Decodes all records now, then yields the same batches as `_from_disk`."""
-        config = self.config
-        kept = self._whole_split(split)
-        size = config.batch_size // info.num_shards
-        order = source_of(config, split, position, size).order(
-            len(kept["image"]), config.seed, info
-        )
+    def take_bad_records(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
+        """Returns the bad records by reason, and a list of those since the last call."""
+        return self._bad.take()
 
-        def batch(positions: tf.Tensor, indices: tf.Tensor) -> dict[str, Any]:
-            rows = {key: tf.gather(values, indices) for key, values in kept.items()}
-            if config.full_size > config.unet.image_size:
-                spec = tf.TensorSpec((config.unet.image_size,) * 2 + (3,), tf.uint8)
-                at = (rows["image"], positions)
-                rows["image"] = tf.map_fn(lambda x: crop(config, *x), at, fn_output_signature=spec)
-            return rows
+    def pad(self, examples: Sequence[Example]) -> Batch:
+        """Makes a batch of examples."""
+        with self.clock("padding"):
+            images = np.stack([example.image for example in examples])
+            texts = zip(*(example.texts for example in examples), strict=True)
+            return {"image": images, **pad_text(self.config.text.parts, *texts)}
 
-        return order.batch(size, drop_remainder=True).map(batch, tf.data.AUTOTUNE)
+    def _load(self, tasks: Sequence[Examples], positions: np.ndarray) -> list[Example]:
+        return [examples.example(*at) for examples, *at in self._plan(tasks, positions)]
 
-    def _whole_split(self, split: str) -> dict[str, Any]:
-        """Decodes a whole split: image uint8 [n, S, S, 3] and ragged embeddings [n, (t), D].
+    def _plan(self, tasks: Sequence[Examples], positions: np.ndarray) -> list[tuple]:
+        """Returns for each global position its examples and the arguments of their `example`."""
+        with self.clock("order"):
+            numbers, places = self._interleave.locate(positions)
+            plan: list[Any] = [None] * len(positions)
+            for number in np.unique(numbers):
+                examples, [rows] = tasks[number], np.nonzero(numbers == number)
+                order, place = examples.order, places[rows]
+                columns = (order.index(place), order.epoch(place), positions[rows])
+                for row, *at in zip(rows, *(column.tolist() for column in columns), strict=True):
+                    plan[row] = (examples, *at)
+            return plan
+
+    def _open(self, split: str, shuffle: bool) -> list[Examples]:
+        return [
+            Examples(self.config, task, split, shuffle, self._bad, self.clock)
+            for task in check.rates_of(self.config.data)
+        ]
+
+    def _batches(
+        self, tasks: Sequence[Examples], position: int, shard: int, num_shards: int
+    ) -> Iterator[Batch]:
+        total = self.config.batch_size
+        size = total // num_shards
+        for examples in tasks:  # a mixture spreads the runs of a task over all hosts
+            examples.keep_runs(total, size if len(tasks) == 1 else total)
+        cores = len(os.sched_getaffinity(0))
+        # A batch is made by one thread of `makers` from chunks that `readers` read.
+        with ThreadPoolExecutor(cores) as readers, ThreadPoolExecutor(_AHEAD) as makers:
+
+            def make(start: int) -> Batch:
+                plan = self._plan(tasks, np.arange(start, start + size))
+                chunks = [plan[i : i + _CHUNK] for i in range(0, size, _CHUNK)]
+                loaded = readers.map(lambda chunk: [e.example(*at) for e, *at in chunk], chunks)
+                return self.pad([example for chunk in loaded for example in chunk])
+
+            first = position + shard * size
+            ahead = deque(makers.submit(make, first + i * total) for i in range(_AHEAD))
+            try:
+                while True:
+                    batch = ahead.popleft().result()
+                    first += total
+                    ahead.append(makers.submit(make, first + (_AHEAD - 1) * total))
+                    yield batch
+            finally:
+                makers.shutdown(cancel_futures=True)
+
+    def _into_memory(self, examples: Examples) -> None:
+        """Decodes a whole split.
 
         Raises:
           UserError: it would take more than a quarter of this machine's memory.
         """
-        config = self.config
-        source = source_of(config, split)
-        num, available = source.num_input_examples(split), physical_memory()
-        keys = ("image", *text_keys(config))
-        rows = rows_of(config, source, split, shuffle=False).ragged_batch(_CHUNK)
-        rows = ({key: row[key] for key in keys} for row in guarded(config, iter(rows)))
-        chunks = [next(rows)]
-        read = len(chunks[0]["image"])
-        needed = num / read * sum(map(_bytes, chunks[0].values()))
-        if needed > available / 4:  # concatenating needs a second copy
-            raise UserError(
-                f"config.data.in_memory is True, but {num:,} records take {needed / GIB:.1f} GiB; "
-                f"allowed: a quarter of this machine's {available / GIB:.1f} GiB. Set "
-                "--config.data.in_memory=false"
-            )
-        words = {"desc": "reading into memory", "unit": " records"}
-        with tqdm(
-            total=num, initial=read, disable=not log.isEnabledFor(logging.INFO), **words
-        ) as bar:
-            for chunk in rows:
-                chunks.append(chunk)
-                bar.update(len(chunk["image"]))
-        return {key: tf.concat([chunk[key] for chunk in chunks], axis=0) for key in keys}
-
-    def _numpy_batches(self, dataset: tf.data.Dataset) -> Iterator[Batch]:
-        config = self.config
-        keys = text_keys(config)
-        # Padding comes last: an example padded to the token limit takes five times the bytes.
-        for rows in guarded(config, iter(dataset.prefetch(tf.data.AUTOTUNE))):
-            captions = [_split(rows[key]) for key in keys]
-            yield {"image": rows["image"].numpy(), **pad_text(config.text.parts, *captions)}
+        num, available, loaded = len(examples), physical_memory(), []
+        hidden = not log.isEnabledFor(logging.INFO)
+        bar = tqdm(total=num, desc="reading into memory", unit=" records", disable=hidden)
+        with bar, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for start in range(0, num, _MEASURED):
+                indices = range(start, min(start + _MEASURED, num))
+                chunks = [indices[i : i + _CHUNK] for i in range(0, len(indices), _CHUNK)]
+                for chunk in pool.map(lambda chunk: list(map(examples.load, chunk)), chunks):
+                    loaded += chunk
+                bar.update(len(loaded) - bar.n)
+                needed = sum(map(_bytes, loaded[:_MEASURED])) / min(num, _MEASURED) * num
+                if needed > available / 4 and not start:
+                    raise UserError(
+                        f"config.data.in_memory is True, but {num:,} records take "
+                        f"{needed / GIB:.1f} GiB; allowed: a quarter of this machine's "
+                        f"{available / GIB:.1f} GiB. Set --config.data.in_memory=false"
+                    )
+        examples.memory = loaded
 
 
-def _bytes(values: tf.Tensor | tf.RaggedTensor) -> int:
-    flat = getattr(values, "flat_values", values)
-    return int(tf.size(flat)) * flat.dtype.size
-
-
-def _split(ragged: tf.RaggedTensor) -> list[np.ndarray]:
-    ends = np.cumsum(ragged.row_lengths().numpy())
-    return np.split(ragged.flat_values.numpy(), ends[:-1])
+def _bytes(loaded: Any) -> int:
+    if isinstance(loaded, Exception):
+        return 0
+    record, image = loaded
+    return image.nbytes + len(record.embedding or b"")

@@ -1,10 +1,11 @@
-"""Writes the records of a dataset, and finds a record by its index.
+"""Writes the records of a dataset.
 
 A record is an image, its caption, and the caption's embedding by a frozen text encoder. The
-embedding is computed here, once, so training never runs the encoder. Each dataset is a tfds dataset
-at <data_dir>/<name>[/<config>]/<version>. Beside its files are the byte offsets of all records, so
-a record can be read by its index (see reading.tasks.RecordsSource): index i is the i-th candidate
-that was not skipped.
+embedding is computed once, so training never runs the encoder: RecordsBuilder stores it in the
+record, ingest in a store beside the records. Each dataset is a tfds dataset
+at <data_dir>/<name>[/<config>]/<version>. Beside each file are the byte offsets of its records, so
+a record can be read by its index (see records.source): index i is the i-th candidate that was not
+skipped.
 
 This module imports neither SeqIO nor TensorFlow, so commands answer --help without them.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, NamedTuple
@@ -24,13 +24,12 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from data_pipelines.common import Skip, caption_key, summary
+from data_pipelines.common import Skip, summary
 from data_pipelines.records import prepared
+from data_pipelines.records.source import write_offsets
 from imagen_jax.common.errors import UserError
 
 REPORT = "report.json"  # beside the records: every changed or skipped candidate, with the reason
-_OFFSETS = "offsets-{split}.npy"
-_KEYS = "captions-{split}.npy"
 SHARD = 2048  # candidates per file, and captions per call of the encoder
 
 
@@ -57,6 +56,30 @@ def png_bytes(image: np.ndarray | Image.Image) -> bytes:
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def features(
+    *, embedded: bool = False, several: bool = False, named: bool = False
+) -> tfds.features.FeaturesDict:
+    """Returns the features of a record.
+
+    Args:
+      embedded: the records hold the embeddings of their captions.
+      several: an image has several `captions`; the first is its `caption`.
+      named: its captions have `caption_sources`, the columns or models that they come from.
+    """
+    text = tfds.features.Text
+    found = {"id": text(), "image": tfds.features.Image(shape=(None, None, 3)), "caption": text()}
+    found |= {"category": text(), "scene": text()}
+    if several:
+        found["captions"] = tfds.features.Sequence(text())
+    if named:
+        found["caption_sources"] = tfds.features.Sequence(text())
+    if embedded:
+        # Little-endian bfloat16 [n, dim] as bytes: tfds has no ragged bfloat16, and bytes parse
+        # 100x faster than lists of floats.
+        found |= {"text_embeddings": text(), "text_tokens": tfds.features.Scalar(np.int32)}
+    return tfds.features.FeaturesDict(found)
 
 
 class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -88,7 +111,6 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     ):
         self._make_splits = splits
         self._encoder = encoder
-        self._keys: dict[tuple[str, int], list[bytes]] = {}
         self.metadata = {"text_identity": dict(encoder.identity), "settings": dict(settings)}
         self.report = {"changed": list(changed), "skipped": list(skipped)}
         super().__init__(data_dir=data_dir, config=config)
@@ -97,19 +119,7 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Images, captions and the captions' embeddings by a frozen text encoder.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": tfds.features.Text(),
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "caption": tfds.features.Text(),
-                    "category": tfds.features.Text(),
-                    "scene": tfds.features.Text(),
-                    # Little-endian bfloat16 [n, dim] as bytes: tfds has no ragged bfloat16, and
-                    # bytes parse 100x faster than lists of floats.
-                    "text_embeddings": tfds.features.Text(),
-                    "text_tokens": np.int32,
-                }
-            ),
+            features=features(embedded=True),
             metadata=tfds.core.MetadataDict(self.metadata),
         )
 
@@ -133,7 +143,6 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         changes = [record.pop("change", None) for record in made]
         self.report["changed"] += [change for change in changes if change]
         self._bar.update(len(loaded) - len(made))
-        self._keys[name, start] = [caption_key(record["caption"]) for record in made]
         embeddings = self._encoder.encode(
             [record["caption"] for record in made],
             progress=lambda done, total: self._bar.set_postfix_str(
@@ -165,63 +174,43 @@ class RecordsBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         report = {"records": num_examples, **entries}
         # data_path is a temporary folder here; tfds renames it once it is complete.
         (self.data_path / REPORT).write_text(json.dumps(report, indent=1))
-        for name, split in self.info.splits.items():
-            with (self.data_path / _OFFSETS.format(split=name)).open("wb") as file:
-                np.save(file, _find_records(split.filepaths))
-            keys = [key for at in sorted(self._keys) if at[0] == name for key in self._keys[at]]
-            with (self.data_path / _KEYS.format(split=name)).open("wb") as file:
-                np.save(file, np.array(keys, "S16"))
+        for split in self.info.splits.values():
+            for path in split.filepaths:
+                write_offsets(str(path))
 
     def _name(self) -> str:
         return "/".join(filter(None, (self.name, self.builder_config and self.builder_config.name)))
 
 
-def _find_records(paths: Sequence[epath.Path]) -> np.ndarray:
-    """Finds where each record of TFRecord files starts: int64 [n, 2], file number and byte."""
-    starts = []
-    for number, path in enumerate(paths):
-        with path.open("rb") as file:
-            while header := file.read(12):  # uint64 length of the data, uint32 checksum
-                starts.append((number, file.tell() - len(header)))
-                file.seek(struct.unpack("<Q", header[:8])[0] + 4, io.SEEK_CUR)
-    return np.array(starts, np.int64).reshape(-1, 2)
+def write_tfds_metadata(
+    folder: epath.Path,
+    name: str,
+    features: tfds.features.FeaturesDict,
+    splits: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Writes dataset_info.json and features.json, so that tfds can read the files in `folder`.
 
-
-def record_offsets(info: tfds.core.DatasetInfo, split: str) -> tuple[list[str], np.ndarray]:
-    """Returns the files of a split, and as `_find_records` where its records start."""
-    with (epath.Path(info.data_dir) / _OFFSETS.format(split=split)).open("rb") as file:
-        return [str(path) for path in info.splits[split].filepaths], np.load(file)
-
-
-def caption_keys(info: tfds.core.DatasetInfo, split: str) -> np.ndarray:
-    """Returns common.caption_key of every caption in record order: S16 [n].
-
-    Raises:
-      UserError: the dataset was written by a version that stored no keys.
+    Args:
+      splits: {split: {"bytes": ..., "shards": [{"records": ...}, ...]}}.
     """
-    path = epath.Path(info.data_dir) / _KEYS.format(split=split)
-    if not path.exists():
-        raise UserError(f"{path} is missing: prepare this dataset again, with --overwrite")
-    with path.open("rb") as file:
-        return np.load(file)
-
-
-def strings(info: tfds.core.DatasetInfo, split: str, feature: str) -> Iterator[str]:
-    """Yields a feature, "caption" or "category", of every record in order."""
-    from tensorflow.train import Example
-
-    for path in info.splits[split].filepaths:
-        with path.open("rb") as file:
-            while header := file.read(12):
-                example = Example.FromString(file.read(struct.unpack("<Q", header[:8])[0]))
-                file.seek(4, io.SEEK_CUR)
-                yield example.features.feature[feature].bytes_list.value[0].decode()
-
-
-def open_dataset(data_dir: str, name: str) -> tfds.core.DatasetBuilder:
-    """Opens a prepared dataset ("scenes/32", "folder", "emoji") for reading.
-
-    Raises:
-      UserError: it does not exist; the message has the command that makes it.
-    """
-    return tfds.builder_from_directory(prepared.find(data_dir, name))
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=name, filetype_suffix="tfrecord"
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard["records"] for shard in fields["shards"]],
+            num_bytes=fields["bytes"],
+            filename_template=template.replace(split=split),
+        )
+        for split, fields in splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=infos,
+        version=prepared.VERSION,
+        filename_template=template,
+        check_data=False,
+        description="Images and captions.",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -13,6 +14,11 @@ from imagen_jax.common.errors import UserError
 VERSION = "1.0.0"
 INFO = "dataset_info.json"  # tfds writes it last, so a dataset without it does not exist
 METADATA = "metadata.json"
+MANIFEST = "manifest.json"
+WORK = ".ingest"  # below a dataset's folder while ingest runs, and after an interruption
+COMMANDS = ("scenes", "emoji")  # write the datasets of their names; ingest writes all others
+STORE = "embeddings"  # the store of embeddings that ingest writes below a dataset's folder
+TARS = "tars.json"  # names the tars of a dataset that data_pipelines.index_tars has indexed
 
 
 class DatasetInfo(NamedTuple):
@@ -20,17 +26,24 @@ class DatasetInfo(NamedTuple):
 
     Attributes:
       num_examples: records in each split.
-      text_identity: the identity of the encoder that embedded the captions.
+      text_identity: the identity of the encoder that embedded the captions; None if the records
+        have no embeddings.
       settings: everything else the records depend on, as passed to RecordsBuilder.
     """
 
     num_examples: dict[str, int]
-    text_identity: dict[str, Any]
+    text_identity: dict[str, Any] | None
     settings: dict[str, Any]
 
 
+def exists(data_dir: str, name: str) -> bool:
+    """Returns whether `data_dir` has a complete dataset `name`."""
+    folder = epath.Path(data_dir) / name
+    return (folder / VERSION / INFO).exists() or (folder / TARS).exists()
+
+
 def find(data_dir: str, name: str, **flags: Any) -> epath.Path:
-    """Returns the folder of the dataset `name` ("scenes/32", "folder", "emoji").
+    """Returns the folder of the dataset `name` ("scenes/32", "folder"), or its TARS file.
 
     Args:
       flags: flags of the command that the error message suggests.
@@ -39,21 +52,29 @@ def find(data_dir: str, name: str, **flags: Any) -> epath.Path:
       UserError: the dataset does not exist; the message has the command that makes it.
     """
     path = epath.Path(data_dir) / name / VERSION
-    if not (path / INFO).exists():
-        command = make_command(data_dir, name, **flags)
-        encoders = " (docs/text.md says what --encoder takes)" if "encoder" in flags else ""
+    unfinished = (path / WORK).exists() and not (path / MANIFEST).exists()
+    if unfinished:
         raise UserError(
-            f"data.dir={data_dir} has no dataset {name!r}; make it with: {command}{encoders}"
+            f"data.dir={data_dir}: the dataset {name!r} is unfinished; run the command that makes "
+            "it again to add the rest"
         )
-    return path
+    if (path / INFO).exists():
+        return path
+    if (path.parent / TARS).exists():
+        return path.parent / TARS
+    command = make_command(data_dir, name, **flags)
+    encoders = " (docs/text.md says what --encoder takes)" if "encoder" in flags else ""
+    raise UserError(
+        f"data.dir={data_dir} has no dataset {name!r}; make it with: {command}{encoders}"
+    )
 
 
 def make_command(data_dir: str, name: str, **flags: Any) -> str:
     """Returns the command that prepares a dataset."""
     module, _, resolution = name.partition("/")
     flags = {"data_dir": data_dir} | ({"resolution": resolution} if resolution else {}) | flags
-    if module == "folder":
-        flags = {"images": "FOLDER", **flags}
+    if module not in COMMANDS:
+        module, flags = "ingest", {"source": "FOLDER", "name": module, **flags}
     words = [f"--{flag}={shlex.quote(str(value))}" for flag, value in flags.items()]
     return " ".join([f"python -m data_pipelines.{module}", *words])
 
@@ -65,11 +86,47 @@ def dataset_info(data_dir: str, name: str, **flags: Any) -> DatasetInfo:
       UserError: see `find`.
     """
     path = find(data_dir, name, **flags)
+    if path.name == TARS:
+        return DatasetInfo(json.loads(path.read_text())["splits"], None, {})
     splits = json.loads((path / INFO).read_text())["splits"]
     num_examples = {s["name"]: sum(map(int, s["shardLengths"])) for s in splits}
-    return DatasetInfo(num_examples, **read_metadata(path))
+    metadata = read_metadata(path)
+    return DatasetInfo(num_examples, metadata.get("text_identity"), metadata.get("settings") or {})
 
 
 def read_metadata(path: epath.Path) -> dict[str, Any]:
     """Reads the text_identity and settings stored with the records in `path`."""
     return json.loads((path / METADATA).read_text())
+
+
+def own_store(data_dir: str, name: str) -> tuple[str, ...]:
+    """Returns the path of the store of embeddings beside the records, () if there is none."""
+    path = epath.Path(data_dir) / name / VERSION / STORE
+    return (str(path),) if path.exists() else ()
+
+
+def split_files(path: epath.Path, split: str) -> tuple[Callable[[int], str], list[int]]:
+    """Returns a function from file number to path, and the number of records of each file.
+
+    tfds would build a list of all paths.
+
+    Args:
+      path: the dataset's folder, from `find`.
+    """
+    info = json.loads((path / INFO).read_text())
+    found = next(s for s in info["splits"] if s["name"] == split)
+    lengths = [int(n) for n in found.get("shardLengths", [])]
+    template = found.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+    def path_of(file: int) -> str:
+        name = template.format(
+            DATASET=info["name"],
+            SPLIT=split,
+            FILEFORMAT=info.get("fileFormat", "tfrecord"),
+            SHARD_X_OF_Y=f"{file:05d}-of-{len(lengths):05d}",
+            SHARD_INDEX=f"{file:05d}",
+            NUM_SHARDS=f"{len(lengths):05d}",
+        )
+        return f"{path}/{name}"
+
+    return path_of, lengths

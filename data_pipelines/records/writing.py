@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import sys
@@ -15,11 +14,9 @@ import tensorflow_datasets as tfds
 from absl import flags
 from etils import epath
 
-from data_pipelines.records import dataset, prepared
+from data_pipelines.records import dataset, prepared, splits
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
-
-GRID = 16  # images in a sample grid, the default of config.num_samples
 
 
 def define_flags() -> None:
@@ -58,8 +55,8 @@ def hold_out(
 ) -> dict[str, dataset.Split]:
     """Splits candidates into train and validation, each in the given order.
 
-    Validation gets `fraction` of the candidates but at least GRID, all of them usable: each is
-    loaded before it is chosen. Candidates are tried in the order of a hash of the seed and their
+    Validation gets `fraction` of the candidates but at least splits.GRID, all of them usable: each
+    is loaded before it is chosen. Candidates are tried in the order of a hash of the seed and their
     name, so adding a few candidates moves few. At most half of the candidates are tried; train gets
     the rest.
 
@@ -68,11 +65,8 @@ def hold_out(
       load: as in dataset.Split.
       fraction: share to hold out; 0 holds out nothing.
     """
-    ranked = sorted(
-        items, key=lambda item: hashlib.sha256(ascii((seed, item[0])).encode()).digest()
-    )
-    ranked = ranked[: len(items) // 2]
-    wanted = max(round(len(items) * fraction), GRID) if fraction else 0
+    ranked = sorted(items, key=lambda item: splits.rank(seed, item[0]))[: len(items) // 2]
+    wanted = splits.wanted(len(items), fraction)
     held_out: set[tuple] = set()
     with ThreadPoolExecutor() as pool:
         while ranked and len(held_out) < wanted:
@@ -80,12 +74,8 @@ def hold_out(
             tried, ranked = ranked[:missing], ranked[missing:]
             loaded = zip(tried, pool.map(load, tried), strict=True)
             held_out.update(item for item, record in loaded if not isinstance(record, dataset.Skip))
-    if len(held_out) < min(wanted, GRID):
-        print(
-            f"holding out only {len(held_out)} of {len(items)} examples: a grid of {GRID} samples "
-            f"takes {2 * GRID} usable examples",
-            file=sys.stderr,
-        )
+    if len(held_out) < min(wanted, splits.GRID):
+        print(splits.too_few(len(held_out), len(items)), file=sys.stderr)
     return {
         "train": dataset.Split([item for item in items if item not in held_out], load),
         "validation": dataset.Split([item for item in items if item in held_out], load),

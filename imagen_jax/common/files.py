@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -20,11 +22,19 @@ P = TypeVar("P")
 def replacing(path: P) -> Iterator[P]:
     """Yields a temporary path next to `path`; renames it to `path` at the end, or deletes it.
 
-    Readers see the whole file or none, and hosts that write the same file do not collide.
+    Readers see the whole file or none, and hosts that write the same file do not collide. For a
+    path such as gs://bucket/file, the temporary file is local and is uploaded at the end: buckets
+    have no rename, but show an object only when it is complete.
 
     Args:
       path: a pathlib.Path or an epath.Path.
     """
+    if "://" in os.fspath(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (temporary := type(path)(folder) / path.name)
+            with temporary.open("rb") as file, path.open("wb") as remote:
+                shutil.copyfileobj(file, remote)
+        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -32,6 +42,27 @@ def replacing(path: P) -> Iterator[P]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def matching(patterns: Iterable[str], flag: str) -> list[str]:
+    """Returns the files that match paths with * and ?, sorted.
+
+    Args:
+      flag: the flag that has the patterns.
+
+    Raises:
+      UserError: a pattern matches nothing.
+    """
+    from etils import epath
+
+    files = set()
+    for pattern in patterns:
+        path = epath.Path(pattern)
+        matches = [path] if path.exists() else list(path.parent.glob(path.name))
+        if not matches:
+            raise UserError(f"--{flag} has {pattern!r}; there is no such file")
+        files.update(os.fspath(match) for match in matches)
+    return sorted(files)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -45,5 +45,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def image(path: Path) -> str:
     """Returns an <img> with the PNG file embedded."""
-    encoded = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{encoded}">'
+    return picture(path.stem, path.read_bytes())
+
+
+def picture(alt: str, png: bytes) -> str:
+    """Returns an <img> with a PNG embedded."""
+    encoded = base64.b64encode(png).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{encoded}">'

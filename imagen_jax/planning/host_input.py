@@ -22,4 +22,5 @@ def describe_rate(batches: Iterator[dict[str, np.ndarray]], seconds: float = SEC
     rate = count / (time.perf_counter() - start)
     padded = rate * sum(x.nbytes for x in batch.values()) / size
     cores = len(os.sched_getaffinity(0))
-    return f"{rate:,.1f} images/s, {padded / 1e6:,.1f} MB/s padded, on {cores} core(s)"
+    each = f"{rate / cores:,.1f} images/s per core of {cores}"
+    return f"{rate:,.1f} images/s, {padded / 1e6:,.1f} MB/s padded; {each}"

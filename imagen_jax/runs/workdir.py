@@ -26,6 +26,7 @@ CONFIG = "config.json"  # every config key, defaults included
 METRICS = "metrics.jsonl"  # one JSON object per line
 CHECKPOINTS = "checkpoints"  # training state and data position, by Orbax
 SNAPSHOTS = "snapshots"  # averages of the weights for post-hoc EMA, by Orbax
+BAD_RECORDS = "bad_records_{process}.jsonl"  # records that could not be used, with the reason
 SAMPLES = "samples"  # grids sampled during training
 PROFILE = "profile"  # traces of --profile_steps
 EVALUATION = "evaluation"  # metrics, sample grids and the loss curve of imagen_jax.evaluate

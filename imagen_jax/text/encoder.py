@@ -49,51 +49,16 @@ class Batch(NamedTuple):
     positions: int
 
 
-class TextEncoder:
-    """A frozen encoder with its tokenizer. Create it with `load_encoder`.
+class TokenLimit:
+    """The longest caption that an encoder takes. Create it with `load_token_limit`.
 
     Attributes:
-      dim: width of an embedding.
-      dtype: type of an embedding, bfloat16.
       max_tokens: length limit of a caption in tokens, including its start and end tokens.
-      identity: everything except the caption that determines an embedding, as JSON values. It is
-        stored with precomputed embeddings and compared before they are used.
     """
 
-    dtype = DTYPE
-
-    def __init__(
-        self,
-        module: nnx.Module,
-        tokenizer: Tokenizer,
-        max_tokens: int,
-        identity: dict,
-        put: Put | None = None,
-        ways: int = 1,
-    ):
-        self.dim = module.config.dim
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int):
         self.max_tokens = max_tokens
-        self.identity = identity
         self._tokenizer = tokenizer
-        self._max_positions = module.config.max_positions or math.inf
-        self._put, self._rows = put or (lambda batch: batch), BATCH * ways
-        graphdef, self._weights = nnx.split(module)
-
-        @jax.jit
-        def apply(weights, ids_bt, mask_bt):
-            # By default TPUs multiply float32 in bfloat16, and GPUs in TF32. Embeddings computed on
-            # one kind of machine must agree with those computed on another.
-            with jax.default_matmul_precision("highest"):
-                return nnx.merge(graphdef, weights)(ids_bt, mask_bt).astype(jnp.bfloat16)
-
-        self._apply = apply
-
-    def __call__(self, ids_bt: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps token ids int [B, T] and a mask bool [B, T] to bfloat16 [B, T, dim] and the mask.
-
-        The mask is True at real tokens. Embeddings at padding are meaningless.
-        """
-        return self._apply(self._weights, ids_bt, mask_bt), mask_bt
 
     def num_tokens(self, caption: str) -> int:
         """Returns the number of tokens in `caption`, including its start and end tokens."""
@@ -115,6 +80,52 @@ class TextEncoder:
                 end = middle
         words = caption[: length + 1].rpartition(" ")[0]
         return words or caption[:length]
+
+
+class TextEncoder(TokenLimit):
+    """A frozen encoder with its tokenizer. Create it with `load_encoder`.
+
+    Attributes:
+      dim: width of an embedding.
+      dtype: type of an embedding, bfloat16.
+      max_tokens: length limit of a caption in tokens, including its start and end tokens.
+      identity: everything except the caption that determines an embedding, as JSON values. It is
+        stored with precomputed embeddings and compared before they are used.
+    """
+
+    dtype = DTYPE
+
+    def __init__(
+        self,
+        module: nnx.Module,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        identity: dict,
+        put: Put | None = None,
+        ways: int = 1,
+    ):
+        super().__init__(tokenizer, max_tokens)
+        self.dim = module.config.dim
+        self.identity = identity
+        self._max_positions = module.config.max_positions or math.inf
+        self._put, self._rows = put or (lambda batch: batch), BATCH * ways
+        graphdef, self._weights = nnx.split(module)
+
+        @jax.jit
+        def apply(weights, ids_bt, mask_bt):
+            # By default TPUs multiply float32 in bfloat16, and GPUs in TF32. Embeddings computed on
+            # one kind of machine must agree with those computed on another.
+            with jax.default_matmul_precision("highest"):
+                return nnx.merge(graphdef, weights)(ids_bt, mask_bt).astype(jnp.bfloat16)
+
+        self._apply = apply
+
+    def __call__(self, ids_bt: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps token ids int [B, T] and a mask bool [B, T] to bfloat16 [B, T, dim] and the mask.
+
+        The mask is True at real tokens. Embeddings at padding are meaningless.
+        """
+        return self._apply(self._weights, ids_bt, mask_bt), mask_bt
 
     def check(self, captions: Iterable[str], truncate: bool = False) -> None:
         """Raises UserError if `encode` would refuse one of the captions."""
@@ -221,6 +232,16 @@ def load_encoder(
     module = checkpoint.load(place)
     identity = _identity(checkpoint, tokenizer, max_tokens)
     return TextEncoder(module, tokenizer, max_tokens, identity, put, ways)
+
+
+def load_token_limit(name_or_path: str | os.PathLike, max_tokens: int) -> TokenLimit:
+    """Loads only the tokenizer of an encoder.
+
+    Raises:
+      UserError: as for `load_encoder`.
+    """
+    _, tokenizer = _open(name_or_path, max_tokens)
+    return TokenLimit(tokenizer, max_tokens)
 
 
 def encoder_identity(

@@ -72,7 +72,7 @@ def train(
         sizes = (config.num_steps, config.batch_size, experiment.stage.model_flops)
         startup.done("network")
         profile = Profile(profiled, workdir / PROFILE)
-        logger = metrics.MetricLogger(workdir, *sizes)
+        logger = metrics.MetricLogger(workdir, *sizes, reader)
         with contextlib.closing(logger), contextlib.closing(profile):
             logger.resume_at(start)
             offset = position["examples"] - start * config.batch_size
@@ -139,7 +139,9 @@ def run_loop(
                 with logger.pause():
                     actions.profile.start(state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, step_metrics = step_fn(state, put(next(batches)))
+                with logger.waiting():
+                    batch = next(batches)
+                state, step_metrics = step_fn(state, put(batch))
             if step == start + 1:
                 actions.started(step, step_metrics)
             pending.append((step, step_metrics))

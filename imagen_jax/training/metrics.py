@@ -18,7 +18,8 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
 from imagen_jax.devices import topologies
-from imagen_jax.runs.workdir import METRICS, read_metrics
+from imagen_jax.runs.workdir import BAD_RECORDS, METRICS, read_metrics
+from imagen_jax.training.reader import Reader
 from imagen_jax.training.step import bucket_names
 
 
@@ -28,17 +29,26 @@ def overview(params: Any) -> str:
 
 
 class MetricLogger:
-    """Writer of step metrics, averaged between log lines; only process 0 writes files.
+    """Writer of step metrics, averaged between log lines; only process 0 writes metrics.
+
+    Args:
+      reader: its bad records are counted with the metrics, as those of this host, and every process
+        lists its own in BAD_RECORDS.
 
     Attributes:
       step_time: seconds per step, as of the last log line; infinite before the first.
     """
 
     def __init__(
-        self, workdir: epath.PathLike, num_steps: int, batch_size: int, flops_per_step: float
+        self,
+        workdir: epath.PathLike,
+        num_steps: int,
+        batch_size: int,
+        flops_per_step: float,
+        reader: Reader | None = None,
     ):
         self._path = epath.Path(workdir) / METRICS
-        self._num_steps, self._batch_size = num_steps, batch_size
+        self._num_steps, self._batch_size, self._reader = num_steps, batch_size, reader
         self._flops = flops_per_step
         self._peak = topologies.device_peak_flops() * jax.device_count()
         self._main = jax.process_index() == 0
@@ -47,7 +57,7 @@ class MetricLogger:
         )
         self.step_time = math.inf
         self._window: list[dict[str, np.ndarray]] = []
-        self._paused = 0.0
+        self._paused = self._waited = 0.0
         self._start = time.perf_counter()
 
     def resume_at(self, step: int) -> None:
@@ -84,6 +94,8 @@ class MetricLogger:
             if count:
                 scalars[f"loss_log_snr/{name}"] = float(loss / count)
         scalars |= {"step_time": seconds, "images_per_s": self._batch_size / seconds}
+        scalars["data_wait"] = self._waited / (seconds * len(self._window))
+        scalars |= self._bad_records()
         if self._peak:
             scalars["mfu"] = self._flops / seconds / self._peak
         self.write(step, scalars)
@@ -96,7 +108,8 @@ class MetricLogger:
 
     def restart_clock(self) -> None:
         """Discards the averages and restarts the timing."""
-        self._window, self._paused, self._start = [], 0.0, time.perf_counter()
+        self._window, self._paused, self._waited = [], 0.0, 0.0
+        self._start = time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -104,6 +117,22 @@ class MetricLogger:
         before = time.perf_counter()
         yield
         self._paused += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the block as time in which the loop waits for data."""
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    def _bad_records(self) -> dict[str, float]:
+        """Lists new bad records; returns the counts by reason since the start of the process."""
+        counts, entries = self._reader.take_bad_records() if self._reader else ({}, [])
+        if entries:
+            path = self._path.parent / BAD_RECORDS.format(process=jax.process_index())
+            with path.open("a") as f:
+                f.writelines(json.dumps(entry) + "\n" for entry in entries)
+        return {f"bad_records/{k.replace(' ', '_')}": float(n) for k, n in counts.items()}
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of a step to metrics.jsonl and TensorBoard."""

@@ -25,3 +25,6 @@ class Reader(Protocol):
 
     def examples(self, split: str, num: int) -> list[dict[str, Any]]:
         """Returns the first `num` records of a split: caption, image, text, text_mask."""
+
+    def take_bad_records(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
+        """Returns how many records were bad, by reason, and a list of those since the last call."""

@@ -17,7 +17,6 @@ from PIL import Image
 from data_pipelines.embeddings import caption_lists, encoding
 from data_pipelines.embeddings.shards import finish
 from data_pipelines.embeddings.store import create_store
-from data_pipelines.reading import tasks
 from data_pipelines.reading.reader import Reader
 from imagen_jax import sample
 from imagen_jax.common.errors import UserError
@@ -174,11 +173,10 @@ def test_each_encoder_needs_its_own_store(stores, tiny_data):
 
 
 def test_records_have_the_embeddings_of_every_store(stores, encoders, tiny_data):
-    source = tasks.RecordsSource("scenes/32", tiny_data, stores=stores)
-    for row in source.get_dataset("heldout", shuffle=False).take(3).as_numpy_iterator():
-        caption = row["caption"].decode()
-        for key, encoder in zip(tasks.embedding_keys(2), encoders.values(), strict=True):
-            np.testing.assert_array_equal(row[key], encoder.encode([caption])[0])
+    config = read(data__dir=tiny_data, data__embeddings="+".join(stores))
+    for example in Reader(config).training_examples(0, 3):
+        for text, encoder in zip(example.texts, encoders.values(), strict=True):
+            np.testing.assert_array_equal(text, encoder.encode([example.caption])[0])
 
 
 def test_training_and_sampling_work_with_two_encoders(

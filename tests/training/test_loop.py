@@ -186,6 +186,7 @@ def test_the_host_runs_ahead_by_two_seconds_and_misses_no_step(step_time, most):
         step_time=step_time,
         restart_clock=lambda: None,
         pause=contextlib.nullcontext,
+        waiting=contextlib.nullcontext,
         add=add,
         flush=lambda number: calls.append(f"line {number}"),
     )

@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 from conftest import load_config, shrink
 
-from data_pipelines.reading import check, reader, tasks
+from data_pipelines.reading import check, reader
+from data_pipelines.reading.order import Order
 from data_pipelines.reading.reader import Reader
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
@@ -85,9 +86,8 @@ def test_data_larger_than_memory_are_refused_in_one_line(tiny_data, monkeypatch)
 
 
 def test_each_epoch_is_a_permutation_by_tensorflows_index_shuffle():
-    source = tasks.RecordsSource("scenes/32", start=5)
-    pairs = source.order(7, seed=3).take(100).as_numpy_iterator()
-    for position, index in pairs:
+    positions = np.arange(5, 105)
+    for position, index in zip(positions, Order(7, seed=3).index(positions), strict=True):
         seed = [3, position // 7]
         assert index == tf.random.experimental.index_shuffle(position % 7, seed, 6)
 
@@ -145,7 +145,7 @@ def test_an_image_smaller_than_the_model_is_refused_in_one_line(tiny_data, monke
         Reader(config)
     # If the metadata lack the size of the images, reading finds it.
     monkeypatch.setattr(check, "check_dataset", lambda config: None)
-    with pytest.raises(UserError, match=r"smaller than config\.model\.image_size"):
+    with pytest.raises(UserError, match=r"image too small: 32x32, but config\.model\.image_size"):
         next(Reader(config).train_batches(0))
 
 
@@ -170,7 +170,7 @@ def test_a_prepared_dataset_passes_the_check(tmp_path, tiny_data, config):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "has no dataset 'folder'; make it with: python -m data_pipelines.folder --images=FOL"),
+        ({}, "has no dataset 'folder'; make it with: python -m data_pipelines.ingest --source=FOL"),
         ({"text.max_tokens": 64}, "--max_tokens=64"),
         (
             {"text.encoder": "/models/t5-v1_1-xxl"},

@@ -1,0 +1,249 @@
+"""Records by index: reads any range of a split in few large reads, in memory that does not grow.
+
+A source has a length and `read(start, stop)`, which returns a Record for each index, or a Bad that
+says what is wrong with it. `open_split` opens the source of a prepared dataset (RecordFiles, below)
+or of indexed tars (records.tars). Memory per source: two integers per file. The byte offsets of the
+records of a file are memory-mapped from `<file>.offsets.npy` when a record of it is first read.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from etils import epath
+from ml_dtypes import bfloat16
+
+from data_pipelines.records import prepared
+from data_pipelines.records.files import Files
+from imagen_jax.common.files import first_line
+
+_HEADER, _FRAME = 12, 16  # bytes that TFRecord adds: uint64 length and its CRC; the CRC of the data
+_CHUNK = 256  # records read at a time when all are
+
+
+class Record(NamedTuple):
+    """A record as stored.
+
+    Attributes:
+      image: an encoded image, such as JPEG.
+      captions: one or more.
+      embedding: bfloat16 [tokens, dim] of the only caption as bytes; None if it is in a store.
+    """
+
+    id: str
+    image: bytes
+    captions: tuple[str, ...]
+    category: str = ""
+    scene: str = ""
+    embedding: bytes | None = None
+    tokens: int = 0
+
+    def embedded(self) -> np.ndarray:
+        """Returns the embedding, bfloat16 [tokens, dim].
+
+        Raises:
+          Bad: the record has none, or a damaged one.
+        """
+        if self.embedding is None:
+            raise Bad("no embedding in the record", "", self.id)
+        try:
+            return np.frombuffer(self.embedding, bfloat16).reshape(self.tokens, -1)
+        except ValueError as e:
+            raise Bad("damaged embedding", first_line(e), self.id) from e
+
+
+class Bad(Exception):
+    """Why a record cannot be used: a reason to count by, and the details."""
+
+    def __init__(self, reason: str, detail: str = "", record_id: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail, self.record_id = reason, detail, record_id
+
+
+class Source(Protocol):
+    """Records by index."""
+
+    files: Files
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> list[Record | Bad]:
+        """Reads the records start, ..., stop - 1, with one read per file that they are in."""
+
+
+def open_split(data_dir: str, name: str, split: str) -> Source:
+    """Opens a split of the dataset `name` in `data_dir`.
+
+    Raises:
+      UserError: there is no such dataset.
+    """
+    path = prepared.find(data_dir, name)
+    if path.name == prepared.TARS:
+        from data_pipelines.records.tars import Tars
+
+        return Tars(path, split)
+    path_of, lengths = prepared.split_files(path, split)
+    return RecordFiles(path_of, lengths)
+
+
+def records(source: Source) -> Iterator[Record | Bad]:
+    """Yields all records in order."""
+    for start in range(0, len(source), _CHUNK):
+        yield from source.read(start, min(start + _CHUNK, len(source)))
+
+
+class Ranges:
+    """Finds indices in a sequence of files with `lengths` records each."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.ends = np.cumsum(np.asarray(lengths, np.int64))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def split(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yields (file, first, last + 1) within each file that start, ..., stop - 1 are in."""
+        while start < stop:
+            file = int(np.searchsorted(self.ends, start, "right"))
+            before = int(self.ends[file - 1]) if file else 0
+            until = min(stop, int(self.ends[file]))
+            yield file, start - before, until - before
+            start = until
+
+
+class RecordFiles(Ranges):
+    """A source over TFRecord files of tf.train.Example.
+
+    Args:
+      path_of: file number -> path.
+      lengths: records of each file.
+    """
+
+    def __init__(self, path_of: Callable[[int], str], lengths: Sequence[int]):
+        super().__init__(lengths)
+        self.files, self._path_of = Files(), path_of
+        self._offsets = functools.lru_cache(256)(self._load_offsets)
+
+    def read(self, start: int, stop: int) -> list[Record | Bad]:
+        found: list[Record | Bad] = []
+        for file, first, until in self.split(start, stop):
+            found += self._read_file(file, first, until)
+        return found
+
+    def _read_file(self, file: int, first: int, until: int) -> list[Record | Bad]:
+        path = self._path_of(file)
+        file_name = path.rpartition("/")[2]
+        names = [f"{file_name}:{i}" for i in range(first, until)]
+        try:
+            offsets = self._offsets(file)[first : until + 1].tolist()
+            if len(offsets) <= until - first:
+                raise ValueError("the file has fewer records than its metadata say")
+            data = self.files.read(path, offsets[0], offsets[-1] - offsets[0])
+        except (OSError, ValueError) as e:
+            return [Bad("unreadable file", first_line(e), name) for name in names]
+        bounds = zip(names, offsets, offsets[1:], strict=False)
+        return [_parse(name, data[a - offsets[0] : b - offsets[0]], b - a) for name, a, b in bounds]
+
+    def _load_offsets(self, file: int) -> np.ndarray:
+        path = self._path_of(file)
+        try:
+            return self.files.array(offsets_path(path))
+        except FileNotFoundError:  # written by an earlier version, or by other programs
+            return find_records(path)
+        except OSError:  # of a remote file system
+            if epath.Path(offsets_path(path)).exists():
+                raise
+            return find_records(path)
+
+
+def offsets_path(path: str) -> str:
+    """Returns the file with the offsets of a TFRecord file."""
+    return f"{path}.offsets.npy"
+
+
+def find_records(path: str) -> np.ndarray:
+    """Finds the records of a TFRecord file: int64 [n + 1], where each starts and the last ends."""
+    starts = [0]
+    with epath.Path(path).open("rb") as file:
+        while len(header := file.read(_HEADER)) == _HEADER:
+            starts.append(starts[-1] + struct.unpack("<Q", header[:8])[0] + _FRAME)
+            file.seek(starts[-1])
+    return np.array(starts, np.int64)
+
+
+def write_offsets(path: str) -> None:
+    """Writes the offsets of a TFRecord file beside it, which saves readers from scanning it."""
+    buffer = io.BytesIO()
+    np.save(buffer, find_records(path))
+    epath.Path(offsets_path(path)).write_bytes(buffer.getvalue())
+
+
+def unframe(framed: bytes, size: int) -> bytes:
+    """Returns the data of a TFRecord; checks its length, and its CRC if google-crc32c is installed.
+
+    Raises:
+      Bad: it is damaged.
+    """
+    if len(framed) < size:
+        raise Bad("truncated file", f"{len(framed)} of {size} bytes")
+    if size < _FRAME or struct.unpack("<Q", framed[:8])[0] != size - _FRAME:
+        raise Bad("damaged record", "wrong length")
+    data = framed[_HEADER : size - 4]
+    if (crc := _crc32c()) and _masked(crc(data)) != struct.unpack("<I", framed[size - 4 : size])[0]:
+        raise Bad("damaged record", "wrong checksum")
+    return data
+
+
+@functools.cache
+def _crc32c() -> Callable[[bytes], int] | None:
+    try:
+        import google_crc32c
+    except ImportError:
+        return None
+    return google_crc32c.value if google_crc32c.implementation == "c" else None
+
+
+def _masked(crc: int) -> int:
+    """Masks a CRC as TFRecord does, whose data may themselves hold CRCs."""
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _parse(name: str, framed: bytes, size: int) -> Record | Bad:
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2  # does not import TensorFlow
+
+    try:
+        fields = tf_example_pb2.Example.FromString(unframe(framed, size)).features.feature
+    except Bad as bad:
+        return Bad(bad.reason, bad.detail, name)
+    except DecodeError:
+        return Bad("damaged record", "not a tf.train.Example", name)
+
+    def texts(key: str) -> list[str]:
+        values = fields[key].bytes_list.value if key in fields else []
+        return [value.decode(errors="surrogateescape") for value in values]
+
+    def text(key: str) -> str:
+        return next(iter(texts(key)), "")
+
+    captions = texts("captions") or texts("caption")
+    if "image" not in fields or not captions:
+        return Bad("missing image or caption", "", text("id") or name)
+    embedding, tokens = None, 0
+    if "text_embeddings" in fields:
+        embedding = fields["text_embeddings"].bytes_list.value[0]
+        tokens = fields["text_tokens"].int64_list.value[0]
+    return Record(
+        text("id") or name,
+        fields["image"].bytes_list.value[0],
+        tuple(captions),
+        text("category"),
+        text("scene"),
+        embedding,
+        tokens,
+    )
