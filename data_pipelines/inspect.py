@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 import time
@@ -88,20 +87,12 @@ def _examples(reader: Reader, examples: list[Example], position: int) -> str:
         pictures = [batch["image"][i], *([low_res[i]] if size else [])]
         tokens = "+".join(str(len(text)) for text in example.texts)
         cells = [html.element("td", f"{position + i:,}")]
-        cells += [f"<td>{html.picture(example.record.id, _png(p))}</td>" for p in pictures]
+        cells += [f"<td>{html.picture(p, example.record.id)}</td>" for p in pictures]
         texts = (example.caption, tokens, _runs(batch["text_mask"][i]), example.record.id)
         texts += (f"{example.task}, record {example.index:,}",)
         cells += [html.element("td", text) for text in texts]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
-def _png(image: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _runs(mask: np.ndarray) -> str:

@@ -1,6 +1,6 @@
 """Samples held-out captions at several guidance weights, checks the images, and writes a report.
 
-    python -m imagen_jax.evaluate --workdir=runs/demo --guidance=1,3,5
+    python -m imagen_jax.evaluate --workdir=runs/demo --guidance=1,2,4
 
 For models trained on the scenes: a program reads each image and decides which claims of its caption
 hold. The workdir receives
@@ -8,7 +8,7 @@ hold. The workdir receives
     report.html                               the evaluation on one page
     evaluation/<metric>.json                  the figures of each metric, such as alignment
     evaluation/samples_guidance_<weight>.png  a grid of samples per guidance weight (and EMA width)
-    evaluation/loss.png                       the loss curve
+    evaluation/loss.png                       the losses against training time
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from imagen_jax.common.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from imagen_jax.evaluation.metric import Metric
-    from imagen_jax.evaluation.report import Measured
+    from imagen_jax.evaluation.metric import Example, Metric
+    from imagen_jax.evaluation.report import Measured, Sampled
 
 SHOWN = 32  # samples per grid
 
@@ -40,7 +40,7 @@ def define_flags() -> None:
         "workdir", None, "Directory of the run (default: the run in runs/, if there is only one)."
     )
     flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
-    flags.DEFINE_list("guidance", ["1", "3", "5"], "Guidance weights; 1 means no guidance.")
+    flags.DEFINE_list("guidance", ["1", "2", "4"], "Guidance weights; 1 means no guidance.")
     flags.DEFINE_list(
         "ema",
         None,
@@ -136,7 +136,10 @@ def evaluate(
         name: Measured(metric, {c: metric.measure(i, prompts) for c, i in columns.items()})
         for name, metric in metrics().items()
     }
-    write(workdir, split, samples, [p["caption"] for p in prompts], results)
+    # The report shows the claims at the weight nearest to the config's, for the first width.
+    nearest = min(weights, key=lambda w: abs(w - config.sampling.guidance_weight))
+    judged = list(samples)[weights.index(nearest)]
+    write(workdir, split, samples, sampled(prompts, columns, judged), results)
 
 
 def metrics() -> dict[str, Metric]:
@@ -147,11 +150,28 @@ def metrics() -> dict[str, Metric]:
     return {"alignment": alignment.metric(check_example)}
 
 
+def sampled(
+    prompts: Sequence[Example], columns: Mapping[str, Sequence[np.ndarray]], judged: str
+) -> list[Sampled]:
+    """Joins each caption with its images, and with the verdicts on the image of one column."""
+    from data_pipelines.scenes.check import verdicts
+    from imagen_jax.evaluation.report import Sampled
+
+    return [
+        Sampled(
+            prompt["caption"],
+            {column: images[i] for column, images in columns.items()},
+            {judged: verdicts(columns[judged][i], prompt)},
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
 def write(
     workdir: Path,
     split: str,
     samples: Mapping[str, np.ndarray],
-    captions: Sequence[str],
+    shown: Sequence[Sampled],
     results: Mapping[str, Measured],
 ) -> None:
     """Writes the files of an evaluation; prints the tables of the metrics and the files' names."""
@@ -163,16 +183,16 @@ def write(
     folder = workdir / runs.EVALUATION
     for name, measured in results.items():
         write_json(folder / f"{name}.json", {"split": split, "guidance": measured.tables})
-    sheets = {}
+    captions = [s.caption for s in shown[:SHOWN]]
+    sheets = []
     for column, images in samples.items():
-        title = report.title(column)
-        path = folder / f"samples_{title.replace(', ', '_').replace(' ', '_')}.png"
-        sheets[title] = path
-        pictures.save(pictures.grid(images[:SHOWN], captions[:SHOWN], columns=8), path)
-    page = report.write(workdir, sheets, list(results.values()))
+        name = report.title(column).replace(", ", "_").replace(" ", "_")
+        sheets.append(folder / f"samples_{name}.png")
+        pictures.save(pictures.grid(images[:SHOWN], captions, columns=8), sheets[-1])
+    page = report.write(workdir, shown, list(results.values()))
     for measured in results.values():
         print(report.text_table(measured))
-    for path in (*sheets.values(), page):
+    for path in (*sheets, page):
         print(path)
 
 

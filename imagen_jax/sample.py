@@ -45,13 +45,7 @@ STAGE_FLAGS = {
 
 def define_flags() -> None:
     """Defines the flags; a function, so that importing this module defines none."""
-    flags.DEFINE_list(
-        "workdir",
-        None,
-        "Directory of a run of imagen_jax.train, or of several, in the order of the cascade "
-        "(default: the only run in runs/).",
-    )
-    flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
+    cli.define_cascade_flags()
     flags.DEFINE_list(
         "ema",
         None,

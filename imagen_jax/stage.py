@@ -23,7 +23,7 @@ from imagen_jax.config import Config
 from imagen_jax.devices import sharding
 from imagen_jax.diffusion import conditioning, editing, process
 from imagen_jax.diffusion.loss import UNIFORM, TimeSampling, diffusion_loss
-from imagen_jax.diffusion.sampler import SamplerConfig
+from imagen_jax.diffusion.sampler import Loop, SamplerConfig, scan
 from imagen_jax.models import networks
 from imagen_jax.runs import workdir as runs
 from imagen_jax.runs.checkpoint import Checkpoints
@@ -68,7 +68,7 @@ class Stage:
         self._run_block = self.block_runner("none")
         whole = sharding.replicated(self.mesh)
         self.eval_loss = jax.jit(self._eval_loss, out_shardings=whole)
-        self._sample = jax.jit(self._sample_batch, static_argnums=(3,), out_shardings=whole)
+        self._sample = jax.jit(self.sample_batch, static_argnums=(3,), out_shardings=whole)
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -256,9 +256,15 @@ class Stage:
         # Uniform in t whatever training draws, so that runs compare.
         return self._loss(self._denoiser(params), x, cond, noise_key, UNIFORM)[0].mean()
 
-    def _sample_batch(
-        self, params: Params, seeds_b: jax.Array, cond: process.Cond, sampler: SamplerConfig
+    def sample_batch(
+        self,
+        params: Params,
+        seeds_b: jax.Array,
+        cond: process.Cond,
+        sampler: SamplerConfig,
+        loop: Loop = scan,
     ) -> jax.Array:
+        """Computes the samples of one batch, float32 [B, H, W, 3]; traced by `sample`."""
         size, prediction = self.config.unet.image_size, self.config.diffusion.prediction
         height = width = size
         if self.config.unet.low_res:
@@ -273,6 +279,7 @@ class Stage:
             seeds_b,
             (height, width, 3),
             cond,
+            loop,
         )
 
 

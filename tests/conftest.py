@@ -85,7 +85,7 @@ def shrink_transformer(config):
 
 @pytest.fixture
 def tiny_config():
-    return shrink(load_config("demo"))
+    return shrink(load_config("demo", "unet"))
 
 
 def random_batch(config, seed=0):

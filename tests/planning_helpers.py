@@ -46,7 +46,7 @@ ENTRY %main (a: f32[1024]) -> f32[1024] {
 
 def small(**changes):
     """The demo's config with a one-level network, which compiles quickly."""
-    config = shrink(load_config("demo"))
+    config = shrink(load_config("demo", "unet"))
     config.model.channel_mult, config.model.attention_resolutions = (1,), (8,)
     return dataclasses.replace(parse(config), **changes)
 

@@ -37,7 +37,7 @@ def save_run(config, workdir):
 def save_cascade(tmp_path_factory):
     """Returns the workdirs of a base model of 32 pixels and one that enlarges 32 to 64."""
     return [
-        save_run(shrink(load_config("demo")), tmp_path_factory.mktemp("base")),
+        save_run(shrink(load_config("demo", "unet")), tmp_path_factory.mktemp("base")),
         save_run(shrink_sr(load_config("sr256", "tiny")), tmp_path_factory.mktemp("sr")),
     ]
 

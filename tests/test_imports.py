@@ -15,7 +15,7 @@ ROOT = next(p for p in Path(__file__).parents if (p / "setup.py").exists())
 
 # Nobody imports a command: flags and wiring only.
 COMMANDS = {
-    "imagen_jax": {"train", "sample", "evaluate", "plan", "pretrain_text"},
+    "imagen_jax": {"train", "sample", "evaluate", "demo", "plan", "pretrain_text"},
     "data_pipelines": {
         *("emoji", "encode_text", "encode_text_beam"),
         *("ingest", "ingest_beam", "recaption"),
@@ -27,7 +27,7 @@ COMMANDS = {
 LAYERS = {
     "imagen_jax": (
         COMMANDS["imagen_jax"],
-        {"training", "pipeline", "evaluation", "planning"},
+        {"training", "pipeline", "evaluation", "planning", "web"},
         {"stage"},
         {"runs"},
         {"config"},
@@ -46,6 +46,7 @@ LAYERS = {
 EXCEPTIONS = {
     ("planning", "training"): "the plan compiles the program that training runs",
     ("evaluation", "pipeline"): "evaluation samples as users do",
+    ("web", "pipeline"): "the drawing page samples as users do",
     ("text", "formats"): "an encoder's weights are tensors in files",
 }
 # Rooms of imagen_jax that data_pipelines may import. Only commands import data_pipelines.
@@ -60,6 +61,8 @@ OWNERS = {
     "orbax": {"imagen_jax.runs"},
     "jax.sharding": {"imagen_jax.devices"},
     "clu": {"imagen_jax.training"},
+    "starlette": {"imagen_jax.web"},
+    "uvicorn": {"imagen_jax.web"},
     "tensorstore": {"imagen_jax.text"},
     "tokenizers": {"imagen_jax.text"},
     "sentencepiece": {"imagen_jax.text"},

@@ -83,7 +83,7 @@ def test_a_plan_with_a_price_in_the_default_folder(tmp_path, run_main, monkeypat
 
 
 def test_the_plan_times_the_input_pipeline_if_the_data_exist(tiny_data, monkeypatch):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values["data"].update(dir=tiny_data, build=False)
     monkeypatch.setattr(host_input.describe_rate, "__defaults__", (0.1,))
     assert "images/s" in plan.measured_input(parse(values))

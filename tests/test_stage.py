@@ -15,7 +15,7 @@ from imagen_jax.stage import Stage
 
 @pytest.fixture(scope="module")
 def config():
-    return parse(shrink(load_config("demo")))
+    return parse(shrink(load_config("demo", "unet")))
 
 
 def variant(config, caption_dropout, dropout=0.0):

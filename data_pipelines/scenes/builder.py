@@ -6,13 +6,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.records import dataset, writing
 from data_pipelines.scenes.draw import render
-from data_pipelines.scenes.grammar import CATEGORIES, sample_scene
-from data_pipelines.scenes.vocabulary import SPLITS
+from data_pipelines.scenes.grammar import CATEGORIES, nth_scene
 from imagen_jax.common.errors import UserError
 
 RESOLUTIONS = (32, 64, 256, 1024)
@@ -31,8 +29,7 @@ def scene_record(
 
     Skips it if its caption is too long for the encoder.
     """
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    scene = sample_scene(rng, split, categories)
+    scene = nth_scene(index, split, seed, categories)
     name = f"{split}-{index:06d}"
     if encoder.num_tokens(scene.caption) > encoder.max_tokens:
         return dataset.Skip(name, f"caption longer than --max_tokens={encoder.max_tokens}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.scenes.claims import holds
+from data_pipelines.scenes.claims import holds, in_words
 from data_pipelines.scenes.scene import Scene
 from data_pipelines.scenes.see import see
 
@@ -24,11 +24,16 @@ class Verdict:
 
 
 def check(image: np.ndarray, scene: Scene) -> list[Verdict]:
-    """Checks an image against the claims of a scene's caption.
+    """Checks an image against the claims of a scene's caption; see `check_claims`."""
+    return check_claims(image, scene.claims)
+
+
+def check_claims(image: np.ndarray, claims: Sequence[dict]) -> list[Verdict]:
+    """Checks which claims an image satisfies.
 
     Args:
       image: uint8 [S, S, 3] with S >= 32.
-      scene: gives the claims; its layout is not used.
+      claims: as in claims.py.
 
     Returns:
       A verdict for each claim, in order.
@@ -42,7 +47,7 @@ def check(image: np.ndarray, scene: Scene) -> list[Verdict]:
             f"image is {image.dtype} {list(image.shape)}; allowed: uint8 [S, S, 3], S >= {MIN_SIZE}"
         )
     picture = see(image)
-    return [Verdict(claim, holds(claim, picture)) for claim in scene.claims]
+    return [Verdict(claim, holds(claim, picture)) for claim in claims]
 
 
 def all_right(verdicts: Sequence[Verdict]) -> bool:
@@ -65,3 +70,9 @@ def check_example(image: np.ndarray, example: dict[str, Any]) -> tuple[list[str]
     alone = len(scene.objects) == 1 and scene.word is None
     groups = [example["category"], *(["one object"] if alone else [])]
     return groups, [verdict.ok for verdict in check(image, scene)]
+
+
+def verdicts(image: np.ndarray, example: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Returns each claim of an example's caption in words, and whether an image satisfies it."""
+    found = check(image, Scene.from_json(example["scene"]))
+    return [(in_words(verdict.claim), verdict.ok) for verdict in found]

@@ -15,6 +15,7 @@ to the drawn word.
 
 from __future__ import annotations
 
+from data_pipelines.scenes.phrases import NOUNS, with_article
 from data_pipelines.scenes.scene import Picture, Thing, Word
 
 # Two things have a relation along an axis only if their centers are farther apart than this (as a
@@ -60,6 +61,32 @@ def holds(claim: dict, picture: Picture) -> bool:
     if kind == "count":
         return len(found) == claim["count"]
     return any(getattr(thing, kind) == claim[kind] for thing in found)
+
+
+def in_words(claim: dict) -> str:
+    """Returns a claim as a short English phrase: "the red circle is large"."""
+    kind = claim["kind"]
+    if kind == "background":
+        return f"the background is {claim['color']}"
+    if kind == "word":
+        color = f" in {claim['color']}" if "color" in claim else ""
+        return f'the word "{claim["word"]}"{color}'
+    if kind == "relation":
+        return f"{_named(claim['a'])} is {claim['relation']} {_named(claim['b'])}"
+    if kind == "object":
+        return with_article(_words(claim["object"]))
+    if kind == "count":
+        return f"exactly {claim['count']} {_words(claim['object'], claim['count'] != 1)}"
+    return f"{_named(claim['object'])} is {claim[kind]}"
+
+
+def _words(ref: dict, plural: bool = False) -> str:
+    noun = NOUNS[ref["shape"]][0][plural] if "shape" in ref else ("object", "objects")[plural]
+    return f"{ref['color']} {noun}" if "color" in ref else noun
+
+
+def _named(ref: dict) -> str:
+    return f'the word "{ref["word"]}"' if "word" in ref else f"the {_words(ref)}"
 
 
 def _find(ref: dict, picture: Picture) -> list[Thing | Word]:

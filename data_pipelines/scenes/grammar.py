@@ -47,6 +47,12 @@ def sample_scene(rng: np.random.Generator, split: str, categories: Sequence[str]
             return dataclasses.replace(scene, category=category)
 
 
+def nth_scene(index: int, split: str, seed: int = 0, categories: Sequence[str] = ()) -> Scene:
+    """Returns scene `index` of a split, the same at every resolution; see `sample_scene`."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    return sample_scene(rng, split, categories)
+
+
 def _finish(
     rng: np.random.Generator,
     caption: str,
@@ -229,8 +235,8 @@ def _shuffled(rng: np.random.Generator, things: list[Thing]) -> list[Thing]:
     return [things[i] for i in rng.permutation(len(things))]
 
 
-# Each category's share and sampler. Captions of one or two objects dominate. Simple, which is not in
-# DrawBench, occurs only if it is asked for: the demo trains on it.
+# Each category's share and sampler. Captions of one or two objects dominate. Simple is not one of
+# DrawBench's; it occurs only if it is asked for, and the demo trains on it.
 CATEGORIES = {
     "Colors": (0.40, _colors),
     "Counting": (0.14, _counting),

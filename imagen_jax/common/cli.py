@@ -38,6 +38,17 @@ def define_config_flags(default: str | None, help_text: str) -> None:
     )
 
 
+def define_cascade_flags() -> None:
+    """Defines --workdir and --step, the arguments of cascade.load."""
+    flags.DEFINE_list(
+        "workdir",
+        None,
+        "Directory of a run of imagen_jax.train, or of several, in the order of the cascade "
+        "(default: the only run in runs/).",
+    )
+    flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
+
+
 def define_cache_flag() -> None:
     """Defines --compilation_cache, the argument of compilation.use_cache."""
     flags.DEFINE_string(

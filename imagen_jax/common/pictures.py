@@ -51,29 +51,35 @@ def save(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
 
 
 def loss_curve(
-    steps: list[int], losses: list[float], path: Path, eval_points=(), label: str = "loss"
+    xs: list[float],
+    losses: list[float],
+    path: Path,
+    eval_points=(),
+    label: str = "loss",
+    xlabel: str = "step",
 ) -> None:
-    """Writes a loss curve to `path` as a PNG.
+    """Writes a loss curve to `path` as a PNG that stays legible on a phone.
 
     Args:
-      eval_points: (step, held-out loss) pairs, drawn over the curve.
+      xs: the step or the time of each loss.
+      eval_points: (x, held-out loss) pairs, drawn over the curve.
       label: the loss axis, such as Config.loss_label.
     """
-    with chart(path, xlabel="step", ylabel=label) as axes:
-        axes.plot(steps, losses, lw=1, label="training")
+    with chart(path, (5, 3), xlabel=xlabel, ylabel=label) as axes:
+        axes.plot(xs, losses, lw=1, label="training")
         if eval_points:
             axes.plot(*zip(*eval_points, strict=True), "o-", ms=4, label="held out, EMA weights")
 
 
 @contextlib.contextmanager
-def chart(path: Path, **settings: Any) -> Iterator[Any]:
+def chart(path: Path, inches: tuple[float, float] = (7, 3.5), **settings: Any) -> Iterator[Any]:
     """Yields axes for labeled lines; then applies `settings` and a log y axis, and writes a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=inches, layout="constrained")
     yield axes
     axes.set(yscale="log", **settings)
     axes.grid(alpha=0.3, which="both")

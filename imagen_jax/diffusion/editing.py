@@ -1,7 +1,7 @@
 """Editing with a trained denoiser: image to image, inpainting, and interpolation between seeds.
 
-All functions take the arguments of `sampler.sample`. As there, a sample depends only on its own
-seed, image and cond.
+All functions take the arguments of `sampler.sample`, `loop` included. As there, a sample depends
+only on its own seed, image and cond.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from imagen_jax.diffusion.process import (
     seed_keys,
     to_float,
 )
-from imagen_jax.diffusion.sampler import SPACINGS, SamplerConfig, integrate, sample
+from imagen_jax.diffusion.sampler import SPACINGS, Loop, SamplerConfig, integrate, sample, scan
 
 
 def image_to_image(
@@ -32,6 +32,7 @@ def image_to_image(
     seeds_b: jax.Array,
     image_bhwc: jax.Array,
     cond: Cond,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Samples starting from z_t ~ q(z_t | image) at t = config.strength.
 
@@ -47,7 +48,8 @@ def image_to_image(
     noise = functools.partial(draw_noise, seed_keys(seeds_b), image_bhwc.shape[1:])
     log_snr = SPACINGS[config.spacing](schedule, config.strength, config.num_steps)
     z = q_sample(image_bhwc, noise(0), log_snr[0])
-    return jnp.clip(integrate(denoise, prediction, config, log_snr, z, noise, cond), -1, 1)
+    x_hat = integrate(denoise, prediction, config, log_snr, z, noise, cond, loop=loop)
+    return jnp.clip(x_hat, -1, 1)
 
 
 def q_step(z_s: jax.Array, eps: jax.Array, log_snr_s: jax.Array, log_snr_t: jax.Array) -> jax.Array:
@@ -70,6 +72,7 @@ def inpaint(
     image_bhwc: jax.Array,
     mask_bhw1: jax.Array,
     cond: Cond,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Replaces the pixels where mask_bhw1 is True; elsewhere returns image_bhwc exactly.
 
@@ -100,7 +103,7 @@ def inpaint(
     noise = functools.partial(draw_noise, keys_b, shape)
     log_snr = SPACINGS[config.spacing](schedule, 1.0, config.num_steps)
     x_hat = integrate(
-        denoise, prediction, config, log_snr, noise(0), noise, cond, resample, prepare
+        denoise, prediction, config, log_snr, noise(0), noise, cond, resample, prepare, loop
     )
     return jnp.where(mask_bhw1, jnp.clip(x_hat, -1, 1), image_bhwc)
 
@@ -136,6 +139,7 @@ def interpolate(
     fraction_b: jax.Array,
     shape: tuple[int, int, int],
     cond: Cond,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Interpolates between the samples of two seeds: float32 [B, *shape] in [-1, 1].
 
@@ -150,7 +154,7 @@ def interpolate(
         return slerp(draw_noise(keys_b, shape, i), draw_noise(other_keys_b, shape, i), fraction_b)
 
     log_snr = SPACINGS[config.spacing](schedule, 1.0, config.num_steps)
-    x_hat = integrate(denoise, prediction, config, log_snr, noise(0), noise, cond)
+    x_hat = integrate(denoise, prediction, config, log_snr, noise(0), noise, cond, loop=loop)
     return jnp.clip(x_hat, -1, 1)
 
 
@@ -166,6 +170,7 @@ def sample_or_edit(
     seeds_b: jax.Array,
     shape: tuple[int, int, int],
     cond: Cond,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Calls `sampler.sample`, or the edit selected by the INPUTS in cond: float32 [B, *shape].
 
@@ -180,10 +185,10 @@ def sample_or_edit(
     cond = {k: v for k, v in cond.items() if k not in inputs}
     common = (denoise, schedule, prediction, config, seeds_b)
     if "to_seed" in inputs:
-        return interpolate(*common, inputs["to_seed"], inputs["fraction"], shape, cond)
+        return interpolate(*common, inputs["to_seed"], inputs["fraction"], shape, cond, loop)
     if "image" not in inputs:
-        return sample(*common, shape, cond)
+        return sample(*common, shape, cond, loop)
     image = to_float(inputs["image"])
     if "mask" in inputs:
-        return inpaint(*common, image, inputs["mask"], cond)
-    return image_to_image(*common, image, cond)
+        return inpaint(*common, image, inputs["mask"], cond, loop)
+    return image_to_image(*common, image, cond, loop)

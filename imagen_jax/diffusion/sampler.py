@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,15 @@ class SamplerConfig:
             require(ok, f"sampling.{key}", getattr(self, key), allowed)
 
 
+Step = Callable[[Any, Any], Any]  # (carry, times of one evaluation) -> carry
+Loop = Callable[[Step, Any, Any], Any]  # (step, carry, times of all evaluations) -> carry
+
+
+def scan(step: Step, carry: Any, times: Any) -> Any:
+    """Runs every evaluation in one program: the loop of ordinary sampling."""
+    return jax.lax.scan(lambda carry, now: (step(carry, now), None), carry, times)[0]
+
+
 def integrate(
     denoise: Denoiser,
     prediction: str,
@@ -151,6 +161,7 @@ def integrate(
     cond: Cond,
     repeats: int = 1,
     prepare: Callable[..., jax.Array] | None = None,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Integrates from z at log_snr[0] along the grid of log-SNRs and returns the last x_hat.
 
@@ -163,6 +174,7 @@ def integrate(
         start of the step.
       prepare: (i, z, log_snr_z, log_snr_t) -> z_t, called before each evaluation with z at
         log_snr_z; returns z at log_snr_t. By default z is used as it is.
+      loop: runs the evaluations; another loop may run a part of them, see pipeline.stepping.
     """
     prediction_entry = lookup(PREDICTIONS, "diffusion.prediction", prediction)
     solver, threshold = SOLVERS[config.name], THRESHOLDS[config.threshold]
@@ -188,12 +200,12 @@ def integrate(
         )
         x_hat = threshold(x_hat, config.threshold_percentile)
         state, z_s = solver.step(state, z_t, x_hat, log_snr_t, log_snr_s, step_noise)
-        return (state, z_s, log_snr_s, x_hat), None
+        return state, z_s, log_snr_s, x_hat
 
     log_snr_t, log_snr_s = evaluations(log_snr, solver.corrects, repeats)
     start = (solver.init(z, log_snr[0]), z, log_snr[0], jnp.zeros_like(z))
     times = (jnp.arange(1, len(log_snr_t) + 1), log_snr_t, log_snr_s)
-    (_, _, _, x_hat), _ = jax.lax.scan(step, start, times)
+    _, _, _, x_hat = loop(step, start, times)
     return x_hat
 
 
@@ -205,6 +217,7 @@ def sample(
     seeds_b: jax.Array,
     shape: tuple[int, int, int],
     cond: Cond,
+    loop: Loop = scan,
 ) -> jax.Array:
     """Generates one sample per seed: float32 [B, *shape] in [-1, 1].
 
@@ -218,6 +231,7 @@ def sample(
       shape: (H, W, C).
       cond: text [B, T, D] and text_mask [B, T]; for a negative prompt also negative_text and
         negative_text_mask. Other arrays, [B, ...], are passed to the denoiser unchanged.
+      loop: as for `integrate`.
 
     Returns:
       The last x_hat, so the last step adds no noise.
@@ -227,5 +241,5 @@ def sample(
     """
     noise = functools.partial(draw_noise, seed_keys(seeds_b), shape)
     log_snr = SPACINGS[config.spacing](schedule, 1.0, config.num_steps)
-    x_hat = integrate(denoise, prediction, config, log_snr, noise(0), noise, cond)
+    x_hat = integrate(denoise, prediction, config, log_snr, noise(0), noise, cond, loop=loop)
     return jnp.clip(x_hat, -1, 1)

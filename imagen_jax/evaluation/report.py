@@ -1,10 +1,19 @@
-"""The HTML report of a run: metrics, samples, loss curve, config. One self-contained file."""
+"""The HTML report of a run, one self-contained file that a phone shows too.
+
+It has the metrics, samples with the verdict on each claim, the sample grids of the training, the
+losses against time, the config, and the commands to go on with.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
 
 from imagen_jax.common import html, pictures
 from imagen_jax.common.files import write_text
@@ -12,6 +21,9 @@ from imagen_jax.evaluation.metric import Metric, Table
 from imagen_jax.runs import workdir as runs
 
 TRUE = "true images"  # the column of the examples' own images
+MOST_GRIDS = 10  # sample grids of the training that the page shows
+EXTREMES = 6  # best and worst samples
+SAMPLES = 12  # captions whose samples are shown at every guidance weight
 
 
 class Measured(NamedTuple):
@@ -21,46 +33,193 @@ class Measured(NamedTuple):
     tables: dict[str, Table]
 
 
-def write(workdir: Path, sheets: dict[str, Path], results: Sequence[Measured]) -> Path:
+class Sampled(NamedTuple):
+    """A held-out caption and its images.
+
+    Attributes:
+      caption: the caption.
+      images: uint8 [H, W, 3] by column, as in Measured.
+      claims: for each column that was judged, the caption's claims in words and whether the image
+        satisfies each.
+    """
+
+    caption: str
+    images: dict[str, np.ndarray]
+    claims: dict[str, list[tuple[str, bool]]]
+
+
+def write(workdir: Path, samples: Sequence[Sampled], results: Sequence[Measured]) -> Path:
     """Writes workdir/report.html and returns its path.
 
     Args:
-      sheets: files of the sample grids, by title.
+      samples: one per caption.
       results: the metrics, in the order of display.
     """
+    config = runs.read_config(workdir)
     lines = runs.read_metrics(workdir)
-    train = [(m["step"], m["loss"]) for m in lines if "loss" in m]
-    held_out = [(m["step"], m["eval_loss"]) for m in lines if "eval_loss" in m]
-    summary, curve = "The run has logged no loss.", workdir / runs.EVALUATION / "loss.png"
-    if train:
-        label = runs.read_config(workdir).loss_label
-        pictures.loss_curve([s for s, _ in train], [v for _, v in train], curve, held_out, label)
-        speed = [m["images_per_s"] for m in lines if "images_per_s" in m]
-        summary = f"Step {train[-1][0]:,}, loss {train[-1][1]:.4f}, {speed[-1]:.1f} images/s."
     parts = [
-        html.element("p", summary),
-        *(
-            html.element("h2", measured.metric.title)
-            + html.table(*_columns(measured))
-            + html.element("p", f"{measured.metric.note} The last column has the true images.")
-            for measured in results
-        ),
-        *(html.element("h2", title) + html.image(path) for title, path in sheets.items()),
-        *([html.element("h2", "Loss") + html.image(curve)] if train else []),
+        html.element("p", _summary(lines)),
+        *(_metric(measured) for measured in results),
+        *_extremes(samples),
+        *_all_weights(samples),
+        *_training(workdir),
+        *_losses(workdir, lines, config.loss_label),
+        html.element("h2", "Go on"),
+        html.element("p", _CONTINUE),
+        html.element("pre", "\n".join(commands(workdir))),
         html.element("h2", "Config"),
-        html.element("pre", (workdir / runs.CONFIG).read_text()),
+        html.details(runs.CONFIG, html.element("pre", (workdir / runs.CONFIG).read_text())),
     ]
     path = workdir / runs.REPORT
     write_text(path, html.page(workdir.name, *parts))
     return path
 
 
-def _columns(measured: Measured) -> tuple[list[str], list[list[str]]]:
-    """Returns a metric's header and rows: a row per group, a column per guidance weight."""
+def _summary(lines: list[dict]) -> str:
+    train = [m for m in lines if "loss" in m]
+    if not train:
+        return "The run has logged no loss."
+    seconds, speed = _clock(lines)[-1][1], train[-1].get("images_per_s")
+    words = [f"Step {train[-1]['step']:,}", f"loss {train[-1]['loss']:.4f}"]
+    words += [f"{seconds / 60:.1f} minutes of training"] if seconds else []
+    words += [f"{speed:.1f} images/s"] if speed else []
+    return ", ".join(words) + "."
+
+
+def _metric(measured: Measured) -> str:
+    header, rows = _columns(measured, _cell)
+    note = f"{measured.metric.note} The last column has the true images."
+    return (
+        html.element("h2", measured.metric.title)
+        + html.stacking_table(header, rows)
+        + html.element("p", note)
+    )
+
+
+def _cell(metric: Metric, row: dict[str, float]) -> str:
+    bar = html.interval(row["fully"], row["low"], row["high"]) if "fully" in row else ""
+    return escape(metric.cell(row)) + bar
+
+
+def _extremes(samples: Sequence[Sampled]) -> list[str]:
+    """Returns the best and the worst samples of the column that was judged, if any was."""
+    column = next((c for s in samples for c in s.claims if c != TRUE), None)
+    if column is None:
+        return []
+    judged = [s for s in samples if s.claims.get(column)]
+    judged.sort(key=lambda s: -np.mean([ok for _, ok in s.claims[column]]))
+    num = min(EXTREMES, len(judged) // 2)
+    parts = []
+    for title, chosen in (("Best", judged[:num]), ("Worst", judged[len(judged) - num :][::-1])):
+        cards = [_card(s, (column, TRUE), s.claims[column]) for s in chosen]
+        heading = html.element("h2", f"{title} at {_name(column)}")
+        parts.append(heading + html.wrap("div", "cards", *cards))
+    return parts if num else []
+
+
+def _all_weights(samples: Sequence[Sampled]) -> list[str]:
+    cards = [_card(s, tuple(s.images)) for s in samples[:SAMPLES]]
+    if not cards:
+        return []
+    return [html.element("h2", "The first captions") + html.wrap("div", "cards", *cards)]
+
+
+def _card(sampled: Sampled, columns: Sequence[str], claims=()) -> str:
+    figures = [
+        html.wrap(
+            "figure", "",
+            html.picture(sampled.images[c], f"{sampled.caption}, {_name(c)}", 192),
+            html.element("figcaption", _name(c)),
+        )
+        for c in columns if c in sampled.images
+    ]  # fmt: skip
+    verdicts = [html.element("li", words, "yes" if ok else "no") for words, ok in claims]
+    return html.wrap(
+        "div",
+        "card",
+        html.wrap("div", "row", *figures),
+        html.element("p", sampled.caption),
+        html.wrap("ul", "claims", *verdicts) if verdicts else "",
+    )
+
+
+def _training(workdir: Path) -> list[str]:
+    """Returns the sample grids of the training with a slider, evenly chosen if there are many."""
+    found = sorted((workdir / runs.SAMPLES).glob("step_*.png"))
+    if not found:
+        return []
+    at = np.unique(np.linspace(0, len(found) - 1, min(MOST_GRIDS, len(found))).round().astype(int))
+    grids = []
+    for path in (found[i] for i in at):
+        with Image.open(path) as grid:
+            grids.append(html.picture(grid, f"step {int(path.stem.split('_')[1]):,}", 560))
+    return [html.element("h2", "Samples during training") + html.slider(grids)]
+
+
+def _losses(workdir: Path, lines: list[dict], label: str) -> list[str]:
+    """Draws the losses against training time, or against steps if no time was logged."""
+    train = [m for m in lines if "loss" in m]
+    if not train:
+        return []
+    clock = _clock(lines)
+    timed = clock[-1][1] > 0
+    at = {step: seconds / 60 if timed else step for step, seconds in clock}
+    held_out = [
+        (float(np.interp(m["step"], list(at), list(at.values()))), m["eval_loss"])
+        for m in lines
+        if "eval_loss" in m
+    ]
+    path = workdir / runs.EVALUATION / "loss.png"
+    xlabel = "minutes of training" if timed else "step"
+    xs, losses = [at[m["step"]] for m in train], [m["loss"] for m in train]
+    pictures.loss_curve(xs, losses, path, held_out, label, xlabel)
+    note = "Time spent on steps, without compiling, sampling, evaluation and checkpoints."
+    parts = [html.element("h2", "Loss"), html.image(path)]
+    return [*parts, html.element("p", note)] if timed else parts
+
+
+def _clock(lines: list[dict]) -> list[tuple[int, float]]:
+    """Returns (step, seconds spent on steps so far) of every line with a loss."""
+    clock, before, seconds = [], 0, 0.0
+    for line in (m for m in lines if "loss" in m):
+        seconds += line.get("step_time", 0.0) * (line["step"] - before)
+        before = line["step"]
+        clock.append((before, seconds))
+    return clock
+
+
+_CONTINUE = (
+    "To train longer, run the training command again with a larger --config.num_steps; it "
+    "continues from the last checkpoint. The other commands:"
+)
+
+
+def commands(workdir: Path) -> list[str]:
+    """Returns commands that use the run."""
+    flag = shlex.quote(f"--workdir={workdir}")
+    return [
+        f"python -m imagen_jax.demo {flag}",
+        f'python -m imagen_jax.sample {flag} --prompts="a red circle;a blue star"',
+        f"python -m imagen_jax.evaluate {flag} --guidance=1,2,4 --num=256",
+    ]
+
+
+def _name(column: str) -> str:
+    return "true image" if column == TRUE else title(column)
+
+
+def _columns(measured: Measured, cell=None) -> tuple[list[str], list[list[str]]]:
+    """Returns a metric's header and rows: a row per group, a column per guidance weight.
+
+    Args:
+      cell: (metric, row) -> a cell; the row's text by default. If given, all cells are HTML.
+    """
     metric, tables = measured
     groups = next(iter(tables.values()))
+    text = escape if cell else str
+    cell = cell or (lambda metric, row: metric.cell(row))
     rows = [
-        [group, str(row["num"]), *(metric.cell(table[group]) for table in tables.values())]
+        [text(group), str(row["num"]), *(cell(metric, table[group]) for table in tables.values())]
         for group, row in groups.items()
     ]
     return ["category", "prompts", *map(title, tables)], rows

@@ -173,7 +173,7 @@ class Cascade:
         rows = list(range(len(job.requests)) if rows is None else rows)
         if not rows:
             return
-        self._check_lengths(job)
+        self.check_lengths(job)
         size = batch_size(self.stages[0].size, job.batch_size)
         with contextlib.ExitStack() as stack:
             bars = [
@@ -190,14 +190,28 @@ class Cascade:
         seeds = np.array([r.seed for r in requests], np.uint32)
         samples: list[np.ndarray] = []
         for stage, sampler, bar in zip(self.stages, job.samplers, bars, strict=True):
-            cond = self._text_cond(stage, requests, job.truncate_prompts)
-            for name, array in _inputs_of(stage, job.inputs).items():
-                cond[name] = np.repeat(array[None], len(requests), axis=0)
-            if samples:
-                cond["low_res"] = samples[-1]
+            cond = self.conditioning(stage, job, requests, samples[-1] if samples else None)
             size = batch_size(stage.size, job.batch_size)
             samples.append(stage.stage.sample(stage.params, seeds, cond, sampler, size, bar.update))
         return samples
+
+    def conditioning(
+        self,
+        stage: TrainedStage,
+        job: Job,
+        requests: list[Request],
+        low_res: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns the host arrays that the samples of a stage depend on: text, inputs, low_res.
+
+        Args:
+          requests: those of a batch.
+          low_res: the samples of the stage before, uint8 [B, h, w, 3]; None for the first stage.
+        """
+        cond = self._text_cond(stage, requests, job.truncate_prompts)
+        for name, array in _inputs_of(stage, job.inputs).items():
+            cond[name] = np.repeat(array[None], len(requests), axis=0)
+        return cond if low_res is None else cond | {"low_res": low_res}
 
     def _text_cond(
         self, stage: TrainedStage, requests: list[Request], truncate: bool
@@ -233,7 +247,12 @@ class Cascade:
         parts = stage.stage.config.text.parts
         return [self._load_encoder(part.encoder, part.max_tokens) for part in parts]
 
-    def _check_lengths(self, job: Job) -> None:
+    def takes(self, prompt: str) -> bool:
+        """Returns whether a prompt is short enough for the text encoders of all stages."""
+        encoders = (encoder for stage in self.stages for encoder in self._encoders(stage))
+        return all(e.num_tokens(prompt) <= e.max_tokens for e in encoders)
+
+    def check_lengths(self, job: Job) -> None:
         """Raises UserError for a prompt that is too long; logs it if it will be truncated."""
         captions: dict[TextEncoder, dict[str, None]] = {}
         for stage in self.stages:

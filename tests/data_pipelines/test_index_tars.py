@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, store, **changes):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values["sample_every"] = 0
     values["data"].update(dir=str(folder / "data"), build=False, task="laion", embeddings=store)
     values["data"].update(changes)

@@ -56,7 +56,7 @@ def restore_min_sharded_size():
 @pytest.fixture(scope="module")
 def values(tiny_data):
     """Config values of a run of one process; runs of many differ in the mesh."""
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values["data"].update(dir=tiny_data, build=False)
     values["model"].update(image_size=16, channel_mult=(1,))
     values.update(

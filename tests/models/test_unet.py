@@ -345,7 +345,7 @@ def test_the_head_for_x_learns_to_pass_a_clean_image():
     ("prediction", "head"), [("eps", "norm"), ("x", "plain"), ("v", "plain"), ("flow", "plain")]
 )
 def test_the_head_follows_the_prediction(prediction, head):
-    values = load_config("demo")
+    values = load_config("demo", "unet")
     values.diffusion.prediction = values.diffusion.weighting = prediction
     config = parse(values)
     assert config.unet.head == head

@@ -32,7 +32,7 @@ from imagen_jax.stage import Stage, load
 @pytest.fixture(scope="module")
 def stages():
     """A base model of 32 pixels, and super-resolution from 32 to 64."""
-    configs = shrink_run(load_config("demo")), shrink_sr(load_config("sr256", "tiny"))
+    configs = shrink_run(load_config("demo", "unet")), shrink_sr(load_config("sr256", "tiny"))
     loaded = [Stage(parse(c)) for c in configs]
     return [TrainedStage(f"run{i}", 0, s, random_params(s)) for i, s in enumerate(loaded)]
 
@@ -182,7 +182,7 @@ def test_nothing_changes_outside_the_mask(pipe):
 def test_a_small_strength_changes_the_image_little(encoders_loaded):
     image = np.full((32, 32, 3), 40, np.uint8)
     image[:16] = 200
-    values = shrink_run(load_config("demo"))
+    values = shrink_run(load_config("demo", "unet"))
     values.diffusion.prediction = "eps"  # zero weights predict no noise: z is all image
     stage = Stage(parse(values))
     zeros = jax.tree.map(jnp.zeros_like, random_params(stage))

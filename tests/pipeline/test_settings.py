@@ -10,7 +10,7 @@ from imagen_jax.pipeline.settings import SettingError, Settings, samplers
 
 @pytest.fixture(scope="module")
 def configs():
-    base, sr = shrink(load_config("demo")), shrink_sr(load_config("sr256", "tiny"))
+    base, sr = shrink(load_config("demo", "unet")), shrink_sr(load_config("sr256", "tiny"))
     return [parse(base), parse(sr)]
 
 

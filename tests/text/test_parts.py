@@ -96,7 +96,7 @@ def test_masking_one_encoder_equals_using_only_the_other(config, hidden):
 
 
 def test_a_single_encoder_has_one_projection_and_no_parts():
-    config = parse(shrink(load_config("demo")))
+    config = parse(shrink(load_config("demo", "unet")))
     assert config.unet.text_parts == ()
     assert not any("parts" in key for key in config.identity)
     params = Stage(config).abstract_params
@@ -104,7 +104,7 @@ def test_a_single_encoder_has_one_projection_and_no_parts():
 
 
 def read(**changes):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values["data"].update(build=False)
     values["text"].update(TWO)
     for key, value in changes.items():

@@ -30,7 +30,7 @@ def run(config, steps=3, devices=None):
 
 @pytest.fixture(scope="module")
 def config():
-    return parse(shrink(load_config("demo")))
+    return parse(shrink(load_config("demo", "unet")))
 
 
 @pytest.fixture(scope="module")

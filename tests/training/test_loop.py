@@ -41,7 +41,7 @@ class StopAt:
 
 @pytest.fixture(scope="module")
 def config(tiny_data):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values["data"].update(dir=tiny_data, build=False)
     values.update(
         num_steps=6, log_every=1, eval_every=3, eval_batches=1, sample_every=3, checkpoint_every=4
@@ -256,11 +256,15 @@ def test_evaluation_reports_by_category(finished, tmp_path):
     evaluate.evaluate(finished, [1.0, 2.0], split="heldout", num=4)
     report = json.loads((finished / "evaluation" / "alignment.json").read_text())
     assert set(report["guidance"]) == {"1.0", "2.0", "true images"}
-    found = report["guidance"]["1.0"]["all"]
+    found_groups = report["guidance"]["1.0"]
+    found = found_groups["all"]
     assert found["num"] == 4 and found["low"] <= found["fully"] <= found["high"]
     assert found["high"] > found["low"] >= 0
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 1 + 2 * 2 * 2 + 4 * 3  # loss, extremes, samples
+    assert page.count('class="bar"') == 3 * len(found_groups)
+    assert "Samples during training" in page and page.count("data:image/webp") >= 1
+    assert 'class="yes"' in page or 'class="no"' in page
     assert all(c in page for c in report["guidance"]["1.0"])
     shares = [100 * found[key] for key in ("fully", "low", "high", "claims")]
     assert "{:.0f}% ({:.0f}-{:.0f}%), claims {:.0f}%".format(*shares) in page

@@ -48,7 +48,7 @@ def stores(tmp_path_factory, tiny_data):
 
 
 def config(tiny_data, store="", **text):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values["data"].update(dir=tiny_data, build=False, embeddings=store)
     values["text"].update(text)
     return parse(values)

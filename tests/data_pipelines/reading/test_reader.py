@@ -25,7 +25,7 @@ def config(tiny_data):
 
 
 def read(tiny_data, **changes):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values["data"].update(dir=tiny_data, build=False)
     for key, value in changes.items():
         section, _, last = key.rpartition(".")

@@ -53,7 +53,7 @@ def upload(folder, to):
 
 
 def batches(data_dir, store, **changes):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values.update(eval_every=0, sample_every=0)
     values["data"].update(dir=str(data_dir), build=False, task="first", embeddings=str(store))
     values["data"].update(changes)

@@ -16,7 +16,7 @@ from imagen_jax.training.step import bucket_names
 
 
 def read(data_dir, task="first", **changes):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values.update(batch_size=12, eval_every=0, sample_every=0)
     values["data"].update(dir=str(data_dir), build=False, task=task)
     for key, value in changes.items():

@@ -9,7 +9,8 @@ from PIL import Image
 
 from data_pipelines.reading import tasks
 from data_pipelines.records import prepared, writing
-from data_pipelines.scenes.builder import RESOLUTIONS, SPLITS, Scenes, scene_record
+from data_pipelines.scenes.builder import RESOLUTIONS, Scenes, scene_record
+from data_pipelines.scenes.vocabulary import SPLITS
 from imagen_jax.common.errors import UserError
 
 

@@ -84,15 +84,26 @@ def test_captions_are_short_ascii_and_varied(scenes):
 
 def test_categories_all_occur_and_simple_captions_dominate(scenes):
     counts = collections.Counter(scene.category for scene in scenes["train"])
-    assert set(counts) == set(CATEGORIES)
+    assert set(counts) == set(CATEGORIES) - {"Simple"}
     assert counts.most_common(1)[0][0] == "Colors"
     single = sum(len(scene.objects) == 1 and not scene.word for scene in scenes["train"])
     assert single > 0.35 * NUM
     assert {len(scene.objects) for scene in scenes["train"]} == {0, 1, 2, 3, 4, 5}
 
 
+def test_simple_scenes_are_near_the_middle_and_their_captions_complete():
+    for i in range(200):
+        scene = sample_scene(np.random.default_rng([0, i]), "train", ("Simple",))
+        assert scene.claims[-1] == {"kind": "background", "color": scene.background}
+        assert all(abs(thing.y - 0.5) < 0.12 for thing in scene.objects)
+        middle = np.mean([thing.x for thing in scene.objects])
+        assert abs(middle - 0.5) < 0.15
+        assert list(scene.objects) == sorted(scene.objects, key=lambda thing: thing.x)
+
+
 def test_objects_are_inside_apart_and_visible(scenes):
-    for scene in scenes["train"]:
+    simple = [sample_scene(np.random.default_rng([0, i]), "train", ("Simple",)) for i in range(99)]
+    for scene in scenes["train"] + simple:
         for thing in scene.objects:
             assert thing.color in contrasting(scene.background, thing.texture != "plain")
             assert min(thing.x, thing.y) - thing.radius > 0
