@@ -17,7 +17,7 @@ from imagen_jax.config import parse
     ],
 )
 def test_the_loss_axis_names_the_weighting_and_the_prediction(prediction, weighting, label):
-    config = parse(load_config("demo", "unet"))
+    config = parse(load_config("base64", "tiny"))
     changes = {"prediction": prediction, "weighting": weighting}
     config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, **changes))
     assert config.loss_label == label

@@ -102,7 +102,7 @@ def test_existing_images_are_kept(cascade_runs, command, batches_sampled):
     assert batches_sampled == [1]
     for i in range(3):
         np.testing.assert_array_equal(read(out / f"{i:05d}.png"), before[i])
-    command(*args, "--guidance=2")
+    command(*args, "--guidance=3")
     assert batches_sampled == [1, 1, 1, 1]
 
 

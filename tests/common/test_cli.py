@@ -46,7 +46,7 @@ def test_help_explains_and_exits_with_0_without_jax(module, flag):
         ),
         (
             "train",
-            ["--model.embed_dim=64", "--config=configs/demo.py"],
+            ["--model.embed_dim=64", "--config=configs/demo.py:unet"],
             "--model.embed_dim is not a flag; did you mean --config.model.embed_dim=64? (see",
         ),
         ("train", ["--config=nope.py", "--num_steps=10"], "--num_steps is not a flag"),
@@ -60,7 +60,11 @@ def test_help_explains_and_exits_with_0_without_jax(module, flag):
         ("evaluate", ["--seed=-1"], "--seed=-1"),
         ("pretrain_text", [], "--out is needed (see --help)"),
         ("pretrain_text", ["--out=/dev/null/x"], "--out=/dev/null/x cannot be written"),
-        ("train", ["--config=configs/demo.py:x"], "demo.py:x': argument 'x'; allowed: none"),
+        (
+            "train",
+            ["--config=configs/demo.py:x"],
+            "demo.py:x': argument 'x'; allowed: transformer, unet",
+        ),
         ("evaluate", ["--guidance=much"], "--guidance is 'much'; allowed: numbers from 0 up"),
     ],
 )
