@@ -220,6 +220,29 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Config section `guard`: what training does if the loss or the gradients are not finite.
+
+    Such a step changes nothing but the step counter. After too many in a row, the run goes back to
+    its newest checkpoint and on with the data that follow.
+
+    Attributes:
+      max_skips: steps that may be skipped in a row.
+      max_rollbacks: times that the run may go back to the same checkpoint; the next ends it.
+      spike_factor: a step is logged if its loss is above this many times the 90% quantile of the
+        last 200 losses; 0 turns this off.
+    """
+
+    max_skips: int = 20
+    max_rollbacks: int = 2
+    spike_factor: float = 4.0
+
+    def __post_init__(self):
+        for key in ("max_skips", "max_rollbacks", "spike_factor"):
+            require(getattr(self, key) >= 0, f"guard.{key}", getattr(self, key), "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All config keys.
 
@@ -227,7 +250,7 @@ class Config:
       seed: seed of the weights, the order of the data and all noise.
       num_steps: steps of the whole run.
       batch_size: examples per step, over all devices.
-      data, text, diffusion, optimizer, sampling, mesh, checkpoint, ema: the sections.
+      data, text, diffusion, optimizer, sampling, mesh, checkpoint, ema, guard: the sections.
       model: the network's keys, untyped; see `unet`.
       microbatches: number of equal microbatches in a batch; their gradients are averaged. 0 chooses
         the fewest that device_batch and a device's memory allow.
@@ -264,11 +287,15 @@ class Config:
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ema: EmaConfig = EmaConfig()
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self):
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         for key in ("num_steps", "batch_size", "log_every", "num_samples"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "1 or more")
+            ok = 0 < getattr(self, key) < 2**31
+            require(ok, key, getattr(self, key), f"1 to {2**31 - 1}")
         least = 0 if self.device_batch > 0 else 1
+        require(self.device_batch >= 0, "device_batch", self.device_batch, "0 or more")
         allowed = "1 or more, or 0 with device_batch above 0"
         require(self.microbatches >= least, "microbatches", self.microbatches, allowed)
         for key in ("eval_every", "eval_batches", "sample_every", "checkpoint_every"):
@@ -290,7 +317,8 @@ class Config:
         """The section `model`, typed, with the fields that follow from `text` and `diffusion`."""
         values = {"name": "unet", **self.model}
         name, text = values.pop("name"), self.text
-        require(name in NETWORKS, "model.name", name, ", ".join(NETWORKS))
+        known = isinstance(name, str) and name in NETWORKS
+        require(known, "model.name", name, ", ".join(NETWORKS))
         parts = [(part.max_tokens, part.dim) for part in text.parts]
         derived = {
             "text_dim": text.width,

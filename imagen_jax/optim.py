@@ -55,7 +55,10 @@ class OptimizerConfig:
         require(self.name in OPTIMIZERS, "optimizer.name", self.name, ", ".join(OPTIMIZERS))
         allowed = ", ".join(LR_SCHEDULES)
         require(self.schedule in LR_SCHEDULES, "optimizer.schedule", self.schedule, allowed)
-        for key in ("learning_rate", "warmup_steps", "weight_decay", "grad_clip"):
+        for key in ("learning_rate", "weight_decay"):
+            ok = 0 <= getattr(self, key) <= 1000
+            require(ok, f"optimizer.{key}", getattr(self, key), "0 to 1000")
+        for key in ("warmup_steps", "grad_clip"):
             require(getattr(self, key) >= 0, f"optimizer.{key}", getattr(self, key), "0 or more")
         if self.name == "muon":
             allowed = "above 0 for muon"
@@ -63,6 +66,10 @@ class OptimizerConfig:
         rate = self.adam_learning_rate
         ok = rate is None or (self.name == "muon" and rate >= 0)
         require(ok, "optimizer.adam_learning_rate", rate, "0 or more with name=muon, else None")
+        for key in ("b1", "b2"):
+            ok = 0 <= getattr(self, key) < 1
+            require(ok, f"optimizer.{key}", getattr(self, key), "0 or more, below 1")
+        require(0 < self.eps <= 1, "optimizer.eps", self.eps, "above 0, up to 1")
         allowed = "0 for adam; for weight decay set config.optimizer.name=adamw"
         decays = self.name != "adam" or self.weight_decay == 0
         require(decays, "optimizer.weight_decay", self.weight_decay, allowed)

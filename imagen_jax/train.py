@@ -7,12 +7,14 @@ from the newest checkpoint, run the same command again. The workdir receives con
 metrics.jsonl, TensorBoard events, checkpoints/ and samples/.
 
 Exit codes: 0 after the last step; 75 after a stop that saved a checkpoint (SIGTERM, Ctrl-C); 2 for
-bad input.
+bad input; 65 if every checkpoint is damaged; 70 if training diverges; 74 if the workdir cannot be
+written or has disappeared.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from imagen_jax.common import cli, typed_config
-from imagen_jax.common.errors import UserError
+from imagen_jax.common.errors import STOPPED, UserError
 from imagen_jax.common.files import check_folder
 from imagen_jax.training.startup import Startup, process_age
 
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from imagen_jax.config import Config
 
 FLAGS = flags.FLAGS
-
-# EX_TEMPFAIL of sysexits.h, "try again": a supervisor must tell preempted from finished runs.
-STOPPED = 75
 
 # Share of a machine's memory that training on its CPU may fill; Python, TensorFlow and the reader
 # need the rest. Without this margin, a run that barely fits would be killed, not refused.
@@ -66,6 +65,13 @@ def define_flags() -> None:
         "",
         "FIRST:LAST, inclusive: trace these steps into WORKDIR/profile, for XProf.",
     )
+    flags.DEFINE_integer(
+        "replay_step",
+        None,
+        "Repeat this step from the newest checkpoint before it, print its metrics as JSON and "
+        "stop; changes nothing in the workdir.",
+        lower_bound=1,
+    )
     cli.define_cache_flag()
 
 
@@ -83,6 +89,9 @@ def main(argv: Sequence[str]) -> None:
 
     config = parse(values)
     profiled = profiling.parse_steps(FLAGS.profile_steps, config.num_steps)
+    if (FLAGS.replay_step or 0) > config.num_steps:
+        allowed = f"1 to {config.num_steps} (config.num_steps)"
+        raise UserError(f"--replay_step is {FLAGS.replay_step}; allowed: {allowed}")
     check_folder(workdir, "workdir")
     check_data(config)
     if not FLAGS.workdir:
@@ -173,14 +182,26 @@ def run(config: Config, workdir: Path, startup: Startup, profiled: Sequence[int]
         from data_pipelines.reading.reader import Reader, build
         from imagen_jax.training import loop
     startup.done("imports")
-    if jax.process_index() == 0:
-        build(config)
-    processes.wait_for_all("data")
-    startup.done("data building")
-    reader = Reader(config)
-    startup.done("data opening")
+    with processes.stopping_at_once():
+        if jax.process_index() == 0:
+            build(config)
+        processes.wait_for_all("data")
+        startup.done("data building")
+        reader = Reader(config)
+        startup.done("data opening")
+    if step := FLAGS.replay_step:
+        print_metrics(loop.replay(experiment, reader, workdir, step))
+        return True
     stop = processes.StopRequest()
     return loop.train(experiment, reader, workdir, stop, startup, profiled)
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Prints the metrics of one step as a line of JSON, on process 0."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(json.dumps({name: value.tolist() for name, value in metrics.items()}))
 
 
 if __name__ == "__main__":

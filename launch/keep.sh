@@ -14,9 +14,10 @@
 #   --project=PROJECT  Google Cloud project (default: the one gcloud is set to)
 #   --dry-run          print the commands of the first start without running them
 #
-# Exit codes: 0 training is done; 2 invalid input; 1 too many failures. The slice stays unless
-# --delete-when-done is set and training is done; launch/delete.sh deletes it. Run this script on a
-# machine that stays up. Stopping the script does not stop the run.
+# Exit codes: 0 training is done; 2 invalid input; 1 too many failures, or one that a restart repeats:
+# training diverged, or every checkpoint is damaged. The slice stays unless --delete-when-done is set
+# and training is done; launch/delete.sh deletes it. Run this script on a machine that stays up.
+# Stopping the script does not stop the run.
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 opt+=([type]="" [version]="" [spot]=false [queued]=false [image]="" [mount]=""
@@ -76,6 +77,8 @@ handle_ready() {
     # Comes before the exit codes: if one worker never started, the others give up waiting for it.
     *", none,"*) log "setting up and starting" && setup_and_start && return ;;
     *", exit 2,"*) log "training refused its input; see launch/logs.sh" && exit 2 ;;
+    *", exit 65,"*) log "every checkpoint is damaged; see launch/logs.sh" && exit 1 ;;
+    *", exit 70,"*) log "training diverged; see launch/logs.sh" && exit 1 ;;
     ", exit 0,") finish ;;
     ", exit 75,") ;; # saved and stopped, as on a preemption
     *)

@@ -45,7 +45,11 @@ def summary(workdir: Path, now: float) -> dict[str, str]:
       workdir: the --workdir of imagen_jax.train.
       now: seconds since the epoch.
     """
-    config = json.loads((workdir / "config.json").read_text())
+    try:
+        config = json.loads((workdir / "config.json").read_bytes())
+        config["num_steps"], config["log_every"]
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{workdir}/config.json is damaged; training writes it again when it resumes")
     lines = read_lines(workdir / "metrics.jsonl")
     steps = [line for line in lines if "step_time" in line]
     evals = [line for line in lines if "eval_loss" in line]
@@ -55,6 +59,7 @@ def summary(workdir: Path, now: float) -> dict[str, str]:
         out |= progress(steps[-1], config, age)
     else:
         out["step"] = "none yet"
+    out |= ended(workdir / "state.json")
     if evals:
         out["eval loss"] = f"{evals[-1]['eval_loss']:.4f} at step {evals[-1]['step']:,}"
     out["checkpoint"] = newest(workdir / "checkpoints", "", now)
@@ -77,14 +82,32 @@ def progress(last: dict, config: dict, age: float) -> dict[str, str]:
         out["state"] = f"silent for {duration(age)}: stopped or stuck"
     else:
         out["state"] = f"running, {duration(seconds * (end - step))} left"
-    out["loss"] = f"{last['loss']:.4f}"
+    out["loss"] = f"{last['loss']:.4f}" if "loss" in last else "not finite, steps skipped"
     return out
 
 
+def ended(path: Path) -> dict[str, str]:
+    """Returns the row of a run that says in state.json that it stopped or failed."""
+    try:
+        fields = json.loads(path.read_bytes())
+        state, reason = fields["state"], str(fields.get("reason", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    text = {"preempted": "stopped after saving", "failed": f"failed: {reason}"}.get(state)
+    return {"state": text} if text else {}
+
+
 def read_lines(path: Path) -> list[dict]:
-    """Reads the lines of metrics, without a last line that is half written."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """Reads the lines of metrics, without those that are damaged or half written."""
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(fields, dict) and type(fields.get("step")) is int:
+            lines.append(fields)
+    return lines
 
 
 def newest(folder: Path, suffix: str, now: float) -> str:

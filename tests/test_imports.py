@@ -15,7 +15,7 @@ ROOT = next(p for p in Path(__file__).parents if (p / "setup.py").exists())
 
 # Nobody imports a command: flags and wiring only.
 COMMANDS = {
-    "imagen_jax": {"train", "sample", "evaluate", "demo", "plan", "pretrain_text"},
+    "imagen_jax": {"train", "sample", "evaluate", "demo", "plan", "pretrain_text", "verify"},
     "data_pipelines": {
         *("emoji", "encode_text", "encode_text_beam"),
         *("ingest", "ingest_beam", "recaption"),

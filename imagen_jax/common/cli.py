@@ -19,9 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from imagen_jax.common import typed_config
-from imagen_jax.common.errors import UserError
-
-BAD_INPUT = 2
+from imagen_jax.common.errors import BAD_INPUT, RunError, UserError
 
 # Logger of the project's own messages. Libraries use absl's, which shows only warnings.
 log = logging.getLogger("imagen_jax")
@@ -132,11 +130,11 @@ def _config_keys() -> list[str]:
         return []
 
 
-def fail(message: str) -> None:
-    """Prints `error: message` to stderr and exits with code 2."""
+def fail(message: str, code: int = BAD_INPUT) -> None:
+    """Prints `error: message` to stderr and exits with `code`."""
     with above_bars():
         print(f"error: {message}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -198,7 +196,8 @@ def _quiet_libtpu() -> None:
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main(argv)` as a program.
 
-    Exit codes: 0 after --help, 2 and one line on stderr after a UserError, 130 after Ctrl-C.
+    Exit codes: 0 after --help, 2 and one line on stderr after a UserError, the error's own
+    code and one line after a RunError, 130 after Ctrl-C.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _quiet_libtpu()
@@ -208,8 +207,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         _set_up_log()  # here, because app.run installs absl's own handler first
         try:
             main(argv)
-        except UserError as e:
-            fail(str(e))
+        except (UserError, RunError) as e:
+            fail(str(e), e.code)
         except KeyboardInterrupt:
             with above_bars():
                 print("interrupted", file=sys.stderr)

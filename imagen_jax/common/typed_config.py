@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import math
 import re
 import types
 import typing
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 from imagen_jax.common.errors import UserError
 
 T = TypeVar("T")
+# The largest whole number of a config: a seed has 32 bits.
+LARGEST = 2**32 - 1
 # TPU slices as Google Cloud names them, such as "v4-512"; devices/topologies.py checks that
 # they exist.
 TOPOLOGY = re.compile(r"v\d\w*-\d+|cpu|gpu")
@@ -91,7 +94,7 @@ def _literal(text: str) -> Any:
         return text == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -110,6 +113,8 @@ def typed(cls: type[T], values: Mapping[str, Any], prefix: str = "", **extra: An
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in extra}
     for key in values:
+        if not isinstance(key, str):
+            raise UserError(f"config.{prefix[:-1]} has the key {key!r}; keys are names")
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
@@ -142,8 +147,12 @@ def _coerce(hint: Any, value: Any, key: str) -> Any:
         if isinstance(value, (list, tuple)):
             return tuple(_coerce(typing.get_args(hint)[0], v, key) for v in value)
         raise UserError(f"config.{key} is {value!r}; it must be a tuple")
+    if hint in (int, float) and isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"config.{key} is too large; whole numbers go up to {LARGEST}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config.{key} is {value!r}; it must be a finite number")
     # In Python a bool is an int; in a config it is not.
     if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
         raise UserError(f"config.{key} is {value!r}; it must be of type {hint.__name__}")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import itertools
 import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from imagen_jax.common import cli
-from imagen_jax.common.errors import UserError
+from imagen_jax.common.errors import STOPPED, RunError, UserError
 from imagen_jax.devices import rendezvous
 
 DAY_MS = 24 * 60 * 60 * 1000
@@ -113,6 +116,30 @@ def wait_for_all(name: str) -> None:
         global_state.client.wait_at_barrier(name, timeout_in_ms=DAY_MS)
 
 
+def from_first(numbers: Sequence[int], most: int = 64) -> list[int]:
+    """Returns process 0's whole numbers in every process, at most the first `most`."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    padded = np.full(most, -1, np.int32)
+    padded[: len(numbers)] = numbers[:most]
+    found = multihost_utils.broadcast_one_to_all(padded)
+    return [int(number) for number in found if number >= 0]
+
+
+def first_text(text: str, most: int = 512) -> str:
+    """Returns the text of the first process that has one, in every process; "" if none has."""
+    if jax.process_count() == 1:
+        return text
+    wait_for_all(f"text {next(_texts)}")  # a collective alone would limit the wait
+    padded = np.frombuffer(text.encode()[:most].ljust(most, b"\0"), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    texts = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(rows))
+    return next(filter(None, texts), "")
+
+
+_texts = itertools.count()
+
+
 @contextlib.contextmanager
 def failing_at_once() -> Iterator[None]:
     """Ends this process at once on an error in the block, with its message and exit code.
@@ -128,9 +155,9 @@ def failing_at_once() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         code = 1
-        if isinstance(e, UserError):
+        if isinstance(e, (UserError, RunError)):
             print(f"error: {e}", file=sys.stderr)
-            code = cli.BAD_INPUT
+            code = e.code
         else:
             traceback.print_exc()
         sys.stdout.flush()
@@ -138,11 +165,37 @@ def failing_at_once() -> Iterator[None]:
         os._exit(code)
 
 
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Makes SIGTERM end this process at once in the block, before there is anything to save.
+
+    With several processes, JAX handles SIGTERM, but acts on it only between steps. Its handler is
+    not one of Python's, so only the C library can put it aside and back.
+    """
+    native = ctypes.CDLL(None).signal
+    native.argtypes, native.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    before = native(signal.SIGTERM, None)
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        native(signal.SIGTERM, before)
+
+
+def _end(number, frame):
+    os.write(2, b"stopped before training began; the same command starts again\n")
+    os._exit(STOPPED)
+
+
 class StopRequest:
-    """Request to save and stop: SIGTERM or the first Ctrl-C in any process stops all of them."""
+    """Request to save and stop: SIGTERM or the first Ctrl-C in any process stops all of them.
+
+    SIGTERM before the first step ends a single process at once, because there is nothing to save.
+    """
 
     def __init__(self):
-        self._signalled = False
+        self._signalled = self._training = False
         self._many = jax.process_count() > 1
         signal.signal(signal.SIGINT, self._handle)
         if not self._many:
@@ -151,6 +204,12 @@ class StopRequest:
     def _handle(self, number, frame):
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGTERM and not self._training:
+            _end(number, frame)
+        if not self._signalled:
+            # Not through the log, which this signal may have interrupted.
+            again = b"; a second Ctrl-C ends at once" if number == signal.SIGINT else b""
+            os.write(2, b"stopping after the current steps, then saving" + again + b"\n")
         self._signalled = True
         if self._many:
             # JAX handles SIGTERM: it makes all processes agree on the step to stop at.
@@ -158,6 +217,7 @@ class StopRequest:
 
     def __call__(self, step: int) -> bool:
         """Returns whether to stop after `step`, the same in every process."""
+        self._training = True
         if self._many:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._signalled

@@ -4,24 +4,32 @@ If a process is missing, JAX aborts the others with a stack trace that does not 
 differ, the processes hang or train something meaningless. So each process first sends its settings
 to process 0 over a plain socket, one line of JSON. Process 0 sends the same answer to all, then
 frees the port for JAX's coordinator. This module does not import JAX.
+
+Anything may connect to an open port: a scanner, a web browser, a process of another run. Messages
+of another form are dropped, and none delays the others. This does not stop an attacker, who could
+also speak to JAX's coordinator: keep the port inside the cluster's network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import selectors
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from imagen_jax.common.errors import UserError
 
 # Seconds between attempts to reach process 0, and seconds that one message may take.
 RETRY, MESSAGE = 0.3, 5.0
+# Longest message in bytes; settings take about 10,000. Most clients that are being read at once.
+LONGEST, MOST_CLIENTS = 2**20, 512
+PROTOCOL = "imagen_jax rendezvous 1"
 
 # No connection, or a peer that does not follow the protocol.
-BAD_PEER = (OSError, ValueError, KeyError, TypeError)
+BAD_PEER = (OSError, ValueError, RecursionError)
 
 
 def meet(
@@ -44,7 +52,7 @@ def meet(
     if process_id == 0:
         problem = _gather(address, int(port), num_processes, flat, timeout)
     else:
-        hello = {"process_id": process_id, "settings": flat}
+        hello = {"protocol": PROTOCOL, "process_id": process_id, "settings": flat}
         problem = _report((host.strip("[]"), int(port)), hello, timeout)
     if problem:
         raise UserError(problem)
@@ -60,23 +68,92 @@ def _gather(address: str, port: int, num_processes: int, settings: dict, timeout
         except OSError as e:
             raise UserError(f"process 0 cannot listen at {address}: {e.strerror}") from e
         waiting = []
-        while len(seen) < num_processes and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
+        hellos = connections.enter_context(contextlib.closing(_hellos(server, deadline)))
+        while len(seen) < num_processes and (found := next(hellos, None)):
+            connection, line = found
+            connections.enter_context(connection)
             with contextlib.suppress(*BAD_PEER):
-                connection = connections.enter_context(server.accept()[0])
-                hello = _receive(connection, MESSAGE)
-                seen[hello["process_id"]] = hello["settings"]
+                process_id, theirs = _checked_hello(line)
+                seen[process_id] = theirs
                 waiting.append(connection)
         problem = _difference(seen) or _missing(seen, num_processes, timeout)
         for connection in waiting:
             with contextlib.suppress(OSError):
-                connection.sendall(_line({"problem": problem}))
+                connection.settimeout(MESSAGE)
+                connection.sendall(_line({"protocol": PROTOCOL, "problem": problem}))
         for connection in waiting:
             # Let the peer close first: the side that closes first blocks the port for a while.
             with contextlib.suppress(OSError):
-                connection.settimeout(MESSAGE)
                 connection.recv(1)
     return problem
+
+
+def _hellos(server: socket.socket, deadline: float) -> Iterator[tuple[socket.socket, bytes]]:
+    """Yields each client that has sent a line, and the line, until the deadline.
+
+    Reads all clients at once and closes those that are slow, send too much or are too many.
+    """
+    clients: dict[socket.socket, tuple[float, bytearray]] = {}
+    with selectors.DefaultSelector() as selector:
+
+        def drop(client: socket.socket, close: bool = True) -> bytearray:
+            selector.unregister(client)
+            if close:
+                client.close()
+            return clients.pop(client)[1]
+
+        server.setblocking(False)
+        selector.register(server, selectors.EVENT_READ)
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(min(left, RETRY)):
+                    client = key.fileobj
+                    if client is server:
+                        try:
+                            client, _ = server.accept()
+                        except OSError:  # it has gone again
+                            continue
+                        client.setblocking(False)
+                        clients[client] = time.monotonic() + MESSAGE, bytearray()
+                        selector.register(client, selectors.EVENT_READ)
+                        continue
+                    if client not in clients:
+                        continue
+                    _, line = clients[client]
+                    try:
+                        data = client.recv(2**16)
+                    except OSError:
+                        data = b""
+                    line += data
+                    if b"\n" in data:
+                        yield client, bytes(drop(client, close=False))
+                    elif not data or len(line) > LONGEST:
+                        drop(client)
+                now = time.monotonic()
+                for client in [c for c, (until, _) in clients.items() if until < now]:
+                    drop(client)
+                while len(clients) > MOST_CLIENTS:
+                    drop(next(iter(clients)))
+        finally:
+            for client in list(clients):
+                drop(client)
+
+
+def _checked_hello(line: bytes) -> tuple[int, dict[str, Any]]:
+    """Returns the number and the settings of a process. Raises ValueError for anything else."""
+    hello = _message(line)
+    process_id, settings = hello.get("process_id"), hello.get("settings")
+    # Whether the number is below num_processes, which may differ, is for `_difference` to say.
+    if type(process_id) is not int or not 0 < process_id < 2**31 or not isinstance(settings, dict):
+        raise ValueError("not a process of a run")
+    return process_id, settings
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    message = json.loads(line) if len(line) <= LONGEST else None
+    if not isinstance(message, dict) or message.get("protocol") != PROTOCOL:
+        raise ValueError("not a message of this protocol")
+    return message
 
 
 def _report(address: tuple[str, int], hello: dict, timeout: float) -> str:
@@ -90,7 +167,9 @@ def _report(address: tuple[str, int], hello: dict, timeout: float) -> str:
         ):
             connection.sendall(_line(hello))
             # Process 0 may have started its own `timeout` just now.
-            return _receive(connection, timeout + MESSAGE)["problem"]
+            problem = _receive(connection, timeout + MESSAGE).get("problem")
+            if isinstance(problem, str):
+                return problem
         if time.monotonic() > deadline:
             return (
                 f"process 0 did not answer at {address[0]}:{address[1]} "
@@ -113,7 +192,7 @@ def _line(message: Mapping) -> bytes:
 def _receive(connection: socket.socket, timeout: float) -> dict:
     connection.settimeout(timeout)
     with connection.makefile("rb") as lines:
-        return json.loads(lines.readline())
+        return _message(lines.readline(LONGEST + 1))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -131,9 +210,11 @@ def _difference(seen: dict[int, dict]) -> str:
         for key in [*seen[0], *settings]:
             ours, theirs = seen[0].get(key), settings.get(key)
             if ours != theirs:
+                name = key if key in seen[0] else repr(key)
                 return (
-                    f"the processes differ: {key} is {ours!r} on process 0 and {theirs!r} "
-                    f"on process {process_id}; start all with the same command and code"
+                    f"the processes differ: {name:.200} is {ours!r:.200} on process 0 and "
+                    f"{theirs!r:.200} on process {process_id}; start all with the same command and "
+                    "code"
                 )
     return ""
 

@@ -26,6 +26,9 @@ _SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
+MOST_AXES = 16  # no tensor of a network has more, and NumPy allows 64
+
+
 class StoredTensor(Protocol):
     """A tensor on disk."""
 
@@ -106,7 +109,7 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, FileTensor]:
         }
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path}: not safetensors, or damaged: {first_line(e)}") from e
 
 
@@ -118,6 +121,9 @@ def _safetensor(
         raise ValueError(f"tensor {name!r} has dtype {dtype!r}; supported: {known}")
     numpy_dtype = np.dtype(_SAFETENSORS_DTYPES[dtype])
     begin, end = data_offsets
+    whole = [type(n) is int and n >= 0 for n in (*shape, begin, end)]
+    if not isinstance(shape, list) or not all(whole) or len(shape) > MOST_AXES:
+        raise ValueError(f"tensor {name!r} has shape {shape!r:.200}")
     if not 0 <= begin <= end <= size - start:
         raise ValueError(f"tensor {name!r} is outside the file's {size} bytes")
     if math.prod(shape) * numpy_dtype.itemsize != end - begin:

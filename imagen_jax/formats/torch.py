@@ -21,7 +21,7 @@ import numpy as np
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import first_line
-from imagen_jax.formats.tensors import FileTensor
+from imagen_jax.formats.tensors import MOST_AXES, FileTensor
 
 _STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
@@ -113,6 +113,8 @@ def _read_zip(file: BinaryIO) -> tuple[dict, dict[str, int]]:
     """Returns the pickled state dict and the byte offset of each storage."""
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if members["data.pkl"].compress_type != zipfile.ZIP_STORED:
+            raise ValueError("data.pkl is compressed")
         state = _Unpickler(archive.open(members["data.pkl"])).load()
     starts = {}
     for name, info in members.items():
@@ -146,6 +148,12 @@ def _read_legacy(file: BinaryIO) -> tuple[dict, dict[str, int]]:
 
 def _file_tensor(path: Path, size: int, starts: dict[str, int], tensor: _Tensor) -> FileTensor:
     dtype = np.dtype(tensor.storage.dtype)  # importing ml_dtypes adds "bfloat16"
+    numbers = (tensor.offset, *tensor.shape, *tensor.strides)
+    if not all(type(n) is int and n >= 0 for n in numbers) or len(tensor.shape) > MOST_AXES:
+        raise ValueError(f"a tensor has shape {tensor.shape!r:.200}")
+    # A stride of 0 repeats numbers, so that a small file could fill the memory.
+    if math.prod(tensor.shape) * dtype.itemsize > size:
+        raise ValueError(f"a tensor of shape {tensor.shape} is larger than the file")
     strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
     offset = starts[tensor.storage.key] + tensor.offset * dtype.itemsize
     last = [(n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True)]

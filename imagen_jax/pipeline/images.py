@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -10,6 +11,10 @@ from PIL import ExifTags, Image, ImageOps
 from imagen_jax.common import cli
 from imagen_jax.common.pictures import to_rgb
 from imagen_jax.pipeline.settings import ImageLike, SettingError, Settings
+
+# What an image may be: formats that run no other program, and pixels that fit in memory.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+MOST_PIXELS = 2**26
 
 
 def read_inputs(settings: Settings, low_res: int, size: int) -> dict[str, np.ndarray]:
@@ -57,20 +62,31 @@ def _open(name: str, source: ImageLike) -> tuple[str, Image.Image]:
         source = _from_array(name, source)
     label = name if isinstance(source, Image.Image) else f"{name}={source}"
     try:
-        image = source if isinstance(source, Image.Image) else _from_file(source)
+        image = source if isinstance(source, Image.Image) else _from_file(label, source)
         upright = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except SettingError:
+        raise
     except FileNotFoundError as e:
         raise SettingError(f"{label}: no such file") from e
     except Exception as e:  # decoders raise anything on a broken file
         raise SettingError(f"{label} is not a readable image ({type(e).__name__})") from e
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if turned:
         cli.log.info("%s: turned upright as its EXIF orientation says", label)
     return label, upright
 
 
-def _from_file(path: str | os.PathLike) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
+def _from_file(label: str, path: str | os.PathLike) -> Image.Image:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise SettingError(f"{label} is not a file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is lower
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                allowed = f"allowed: {MOST_PIXELS:,} pixels"
+                raise SettingError(f"{label} is {width}x{height} pixels; {allowed}")
+            image.load()
     return image
 
 

@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from imagen_jax.common.errors import UserError
+from imagen_jax.common.cli import log
+from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
+from imagen_jax.common.files import first_line
 from imagen_jax.config import CheckpointConfig
-from imagen_jax.runs.workdir import CHECKPOINTS, check_run
+from imagen_jax.devices import processes
+from imagen_jax.runs import checksums
+from imagen_jax.runs.workdir import CHECKPOINTS, DAMAGED_CHECKPOINTS, check_run
+
+# Orbax also logs each failure, up to five times with a stack trace; `Checkpoints` reports it once.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint appears only once it is complete: Orbax writes a temporary folder and renames it.
+    A checkpoint appears only once it is complete, with the checksums of its files: Orbax writes a
+    temporary folder and renames it. Every checkpoint is compared with its checksums before it is
+    read.
 
     Attributes:
-      directory: the folder of the workdir.
+      directory: the folder of the workdir that has the checkpoints.
+      damaged: steps of the newer checkpoints that `newest_whole` has passed over.
     """
 
     def __init__(
@@ -37,25 +54,65 @@ class Checkpoints:
             on disk. Otherwise removes what an interrupted save has left.
           folder: folder in the workdir.
         """
-        writes, config = config is not None, config or CheckpointConfig()
+        self._writes, self._config = config is not None, config or CheckpointConfig()
         self.directory = epath.Path(workdir).absolute() / folder
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.max_to_keep,
-            keep_period=config.keep_every or None,
-            step_prefix="step",
-            create=writes,
-            # A reader must not remove the save in progress of a run that is training.
-            cleanup_tmp_directories=writes,
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self.damaged: list[int] = []
+        self._whole: set[int] = set()
+        self._saved: int | None = None
+        self._saving = False
 
-    def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None."""
-        return self._manager.latest_step()
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's manager, made after damaged checkpoints are set aside: it may fail on them."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._config.max_to_keep,
+            keep_period=self._config.keep_every or None,
+            step_prefix="step",
+            create=self._writes,
+            # A reader must not remove the save in progress of a run that is training.
+            cleanup_tmp_directories=self._writes,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _write_checksums(self) -> None:
+        """Process 0 calls this when all files of a save are complete, before it is renamed."""
+        for folder in Path(self.directory).glob("step_*.orbax-checkpoint-tmp*"):
+            checksums.write(folder)
 
     def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, in order."""
-        return sorted(self._manager.all_steps())
+        """Returns the steps of all checkpoints, damaged ones included, in ascending order."""
+        names = (re.fullmatch(r"step_(\d+)", p.name) for p in Path(self.directory).glob("step_*"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def path(self, step: int) -> Path:
+        """Returns the folder of a checkpoint."""
+        return Path(self.directory) / f"step_{step}"
+
+    def newest_whole(self) -> int | None:
+        """Returns the step of the newest checkpoint whose files are what was saved, or None.
+
+        A run that trains moves newer ones, which are damaged, to the folder `damaged`.
+
+        Raises:
+          RunError: there are checkpoints, but all are damaged.
+        """
+        found = processes.from_first(self.steps()[::-1])
+        damages = []
+        for step in found:
+            if not (damage := self._find_damage(step)):
+                return step
+            damages.append(f"{self.path(step)} is damaged: {damage}")
+            if step != found[-1]:
+                log.warning("%s; taking the checkpoint before it", damages[-1])
+                self._set_aside(step)
+        if damages:
+            raise RunError(
+                DAMAGED,
+                f"{damages[-1]}; no older checkpoint is left, so move {self.directory} away to "
+                "train from the start",
+            )
+        return None
 
     def discard_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, which a run that resumes here writes again."""
@@ -64,35 +121,74 @@ class Checkpoints:
                 self._manager.delete(later)
 
     def existing_step(self, step: int | None = None) -> int:
-        """Returns `step` if it has a checkpoint (default: the newest step).
+        """Returns `step` if it has a checkpoint (default: the newest that is not damaged).
 
         Raises:
           UserError: there is no such checkpoint.
+          RunError: it is damaged.
         """
         found = self.steps()
         if not found:
             raise UserError(f"no checkpoint in {self.directory}")
-        if step is not None and step not in found:
+        if step is None:
+            return self.newest_whole()
+        if step not in found:
             raise UserError(f"no checkpoint of step {step} in {self.directory}; found {found}")
-        return found[-1] if step is None else step
+        if damage := self._find_damage(step):
+            raise RunError(DAMAGED, f"{self.path(step)} is damaged: {damage}")
+        return step
 
-    def save(self, step: int, state: Any, position: dict[str, int], identity: dict) -> None:
+    def _find_damage(self, step: int) -> str:
+        """Compares a checkpoint with its checksums; with several processes, each a part."""
+        if step in self._whole:
+            return ""
+        try:
+            damage = checksums.find_damage(
+                self.path(step), jax.process_index(), jax.process_count()
+            )
+        except FileNotFoundError:
+            log.warning("%s has no checksums, so damage would not be found", self.path(step))
+            damage = ""
+        damage = processes.first_text(damage)
+        if not damage:
+            self._whole.add(step)
+        return damage
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint away: a run that trains will save this step again."""
+        self.damaged.append(step)
+        if self._writes and jax.process_index() == 0:
+            aside = Path(self.directory).parent / DAMAGED_CHECKPOINTS
+            aside.mkdir(exist_ok=True)
+            number = sum(1 for _ in aside.glob(f"step_{step}*"))
+            self.path(step).rename(aside / (f"step_{step}" + (f".{number}" if number else "")))
+
+    def save(self, step: int, state: Any, position: dict[str, Any], identity: dict) -> None:
         """Saves a checkpoint in the background; a second save waits for the first.
 
         Args:
           state: pytree of global arrays; each host writes its own shards.
-          position: the position in the data, {"examples": examples consumed by all hosts}.
+          position: what else is needed to go on, in JSON: {"examples": examples consumed by all
+            hosts, "window": the metrics of steps that are not logged yet}.
           identity: the config keys that the weights depend on (Config.identity); `restore` compares
             them.
+
+        Raises:
+          RunError: this save or the one before it failed.
         """
-        if step == self.latest_step():
+        if step == self._saved:
             return
+        if self._saving:
+            self.wait()  # as Orbax would, but naming the step that failed
+        self._saved = step
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             position=ocp.args.JsonSave(position),
             identity=ocp.args.JsonSave(identity),
         )
-        self._manager.save(step, args=args)
+        with self._reporting():
+            self._manager.save(step, args=args)
+        self._saving = True
 
     def restore(self, abstract_state: Any, identity: dict, step: int | None = None):
         """Restores (state, position) of `step` (default: the newest).
@@ -104,13 +200,12 @@ class Checkpoints:
 
         Raises:
           UserError: there is no such checkpoint, or it belongs to another model.
+          RunError: it is damaged.
         """
         step = self.existing_step(step)
         self._check_identity(step, identity)
-        args = ocp.args.Composite(
-            state=_restore_args(abstract_state), position=ocp.args.JsonRestore()
-        )
-        restored = self._manager.restore(step, args=args)
+        args = {"state": _restore_args(abstract_state), "position": ocp.args.JsonRestore()}
+        restored = self._read(step, **args)
         self._check_complete(step, restored["state"])
         return restored["state"], restored["position"]
 
@@ -118,26 +213,62 @@ class Checkpoints:
         """Restores only the EMA weights of `step`; sampling does not need the rest of the state.
 
         Raises:
-          UserError: as for `restore`.
+          UserError, RunError: as for `restore`.
         """
         step = self.existing_step(step)
         self._check_identity(step, identity)
-        args = ocp.args.Composite(state=_restore_args({"ema": abstract_ema}))
-        restored = self._manager.restore(step, args=args)["state"]
+        restored = self._read(step, state=_restore_args({"ema": abstract_ema}))["state"]
         self._check_complete(step, restored)
         return restored["ema"]
 
     def wait(self) -> None:
-        """Blocks until the save in progress is complete."""
-        self._manager.wait_until_finished()
+        """Blocks until the save in progress is complete.
+
+        Raises:
+          RunError: it failed.
+        """
+        self._saving = False
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises RunError if a save in the background has failed. Does not wait."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Turns what Orbax raises for a save, which differs by file system, into a RunError."""
+        try:
+            yield
+        except Exception as e:
+            system = re.search(r"([^:]+) \[os_error_code=", str(e))  # as TensorStore writes it
+            known = system[1].strip() if system else getattr(e, "strerror", None)
+            cause = known or first_line(e)
+            raise RunError(
+                WORKDIR_FAILED,
+                f"the checkpoint of step {self._saved} was not saved in {self.directory}: {cause}; "
+                "once the folder can be written, the same command resumes from the one before it",
+            ) from e
 
     def close(self) -> None:
         """Finishes the save in progress and stops the background threads."""
-        self._manager.close()
+        if "_manager" in self.__dict__:
+            with self._reporting():
+                self._manager.close()
+
+    def _read(self, step: int, **args: Any) -> Any:
+        """Restores items. Only a checkpoint without checksums can be damaged here."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as e:
+            if (self.path(step) / checksums.CHECKSUMS).exists():
+                raise
+            message = f"{self.path(step)} cannot be read, and has no checksums: {first_line(e)}"
+            raise RunError(DAMAGED, message) from e
 
     def _check_identity(self, step: int, identity: dict) -> None:
-        args = ocp.args.Composite(identity=ocp.args.JsonRestore())
-        saved = self._manager.restore(step, args=args)["identity"]
+        saved = self._read(step, identity=ocp.args.JsonRestore())["identity"]
         # A round trip through JSON makes tuples lists, as in the checkpoint.
         wanted = json.loads(json.dumps(identity))
         for key in sorted(saved.keys() | wanted.keys()):

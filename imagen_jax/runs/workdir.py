@@ -5,32 +5,93 @@ This module imports JAX only when it parses a config, so a command can report a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
 from imagen_jax.common.cli import log
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import write_text
+from imagen_jax.common.errors import WORKDIR_FAILED, RunError, UserError
+from imagen_jax.common.files import read_json, write_text
 
 if TYPE_CHECKING:
     from imagen_jax.config import Config
+
+# What the system reports about a disk or a share rather than about one file.
+STORAGE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG),
+    *(errno.ENOTCONN, errno.EMFILE, errno.ENFILE),
+)
+RESUMES = "once it can be written, the same command resumes from the last checkpoint"
 
 RUNS = "runs"  # parent of the default workdirs
 
 # Names inside a workdir. TensorBoard's event files are next to them.
 CONFIG = "config.json"  # every config key, defaults included
+LOCK = ".lock"  # held by the process that trains
+STATE = "state.json"  # whether the run is running or how it ended, by process 0
 METRICS = "metrics.jsonl"  # one JSON object per line
 CHECKPOINTS = "checkpoints"  # training state and data position, by Orbax
 SNAPSHOTS = "snapshots"  # averages of the weights for post-hoc EMA, by Orbax
 BAD_RECORDS = "bad_records_{process}.jsonl"  # records that could not be used, with the reason
+DAMAGED_CHECKPOINTS = "damaged"  # checkpoints that differed from their checksums
 SAMPLES = "samples"  # grids sampled during training
 PROFILE = "profile"  # traces of --profile_steps
 EVALUATION = "evaluation"  # metrics, sample grids and the loss curve of imagen_jax.evaluate
 REPORT = "report.html"  # the evaluation on one page
+
+
+@contextlib.contextmanager
+def reporting_failures(workdir: Path) -> Iterator[None]:
+    """Turns a failure to read or write the workdir into a RunError: a full disk, a lost mount."""
+    try:
+        yield
+    except OSError as e:
+        inside = e.filename and Path(os.fsdecode(e.filename)).is_relative_to(workdir)
+        if not inside and e.errno not in STORAGE_ERRORS:
+            raise
+        raise RunError(WORKDIR_FAILED, f"{e.filename or workdir}: {e.strerror}; {RESUMES}") from e
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps a second run out of a workdir, from other hosts too if the share has locks, like NFS.
+
+    The system releases the lock of a process that dies.
+
+    Raises:
+      UserError: another process trains in this workdir.
+    """
+    with (workdir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise UserError(
+                f"--workdir={workdir} is in use by {holder}; stop it, or choose another workdir"
+            ) from e
+        except OSError as e:
+            log.warning("%s: this storage has no locks (%s)", workdir, e.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def check_present(path: Path) -> None:
+    """Raises RunError if the workdir of a run that trains, or a file in it, has disappeared."""
+    if not path.exists():
+        message = f"{path} has disappeared: the workdir was removed or unmounted"
+        raise RunError(WORKDIR_FAILED, f"{message}; {RESUMES}")
 
 
 def write_config(workdir: epath.PathLike, config: Config) -> None:
@@ -43,12 +104,12 @@ def read_config(workdir: epath.PathLike) -> Config:
     """Reads the config of a run.
 
     Raises:
-      UserError: the workdir has no run, or a key of its config is not valid.
+      UserError: the workdir has no run, its config cannot be read, or a key is not valid.
     """
     check_run(workdir)
     from imagen_jax.config import parse
 
-    return parse(json.loads((epath.Path(workdir) / CONFIG).read_text()))
+    return parse(read_json(epath.Path(workdir) / CONFIG))
 
 
 def check_run(workdir: epath.PathLike) -> None:
@@ -58,10 +119,34 @@ def check_run(workdir: epath.PathLike) -> None:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Reads METRICS; leaves out a last line that is cut off, and is empty without the file."""
+    """Reads METRICS; is empty without the file.
+
+    Leaves out a last line that is cut off, and reports and leaves out damaged lines: a crash of the
+    machine can leave half a line, or zeros.
+    """
     path = epath.Path(workdir) / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines, damaged = parse_metrics(path.read_bytes() if path.exists() else b"")
+    if damaged:
+        log.warning(
+            "%s: left out %d damaged line(s), the first is line %d",
+            path, len(damaged), damaged[0],
+        )  # fmt: skip
+    return lines
+
+
+def parse_metrics(text: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+    """Returns the lines of METRICS, and the numbers, from 1, of those that are damaged."""
+    good, damaged = [], []
+    for number, line in enumerate(text.split(b"\n")[:-1], start=1):
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            fields = None
+        if isinstance(fields, dict) and type(fields.get("step")) is int:
+            good.append(fields)
+        else:
+            damaged.append(number)
+    return good, damaged
 
 
 def only_run(folder: epath.PathLike = RUNS) -> epath.Path:

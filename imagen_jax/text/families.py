@@ -17,6 +17,8 @@ from imagen_jax.text.layers import ACTIVATIONS
 from imagen_jax.text.loading import Key
 from imagen_jax.text.t5 import FEED_FORWARDS, T5Config, T5Encoder
 
+MOST_LAYERS = 1024  # building more takes minutes; the largest known encoder has 48
+_LAYERS = ("num_layers", "num_hidden_layers")
 _TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool}
 
 
@@ -67,7 +69,14 @@ class Family:
                 raise UserError(f"{path}: field {name!r} is missing")
             if name in fields and not isinstance(fields[name], _TYPES[field.type]):
                 raise UserError(f"{path}: {name} is {fields[name]!r}; expected {field.type}")
-        return self.config(**{name: fields[name] for name in known if name in fields})
+        config = self.config(**{name: fields[name] for name in known if name in fields})
+        for name in known:
+            value = getattr(config, name)
+            if type(value) is int and not 0 <= value < 2**31:
+                raise UserError(f"{path}: {name} is {value}; allowed: 0 to {2**31 - 1}")
+            if name in _LAYERS and not 0 < value <= MOST_LAYERS:
+                raise UserError(f"{path}: {name} is {value}; allowed: 1 to {MOST_LAYERS}")
+        return config
 
     def canonical(self, name: str) -> str:
         """Returns a stored tensor name in the spelling that `names` uses."""

@@ -14,6 +14,7 @@ T5X has two implementations of T5:
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +25,16 @@ import tensorstore
 from flax import serialization, traverse_util
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line
-from imagen_jax.formats.tensors import StoredTensor
-from imagen_jax.text.families import namer
+from imagen_jax.common.files import first_line, read_json
+from imagen_jax.formats.tensors import MOST_AXES, StoredTensor
+from imagen_jax.text.families import MOST_LAYERS, namer
 from imagen_jax.text.loading import Checkpoint
 from imagen_jax.text.t5 import T5Config, T5Encoder
 
 INDEX_FILE = "checkpoint"
 _CACHE_BYTES = 2**28
+# Deflate, zarr's usual compression, makes no more than this of a byte.
+_MOST_COMPRESSION = 1032
 _BYT5_VOCAB_SIZE = 384  # no other vocabulary has this size
 
 _NAMES = {
@@ -158,6 +161,10 @@ def open_t5x(folder: str | os.PathLike) -> Checkpoint:
 def _as_unrolled(name: str, tensor: ArrayTensor) -> Iterator[tuple[str, StoredTensor]]:
     """Yields the tensors inside a stored one, with the names and axes of the `t5` layout."""
     if name.startswith(_STACKED) and len(tensor.shape) > _LAYER_AXIS:
+        if tensor.shape[_LAYER_AXIS] > MOST_LAYERS:
+            raise UserError(
+                f"{name}: has {tensor.shape[_LAYER_AXIS]} layers; at most {MOST_LAYERS}"
+            )
         for number in range(tensor.shape[_LAYER_AXIS]):
             layer = f"encoder.layers_{number}.{name.removeprefix(_STACKED)}"
             yield from _as_unrolled(layer, ArrayTensor(tensor.array[:, number]))
@@ -185,6 +192,7 @@ def _encoder_leaves(index: Path) -> dict[str, Any]:
 def _open_zarr(folder: Path, context: tensorstore.Context) -> ArrayTensor:
     if not (folder / ".zarray").is_file():
         raise UserError(f"{folder}: the index names this array, but it is missing")
+    _check_sizes(folder)
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": str(folder.absolute())},
@@ -196,11 +204,30 @@ def _open_zarr(folder: Path, context: tensorstore.Context) -> ArrayTensor:
         raise UserError(f"{folder}: cannot be read as zarr ({first_line(e)})") from e
 
 
+def _check_sizes(folder: Path) -> None:
+    """Raises UserError if an array cannot be in its folder: TensorStore would run out of memory."""
+    try:
+        fields = read_json(folder / ".zarray")
+    except UserError as e:
+        raise UserError(f"{folder}: cannot be read as zarr ({e})") from e
+    most = _MOST_COMPRESSION * sum(path.stat().st_size for path in folder.iterdir())
+    for key in ("shape", "chunks"):
+        sizes = fields.get(key)
+        whole = isinstance(sizes, list) and all(type(n) is int and n > 0 for n in sizes)
+        if not whole or len(sizes) > MOST_AXES or math.prod(sizes) > most:
+            raise UserError(
+                f"{folder / '.zarray'}: {key} is {sizes!r:.200}; the files can hold at most {most} "
+                "numbers"
+            )
+
+
 def _config(folder: Path, tensors: dict[str, StoredTensor]) -> T5Config:
     def shape(name: str, rank: int) -> tuple[int, ...]:
         if name not in tensors or len(tensors[name].shape) != rank:
             found = tensors[name].shape if name in tensors else "missing"
             raise UserError(f"{folder}: tensor {name!r} is {found}; expected {rank} axes")
+        if not all(tensors[name].shape):
+            raise UserError(f"{folder}: tensor {name!r} has shape {tensors[name].shape}")
         return tensors[name].shape
 
     vocab_size, d_model = shape("token_embedder.embedding", 2)

@@ -20,6 +20,7 @@ from imagen_jax.common.files import first_line, read_json, sha256
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 PAD_ID = 0
 EOS_ID = 1
+_RARE = "a \u16a0\ua000\u1c00"  # letters of three rare scripts: a word of no vocabulary
 _NUM_SPECIAL = 3  # pad, end of sequence, unknown
 
 
@@ -100,6 +101,8 @@ class LibraryTokenizer:
         self.sha256 = sha256
         self.vocab_size = tokenizer.get_vocab_size()
         self._tokenizer = tokenizer
+        # Without its token for unknown text, a vocabulary fails only at the first such caption.
+        self.encode(_RARE)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, including its start and end tokens."""
@@ -220,7 +223,9 @@ def load_tokenizer(folder: Path, kind: str) -> Tokenizer:
                 return load(*paths)
             except UserError:
                 raise
-            except Exception as e:  # the libraries raise nothing narrower
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as e:  # the libraries raise nothing narrower, not even Exception
                 raise UserError(f"{paths[0]}: not a vocabulary of {kind}: {first_line(e)}") from e
     expected = " or ".join(" + ".join(names) for names in TOKENIZERS[kind])
     raise UserError(f"text encoder {str(folder)!r}: no vocabulary; {kind} needs {expected}")

@@ -95,6 +95,11 @@ class Experiment:
         )
 
     @functools.cached_property
+    def replicated(self) -> jax.sharding.Sharding:
+        """Sharding of a whole array on every device."""
+        return sharding.replicated(self.mesh)
+
+    @functools.cached_property
     def batch_share(self) -> tuple[int, int]:
         """This host's share of a batch, (index, number of shares); see sharding.batch_share."""
         return sharding.batch_share(self.mesh)

@@ -15,9 +15,11 @@ from imagen_jax.common.files import make_folder
 from imagen_jax.devices.compilation import compile_ahead
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.posthoc import open_snapshots
-from imagen_jax.runs.workdir import PROFILE, write_config
+from imagen_jax.runs.state import recording
+from imagen_jax.runs.workdir import PROFILE, locked, reporting_failures, write_config
 from imagen_jax.training import metrics
 from imagen_jax.training.experiment import Experiment
+from imagen_jax.training.guard import Guard
 from imagen_jax.training.periodic import Actions
 from imagen_jax.training.profiling import Profile
 from imagen_jax.training.reader import Batch, Reader
@@ -27,6 +29,9 @@ from imagen_jax.training.step import TrainState
 # Limits on how far the host runs ahead of the device, in seconds and in steps. Each step ahead
 # keeps a batch in device memory and delays a stop.
 AHEAD_S, MOST_AHEAD = 2.0, 16
+
+# How run_loop ends, other than with the step where training diverged.
+FINISHED, STOPPED = 0, -1
 
 
 def train(
@@ -46,22 +51,31 @@ def train(
 
     Returns:
       Whether the run reached `num_steps`.
+
+    Raises:
+      UserError: another process trains in this workdir.
+      RunError: the workdir cannot be written, all checkpoints are damaged, or training diverges.
     """
     startup = startup or Startup()
     config = experiment.config
     make_folder(workdir, "workdir")
+    main = jax.process_index() == 0
     # Closing, even after an error, finishes a pending save or discards it cleanly.
     with (
+        reporting_failures(workdir),
+        locked(workdir) if main else contextlib.nullcontext(),
+        recording(workdir, config.num_steps, main) as run_state,
         contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints,
         open_snapshots(workdir, config) as snapshots,
     ):
         state, position = jax.block_until_ready(start_or_resume(experiment, checkpoints))
-        if jax.process_index() == 0:
+        if main:
             write_config(workdir, config)
         start = int(state.step)
         startup.done("restore" if start else "init")
         if start >= config.num_steps:
             log.info("already trained for %d steps: %s", start, workdir)
+            run_state.end("finished", start)
             return True
         if snapshots:
             snapshots.discard_after(start)
@@ -74,12 +88,13 @@ def train(
         profile = Profile(profiled, workdir / PROFILE)
         logger = metrics.MetricLogger(workdir, *sizes, reader)
         with contextlib.closing(logger), contextlib.closing(profile):
-            logger.resume_at(start)
+            logger.resume_at(start, position.get("window", ()))
+            for step in checkpoints.damaged:
+                logger.write(start, {"checkpoint/damaged_step": step})
             offset = position["examples"] - start * config.batch_size
-            actions = Actions(
-                *(experiment, reader, workdir, checkpoints, snapshots),
-                *(logger, profile, startup, offset),
-            )
+            guard = Guard(config.guard, MOST_AHEAD)
+            parts = (checkpoints, snapshots, logger, profile, startup, guard, run_state, offset)
+            actions = Actions(experiment, reader, workdir, *parts)
             startup.done("data opening")
             _log_setup(experiment, start)
             lowered = experiment.step.lower(
@@ -87,7 +102,11 @@ def train(
             )
             log.info(compile_ahead(lowered))
             startup.done("compile")
-            return run_loop(experiment, state, start, batches, logger, actions, stop)
+            while (end := run_loop(experiment, state, start, batches, logger, actions, stop)) > 0:
+                state, start = go_back(experiment, checkpoints, logger, actions, end)
+        checkpoints.wait()
+        run_state.end("finished" if end == FINISHED else "preempted")
+        return end == FINISHED
 
 
 def _log_setup(experiment: Experiment, start: int) -> None:
@@ -102,17 +121,70 @@ def _log_setup(experiment: Experiment, start: int) -> None:
 
 def start_or_resume(
     experiment: Experiment, checkpoints: Checkpoints
-) -> tuple[TrainState, dict[str, int]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state and the data position to start from. The first that exists wins:
 
-    1. the newest checkpoint of this workdir and its data position;
+    1. the newest checkpoint of this workdir that is not damaged, and its data position;
     2. initialized weights and the first example.
     """
-    if checkpoints.latest_step() is None:
+    step = checkpoints.newest_whole()
+    if step is None:
         return experiment.init(), {"examples": 0}
-    state, position = checkpoints.restore(experiment.abstract_state, experiment.config.identity)
+    identity = experiment.config.identity
+    state, position = checkpoints.restore(experiment.abstract_state, identity, step)
     log.info("resuming from step %d in %s", int(state.step), checkpoints.directory)
     return state, position
+
+
+def go_back(
+    experiment: Experiment,
+    checkpoints: Checkpoints,
+    logger: metrics.MetricLogger,
+    actions: Actions,
+    step: int,
+) -> tuple[TrainState, int]:
+    """Returns the state to start from, and its step, after training has diverged at `step`.
+
+    The data go on after those of `step`. A run that is killed after this repeats it.
+
+    Raises:
+      RunError: the run has gone back to this checkpoint too often.
+    """
+    checkpoints.wait()
+    state, position = start_or_resume(experiment, checkpoints)
+    start = int(state.step)
+    count = actions.guard.go_back(step, start)
+    actions.offset += (step - start) * experiment.config.batch_size
+    logger.resume_at(start, position.get("window", ()))
+    logger.write(start + 1, {"rollback/from_step": step, "rollback/count": count})
+    return state, start
+
+
+def replay(experiment: Experiment, reader: Reader, workdir: Path, step: int) -> dict[str, Any]:
+    """Repeats a step of a run, from the newest checkpoint before it; changes nothing on disk.
+
+    After a return to a checkpoint the data of a step are others than at first; this repeats the
+    steps as they follow the checkpoint.
+
+    Returns:
+      The metrics of the step, see step.train_step.
+
+    Raises:
+      RunError: the checkpoint is damaged.
+    """
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        before = [s for s in checkpoints.steps() if s < step]
+        if before:
+            wanted = (experiment.abstract_state, experiment.config.identity, before[-1])
+            state, position = checkpoints.restore(*wanted)
+        else:
+            state, position = experiment.init(), {"examples": 0}
+    start = int(state.step)
+    log.info("repeating steps %d to %d", start + 1, step)
+    batches = reader.train_batches(position["examples"], *experiment.batch_share)
+    for _ in range(start, step):
+        state, found = experiment.step(state, experiment.stage.put(next(batches)))
+    return jax.device_get(found)
 
 
 def run_loop(
@@ -123,19 +195,20 @@ def run_loop(
     logger: metrics.MetricLogger,
     actions: Actions,
     stop: Callable[[int], bool],
-) -> bool:
-    """Runs the steps after `start`; returns whether it reached the last one.
+) -> int:
+    """Runs the steps after `start`; returns FINISHED, STOPPED, or the step where it diverged.
 
     The host runs up to AHEAD_S ahead of the device, then fetches the metrics of all steps but the
     newest. The device therefore never waits for the host, even if the host is briefly delayed.
     """
     config, step_fn, put = experiment.config, experiment.step, experiment.stage.put
+    guard = actions.guard
     logger.restart_clock()
     pending: list[tuple[int, Any]] = []
     with jax.transfer_guard("disallow"):
         for step in range(start + 1, config.num_steps + 1):
             if actions.profile.starts(step):
-                fetch(logger, pending, config.log_every)
+                fetch(logger, actions, pending, config.log_every)
                 with logger.pause():
                     actions.profile.start(state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -147,28 +220,40 @@ def run_loop(
             pending.append((step, step_metrics))
             ahead = min(AHEAD_S / logger.step_time, MOST_AHEAD)
             if len(pending) > ahead or (step - 1) % config.log_every == 0:
-                fetch(logger, pending, config.log_every, keep=1)
+                fetch(logger, actions, pending, config.log_every, keep=1)
+            actions.watch(step)
             stopping = stop(step)
             due = [actions.save] if stopping else actions.due(step)
-            if due:
-                fetch(logger, pending, config.log_every)
+            if due or guard.decides(step):
+                fetch(logger, actions, pending, config.log_every)
+                if guard.diverged and not stopping:
+                    return step
                 if (stopping or step == config.num_steps) and step % config.log_every:
                     logger.flush(step)
                 with logger.pause():
                     for action in due:
                         action(step, state)
+                if guard.diverged and not stopping:
+                    return step
             if stopping:
-                log.info("stopped at step %d; the same command resumes from there", step)
-                return step == config.num_steps
-    return True
+                saved = "from there" if guard.steady else "from the last checkpoint"
+                log.info("stopped at step %d; the same command resumes %s", step, saved)
+                return FINISHED if step == config.num_steps else STOPPED
+    return FINISHED
 
 
 def fetch(
-    logger: metrics.MetricLogger, pending: list[tuple[int, Any]], log_every: int, keep: int = 0
+    logger: metrics.MetricLogger,
+    actions: Actions,
+    pending: list[tuple[int, Any]],
+    log_every: int,
+    keep: int = 0,
 ) -> None:
-    """Waits for all pending steps but the last `keep` and logs their metrics."""
+    """Waits for all pending steps but the last `keep`; logs their metrics and counts skips."""
     while len(pending) > keep:
         step, step_metrics = pending.pop(0)
-        logger.add(step, step_metrics)
+        found = logger.add(step_metrics)
+        if actions.guard.see(step, bool(found["skipped"]), float(found["loss"])):
+            actions.report_spike(step, float(found["loss"]))
         if step % log_every == 0:
             logger.flush(step)

@@ -1,4 +1,4 @@
-"""Writes metrics to metrics.jsonl, TensorBoard and the log; refuses losses that are not finite."""
+"""Writes metrics to metrics.jsonl, TensorBoard and the log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,6 @@ from clu import metric_writers, parameter_overview
 from etils import epath
 
 from imagen_jax.common.cli import log
-from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
 from imagen_jax.devices import topologies
 from imagen_jax.runs.workdir import BAD_RECORDS, METRICS, read_metrics
@@ -57,44 +56,47 @@ class MetricLogger:
         )
         self.step_time = math.inf
         self._window: list[dict[str, np.ndarray]] = []
+        self._resumed: list[dict[str, np.ndarray]] = []
+        self._untimed = 0
         self._paused = self._waited = 0.0
         self._start = time.perf_counter()
 
-    def resume_at(self, step: int) -> None:
-        """Drops lines after `step`, which a run wrote between its last checkpoint and its end."""
+    @property
+    def window(self) -> list[dict[str, Any]]:
+        """The metrics of the steps since the last log line, as plain numbers."""
+        return [{name: value.tolist() for name, value in m.items()} for m in self._window]
+
+    def resume_at(self, step: int, window: Sequence[dict[str, Any]] = ()) -> None:
+        """Drops lines after `step`, which a run wrote after the checkpoint that it goes back to.
+
+        Args:
+          window: `window` as of the checkpoint, so that the next line averages the same steps.
+        """
+        self._resumed = [
+            {k: np.asarray(v, bool if isinstance(v, bool) else np.float32) for k, v in m.items()}
+            for m in window
+        ]
         if not self._main or not self._path.exists():
             return
         kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Adds the metrics of one step to the averages.
-
-        Raises:
-          UserError: the loss is not finite, so training further is pointless.
-        """
-        metrics = jax.device_get(metrics)
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(
-                f"the loss is {metrics['loss']} at step {step}; lower "
-                "config.optimizer.learning_rate or set config.optimizer.grad_clip, and run again: "
-                "it resumes from the last checkpoint"
-            )
-        self._window.append(metrics)
+    def add(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+        """Adds the metrics of one step to the averages; returns them as host arrays."""
+        self._window.append(jax.device_get(metrics))
+        return self._window[-1]
 
     def flush(self, step: int) -> None:
         """Writes the averages since the last call, as those of `step`."""
-        seconds = (time.perf_counter() - self._start - self._paused) / len(self._window)
+        timed = len(self._window) - self._untimed
+        seconds = (time.perf_counter() - self._start - self._paused) / timed
         self.step_time = seconds
-        scalars = {k: float(np.mean([m[k] for m in self._window])) for k in ("loss", "grad_norm")}
-        loss_sums, counts = (
-            np.sum([m[k] for m in self._window], 0) for k in ("bucket_loss", "bucket_count")
-        )
-        for name, loss, count in zip(bucket_names(), loss_sums, counts, strict=True):
-            if count:
-                scalars[f"loss_log_snr/{name}"] = float(loss / count)
+        taken = [m for m in self._window if not m["skipped"]]
+        scalars = _averages(taken)
+        if skipped := len(self._window) - len(taken):
+            scalars["skipped_steps"] = skipped
         scalars |= {"step_time": seconds, "images_per_s": self._batch_size / seconds}
-        scalars["data_wait"] = self._waited / (seconds * len(self._window))
+        scalars["data_wait"] = self._waited / (seconds * timed)
         scalars |= self._bad_records()
         if self._peak:
             scalars["mfu"] = self._flops / seconds / self._peak
@@ -102,13 +104,16 @@ class MetricLogger:
         eta = seconds * (self._num_steps - step)
         log.info(
             "step %d/%d  loss %.4f  %.1f images/s  ETA %s",
-            step, self._num_steps, scalars["loss"], scalars["images_per_s"], duration(eta),
+            step, self._num_steps, scalars.get("loss", math.nan), scalars["images_per_s"],
+            duration(eta),
         )  # fmt: skip
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Discards the averages and restarts the timing."""
-        self._window, self._paused, self._waited = [], 0.0, 0.0
+        """Discards the averages, other than those of `resume_at`, and restarts the timing."""
+        self._window, self._resumed = self._resumed, []
+        self._untimed = len(self._window)
+        self._paused = self._waited = 0.0
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
@@ -144,6 +149,18 @@ class MetricLogger:
     def close(self) -> None:
         """Flushes the writers."""
         self.writer.close()
+
+
+def _averages(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Returns the mean loss and gradient norm of steps, and the mean loss per log-SNR bucket."""
+    if not steps:
+        return {}
+    scalars = {k: float(np.mean([m[k] for m in steps])) for k in ("loss", "grad_norm")}
+    sums, counts = (np.sum([m[k] for m in steps], 0) for k in ("bucket_loss", "bucket_count"))
+    for name, loss, count in zip(bucket_names(), sums, counts, strict=True):
+        if count:
+            scalars[f"loss_log_snr/{name}"] = float(loss / count)
+    return scalars
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from imagen_jax.common import pictures
 from imagen_jax.common.cli import log
 from imagen_jax.diffusion.conditioning import shrink_pixels, stack_text
 from imagen_jax.runs.checkpoint import Checkpoints
-from imagen_jax.runs.workdir import SAMPLES
+from imagen_jax.runs.state import RunState
+from imagen_jax.runs.workdir import CONFIG, SAMPLES, check_present
 from imagen_jax.stage import batch_size
 from imagen_jax.training.experiment import Experiment
+from imagen_jax.training.guard import Guard
 from imagen_jax.training.metrics import MetricLogger
 from imagen_jax.training.profiling import Profile
 from imagen_jax.training.reader import Reader
 from imagen_jax.training.startup import Startup
-from imagen_jax.training.step import TrainState
+from imagen_jax.training.step import TrainState, all_finite
+
+WATCH_S = 1.0  # seconds between looks at the workdir
 
 Action = Callable[[int, TrainState], None]
 
@@ -38,18 +43,24 @@ class Actions:
         logger: MetricLogger,
         profile: Profile,
         startup: Startup,
+        guard: Guard,
+        run_state: RunState,
         offset: int,
     ):
         """Reads the held-out batches and the captions to sample.
 
         Args:
           snapshots: of the averages for post-hoc EMA; None if the run keeps none.
-          offset: examples consumed minus step x batch_size; not 0 if batch_size has changed.
+          offset: examples consumed minus step x batch_size; not 0 if batch_size has changed or the
+            run has gone back.
         """
         config = experiment.config
         self._config, self._stage, self._workdir = config, experiment.stage, workdir
         self._checkpoints, self._snapshots = checkpoints, snapshots
-        self._logger, self._offset = logger, offset
+        self._logger, self.offset = logger, offset
+        self.guard, self._run_state = guard, run_state
+        self._started, self._watched = False, 0.0
+        self._all_finite = jax.jit(all_finite, out_shardings=experiment.replicated)
         self.profile, self._startup = profile, startup
         self._eval_batches = (
             reader.eval_batches(*experiment.batch_share)
@@ -64,11 +75,40 @@ class Actions:
         )
 
     def started(self, step: int, metrics: Any) -> None:
-        """Waits for the first step, then logs how long each part of the startup took."""
+        """Waits for the first step, then logs how long each part of the startup took.
+
+        Does nothing when called again, after a return to a checkpoint.
+        """
+        if self._started:
+            return
+        self._started = True
         jax.block_until_ready(metrics)
         self._startup.done("first step")
         log.info(self._startup.summary())
         self._logger.write(step, self._startup.metrics())
+
+    def watch(self, step: int) -> None:
+        """Raises RunError at once, not at the next save, if a save failed or the workdir is gone.
+
+        Reads the workdir once a second: on a network share that takes a millisecond.
+        """
+        self._checkpoints.check()
+        self._run_state.beat(step)
+        if time.monotonic() > self._watched + WATCH_S:
+            self._watched = time.monotonic()
+            # Only process 0 has written into the workdir; others may see its files later.
+            main = jax.process_index() == 0
+            check_present(self._workdir / CONFIG if main else self._workdir)
+
+    def report_spike(self, step: int, loss: float) -> None:
+        """Logs a step whose loss is a spike, with all that repeats it."""
+        size = self._config.batch_size
+        end = step * size + self.offset
+        log.warning(
+            "step %d  the loss is a spike: %.4f; seed %d, examples %d to %d of the run; repeat it "
+            "with --replay_step=%d",
+            step, loss, self._config.seed, end - size, end - 1, step,
+        )  # fmt: skip
 
     def due(self, step: int) -> list[Action]:
         """Returns the actions to run after this step; the last step runs all that are on."""
@@ -84,8 +124,19 @@ class Actions:
         return [self.profile.stop, *acts] if self.profile.ends(step) else acts
 
     def save(self, step: int, state: TrainState) -> None:
-        """Saves a checkpoint of the state and the position in the data."""
-        self._checkpoints.save(step, state, self._position(step), self._config.identity)
+        """Saves a checkpoint of the state, the position in the data and the steps not logged yet.
+
+        While steps are skipped, the last step alone saves: a run must go back to before them.
+        """
+        if not self.guard.steady and step < self._config.num_steps:
+            log.warning("step %d  no checkpoint: the last steps were skipped", step)
+            return
+        if not jax.device_get(self._all_finite(state)):
+            log.warning("step %d  no checkpoint: the state is not finite", step)
+            self.guard.diverge(step)
+            return
+        position = {**self._position(step), "window": self._logger.window}
+        self._checkpoints.save(step, state, position, self._config.identity)
 
     def save_snapshot(self, step: int, state: TrainState) -> None:
         """Saves a snapshot of the averages for post-hoc EMA."""
@@ -93,7 +144,7 @@ class Actions:
         self._snapshots.save(step, state.averages, position, identity)
 
     def _position(self, step: int) -> dict[str, int]:
-        return {"examples": step * self._config.batch_size + self._offset}
+        return {"examples": step * self._config.batch_size + self.offset}
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Logs the held-out losses of the EMA weights, always with the same noise."""

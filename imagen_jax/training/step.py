@@ -112,6 +112,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Runs one training step.
 
+    A step whose loss or gradient norm is not finite changes nothing but the step counter.
+
     Args:
       state: donated by the caller's jit.
       batch: arrays [B, ...]; B is a multiple of `microbatches`.
@@ -120,13 +122,30 @@ def train_step(
       widths: the widths of state.averages.
 
     Returns:
-      The new state, and the metrics: scalars loss and grad_norm, and sums per log-SNR bucket.
+      The new state, and the metrics: scalars loss, grad_norm and skipped, and sums per log-SNR
+      bucket.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, metrics = accumulated_gradients(loss_fn, state.params, batch, key, microbatches)
     metrics["grad_norm"] = optax.global_norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, ema_decay, state.step)
-    averages = update_averages(state.averages, params, widths, state.step)
-    return TrainState(state.step + 1, params, ema, opt_state, averages), metrics
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+    def update(state, grads):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, ema_decay, state.step)
+        averages = update_averages(state.averages, params, widths, state.step)
+        return TrainState(state.step + 1, params, ema, opt_state, averages)
+
+    def skip(state, grads):
+        return dataclasses.replace(state, step=state.step + 1)
+
+    # A branch leaves the arithmetic of the update as it is. Selecting between the old and the new
+    # state would let XLA fuse it otherwise, which changes the rounding of Adafactor.
+    state = jax.lax.cond(finite, update, skip, state, grads)
+    return state, metrics | {"skipped": ~finite}
+
+
+def all_finite(state: TrainState) -> jax.Array:
+    """Returns whether all numbers of a state are finite, bool []."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]).all()

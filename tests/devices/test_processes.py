@@ -1,10 +1,12 @@
 """The processes of a run join, compare settings, train like one process, and stop together."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,22 +126,66 @@ def test_every_process_names_the_first_key_that_differs():
     assert "config.model.embed_dim is 8 on process 0 and 16 on process 1" in lines[0]
 
 
-def test_other_clients_of_the_port_are_ignored():
-    import socket
+HELLO = {"protocol": rendezvous.PROTOCOL, "process_id": 1, "settings": {}}
+HOSTILE = [
+    b"",
+    b"\n",
+    b"\0\xff\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\n",
+    b"[]\n",
+    b"{}\n",
+    b"[" * 100_000 + b"\n",
+    b"1" * 5_000 + b"\n",
+    b"x" * (rendezvous.LONGEST + 2) + b"\n",
+    *(
+        json.dumps(HELLO | change).encode() + b"\n"
+        for change in (
+            {"protocol": "imagen_jax rendezvous 0"},
+            *({"process_id": i} for i in ("1", True, None, 0, -1, 1.0, 1e400, 10**30, [], {})),
+            *({"settings": s} for s in (None, [], "x", 1)),
+        )
+    ),
+]
 
+
+def test_strangers_neither_join_nor_end_nor_delay_a_run():
     port = local.free_port()
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(rendezvous.meet, f"localhost:{port}", 2, 0, {}, 20.0)
-        for message in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process_id": 1}\n'):
-            for _ in range(100):
-                try:
-                    with socket.create_connection(("localhost", port)) as client:
-                        client.sendall(message)
-                    break
-                except OSError:
-                    time.sleep(0.05)
-        pool.submit(rendezvous.meet, f"localhost:{port}", 2, 1, {}, 20.0).result()
-        first.result()
+    address = f"localhost:{port}"
+
+    def knock(message):
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                client = socket.create_connection(("localhost", port))
+                client.sendall(message)
+                return client
+            time.sleep(0.05)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
+        first = pool.submit(rendezvous.meet, address, 2, 0, {"a": 1}, 60.0)
+        for message in HOSTILE:
+            with contextlib.suppress(OSError):  # a client that is cut off cannot send the rest
+                stack.enter_context(knock(message))  # and stays connected
+        stack.enter_context(knock(b'{"half'))
+        begin = time.monotonic()
+        second = pool.submit(rendezvous.meet, address, 2, 1, {"a": 1}, 60.0)
+        assert second.result() is None and first.result() is None
+        assert time.monotonic() - begin < rendezvous.MESSAGE * 4
+
+
+def test_a_stranger_at_the_address_of_process_0_is_not_believed():
+    answers = [b"[]\n", b'{"problem": "stop"}\n', b"\xff\n"]
+    answers.append(json.dumps({"protocol": rendezvous.PROTOCOL, "problem": 3}).encode() + b"\n")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            process = pool.submit(rendezvous.meet, f"localhost:{port}", 2, 1, {}, 60.0)
+            good = json.dumps({"protocol": rendezvous.PROTOCOL, "problem": ""}).encode() + b"\n"
+            for answer in [*answers, good]:
+                with server.accept()[0] as connection:
+                    connection.recv(2**16)
+                    connection.sendall(answer)
+            assert process.result() is None
 
 
 def test_a_slurm_job_is_found_from_its_variables(monkeypatch):
@@ -181,7 +227,7 @@ def test_bad_flags_are_named_in_the_error(changes, words, config_file, tmp_path,
     flags = {
         "config": str(config_file), "set": [], "workdir": str(tmp_path), "distributed": False,
         "coordinator": "", "num_processes": 1, "process_id": 0, "join_timeout": 1,
-        "heartbeat_timeout": 100, "profile_steps": "",
+        "heartbeat_timeout": 100, "profile_steps": "", "replay_step": None,
     }  # fmt: skip
     monkeypatch.setattr(train, "FLAGS", types.SimpleNamespace(**{**flags, **changes}))
     with pytest.raises(UserError, match=re.escape(words)):
@@ -282,3 +328,31 @@ def test_a_run_resumes_with_two_processes_after_four_and_with_one_after_two(
     second = train_and_preempt(2, config_file, tmp_path / "many")
     assert second > first
     check_against_one_process(values, tmp_path / "many", tmp_path / "one", second)
+
+
+def test_sigterm_ends_at_once_before_training_and_the_first_ctrl_c_says_what_happens(tmp_path):
+    """JAX's handler is not one of Python's; here faulthandler has one, which must come back."""
+    program = f"""
+import faulthandler, os, signal, time
+from imagen_jax.devices import processes
+dump = open({str(tmp_path / "dump")!r}, "w")
+faulthandler.register(signal.SIGTERM, dump)
+with processes.stopping_at_once():
+    pass
+os.kill(os.getpid(), signal.SIGTERM)
+stop = processes.StopRequest()
+assert not stop(1)
+os.kill(os.getpid(), signal.SIGINT)
+assert stop(2)
+with processes.stopping_at_once():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=300)
+    assert done.returncode == train.STOPPED, done.stderr
+    assert done.stderr.splitlines() == [
+        "stopping after the current steps, then saving; a second Ctrl-C ends at once",
+        "stopped before training began; the same command starts again",
+    ]
+    assert "most recent call first" in (tmp_path / "dump").read_text()

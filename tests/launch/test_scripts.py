@@ -322,7 +322,10 @@ def test_keep_deletes_the_slice_when_done_and_retries(queued, fake):
     assert verbs(fake) == [*poll, *poll, f"{kind} delete", f"{kind} describe", f"{kind} delete"]
 
 
-@pytest.mark.parametrize(("workers", "code"), [("exit 0\n", 0), ("exit 2\n", 2)])
+@pytest.mark.parametrize(
+    ("workers", "code"),
+    [("exit 0\n", 0), ("exit 2\n", 2), ("exit 65,exit 134\n", 1), ("exit 134,exit 70\n", 1)],
+)
 def test_keep_leaves_the_slice_without_the_flag_or_if_training_failed(workers, code, fake):
     (fake / "states").write_text("READY\n")
     (fake / "workers").write_text(workers)
@@ -362,7 +365,7 @@ def test_the_jobset_is_valid_with_its_variables_set():
     spec = yaml.safe_load(string.Template(text).substitute(names))["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     assert job["parallelism"] == job["completions"] == 64
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 65, 70]
     (container,) = job["template"]["spec"]["containers"]
     assert container["command"][:4] == ["python", "-m", "imagen_jax.train", "--distributed"]
     # Without it training refuses the devices of several slices.

@@ -1,6 +1,7 @@
 """Images of any size and mode become arrays at the model's size; the log says what changed."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -111,6 +112,45 @@ def test_a_wrong_image_is_refused_in_one_line(tmp_path, monkeypatch, image, mask
     with pytest.raises(SettingError) as e:
         read(image, mask)
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+
+def broken(name, path):
+    """Writes an image that a decoder must not be given, or cannot finish."""
+    image = Image.fromarray(noise(64, 64, 3))
+    if name == "bomb":
+        Image.new("1", (10_000, 9_000)).save(path, "PNG")
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif name == "postscript":
+        image.save(path, "EPS")
+    elif name == "folder":
+        path.mkdir()
+    else:
+        image.save(path, "JPEG" if name == "cut.jpeg" else "PNG", exif=image.getexif())
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if "cut" in name else data[:40] + data[60:])
+
+
+@pytest.mark.parametrize("where", ["image", "mask"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bomb", "is 10000x9000 pixels; allowed: 67,108,864 pixels"),
+        ("pipe", "is not a file"),
+        ("folder", "is not a file"),
+        ("postscript", "is not a readable image"),
+        ("cut.jpeg", "is not a readable image"),
+        ("cut.png", "is not a readable image"),
+        ("holes.png", "is not a readable image"),
+    ],
+)
+def test_a_bomb_or_a_broken_file_is_refused_in_one_line(tmp_path, where, name, message):
+    broken(name, tmp_path / name)
+    inputs = {"image": noise(64, 64, 3), where: str(tmp_path / name)}
+    with pytest.raises(SettingError) as e:
+        read_inputs(Settings(**{"strength": 0.5, **inputs}), 0, 8)
+    assert str(e.value).startswith(f"{where}={tmp_path / name} ") and message in str(e.value)
+    assert "\n" not in str(e.value)
 
 
 def test_an_image_without_strength_or_mask_is_refused():

@@ -13,6 +13,7 @@ import safetensors.numpy
 from flax import nnx, traverse_util
 
 from imagen_jax.common.errors import UserError
+from imagen_jax.formats.torch import read_torch
 from imagen_jax.text import load_encoder
 from imagen_jax.text.clip import ClipConfig, ClipTextEncoder
 from imagen_jax.text.families import CLIP_NAMES, namer
@@ -105,6 +106,10 @@ def safetensors_bytes(header: dict | bytes, data: bytes = bytes(8)) -> bytes:
         safetensors_bytes({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 800]}}),
         safetensors_bytes({"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}),
         safetensors_bytes({"x": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}),
+        safetensors_bytes({"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}),
+        safetensors_bytes({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8]}}),
+        safetensors_bytes({"x": {"dtype": "F32", "shape": [2] + [1] * 70, "data_offsets": [0, 8]}}),
+        safetensors_bytes(b"[" * 100_000),
         safetensors_bytes({"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}),
     ],
 )
@@ -138,6 +143,7 @@ def write_bin(folder, pickled: bytes):
     (folder / WEIGHTS_FILE).unlink(missing_ok=True)
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", bytes(8))
 
 
 def test_a_pickle_cannot_run_code(folder):
@@ -160,6 +166,14 @@ def test_a_pickle_cannot_run_code(folder):
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
+def tensor_pickle(shape, strides):
+    """A state dict of one tensor, in a storage of 8 bytes that `write_bin` adds."""
+    words = (b"X\x07\x00\x00\x00storage", b"X\x01\x00\x00\x000", b"X\x03\x00\x00\x00cpu")
+    storage = b"(" + words[0] + b"ctorch\nFloatStorage\n" + words[1] + words[2] + b"K\x02tQ"
+    tensor = REBUILD + b"(" + storage + b"K\x00" + shape + strides + b"tR"
+    return b"\x80\x02}X\x01\x00\x00\x00x" + tensor + b"s."
+
+
 @pytest.mark.parametrize(
     "pickled",
     [
@@ -171,12 +185,27 @@ REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
         b"\x80\x02" + REBUILD + b"N}X\x0c\x00\x00\x00__defaults__)s\x86b.",  # and an attribute
         b"\x80\x02" + REBUILD + b")R.",
         b"\x80\x02}X\x01\x00\x00\x00xX\x03\x00\x00\x00pidQs.",
+        tensor_pickle(shape=b"I1000000\nI1000000\n\x86", strides=b"K\x00K\x00\x86"),
+        tensor_pickle(shape=b"I-1\nI-1\n\x86", strides=b"K\x01K\x01\x86"),
     ],
 )
 def test_a_damaged_or_malicious_bin_file_is_refused(folder, pickled):
     write_bin(folder, pickled)
     message = refusal(open_hf, folder)
     assert message.startswith(f"{folder / 'pytorch_model.bin'}: not a state dict saved by torch")
+
+
+def test_a_tensor_of_the_same_pickle_with_a_true_shape_is_read(folder):
+    write_bin(folder, tensor_pickle(shape=b"K\x02\x85", strides=b"K\x01\x85"))
+    tensor = read_torch(folder / "pytorch_model.bin")["x"]
+    assert tensor.shape == (2,) and tensor.read((slice(None),)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("value", [10**9, 0, -1, 2**40])
+def test_a_config_of_impossible_size_is_refused_before_it_is_built(folder, value):
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"num_layers": value}))
+    assert f"num_layers is {value}; allowed: " in refusal(open_hf, folder)
 
 
 @pytest.mark.parametrize("vocab_size", [100, 5000])

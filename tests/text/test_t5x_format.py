@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 
 import jax
@@ -230,3 +231,13 @@ def test_a_stacked_array_of_the_wrong_shape_is_a_one_line_error(tmp_path, name):
 def test_the_folder_must_hold_a_vocabulary(folder):
     with pytest.raises(UserError, match=r"needs spiece\.model or sentencepiece\.model"):
         load_encoder(folder)
+
+
+@pytest.mark.parametrize("key", ["shape", "chunks"])
+@pytest.mark.parametrize("value", [[10**12, 16], [0, 16], [-5, 16], ["5", 16], 7, [5.0, 16]])
+def test_an_array_that_cannot_be_in_its_files_is_refused_before_it_is_opened(folder, key, value):
+    path = folder / VALUE / ".zarray"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {key: value}))
+    with pytest.raises(UserError, match=rf"\.zarray: {key} is .*; the files can hold at most"):
+        open_t5x(folder)

@@ -6,6 +6,7 @@ import io
 
 import pytest
 import sentencepiece
+import tokenizers
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.text.tokenizer import EOS_ID, ByteTokenizer, load_tokenizer
@@ -79,3 +80,19 @@ def test_a_vocabulary_without_start_and_end_tokens_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\na\n")
     with pytest.raises(UserError, match=r"token '\[SEP\]' is missing"):
         load_tokenizer(tmp_path, "BertTokenizer")
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
+def test_a_vocabulary_without_its_token_for_unknown_text_is_refused_when_it_is_loaded(
+    tmp_path, file
+):
+    tokens = ["[PAD]", "[CLS]", "[SEP]", "a"]
+    if file == "vocab.txt":
+        (tmp_path / file).write_text("\n".join(tokens) + "\n")
+    else:
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        model = tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]")
+        tokenizers.Tokenizer(model).save(str(tmp_path / file))
+    with pytest.raises(UserError, match=f"{file}: not a vocabulary of BertTokenizer") as e:
+        load_tokenizer(tmp_path, "BertTokenizer")
+    assert "\n" not in str(e.value)

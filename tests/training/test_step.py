@@ -83,3 +83,24 @@ def test_randomness_depends_only_on_the_seed_and_the_step(toy):
     # The decay at step 0 is min(0.9, 1/10).
     expected = 0.1 * params["w"] + 0.9 * first.params["w"]
     np.testing.assert_allclose(first.ema["w"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_only_the_step_counter(toy, where, microbatches):
+    params, batch = toy
+    optimizer = optax.adam(1e-2)
+    options = {"loss_fn": toy_loss, "optimizer": optimizer, "ema_decay": 0.9, "seed": 0}
+    step = functools.partial(train_step, microbatches=microbatches, **options)
+    state, metrics = step(init_state(params, optimizer), batch)
+    assert not metrics["skipped"]
+    bad = {"y": batch["y"].at[4].set(1e25)}  # its square is infinite
+    if where == "gradient":  # a finite loss, but the root of 0 has no gradient
+        options["loss_fn"] = lambda p, b, k: (jnp.sqrt(jnp.abs(p["w"].sum() * b["zero"])), b["y"])
+        step = functools.partial(train_step, microbatches=microbatches, **options)
+        bad = {"zero": jnp.zeros(12)}
+    after, metrics = step(state, batch | bad)
+    assert metrics["skipped"] and bool(jnp.isfinite(metrics["loss"])) == (where == "gradient")
+    assert after.step == state.step + 1
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
