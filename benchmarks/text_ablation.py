@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def define_flags() -> None:
-    cli.define_config_flags("configs/demo.py", "Config of a base model on the scenes.")
+    cli.define_config_flags("configs/demo.py:unet", "Config of a base model on the scenes.")
     flags.DEFINE_list("settings", list(SETTINGS), f"Settings to run, from {', '.join(SETTINGS)}.")
     flags.DEFINE_integer("steps", 2600, "Number of training steps per setting.", 1)
     flags.DEFINE_integer("num", 500, "Number of held-out captions to sample images for.", 1)

@@ -17,14 +17,14 @@ def get_config(network: str = "transformer") -> ConfigDict:
         raise ValueError(f"argument {network!r}; allowed: transformer, unet")
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 3200
+    config.num_steps = 2200
     config.batch_size = 32
     config.log_every = 50
-    config.eval_every = 400
+    config.eval_every = 275
     config.eval_batches = 8
-    config.sample_every = 800
+    config.sample_every = 550
     config.num_samples = 16
-    config.checkpoint_every = 800
+    config.checkpoint_every = 550
     config.ema_decay = 0.995  # 0.9999 averages over more steps than this run has
 
     config.data = ConfigDict()

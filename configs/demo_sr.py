@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.data.build = True
     config.data.num_train = 8000
     config.data.in_memory = True  # as in demo.py
-    config.data.categories = ("Colors", "Conflicting")  # as in demo.py
+    config.data.categories = ("Simple",)  # as in demo.py
     config.data.sample_split = "heldout"
 
     config.model = ConfigDict()
