@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.config import CheckpointConfig
 from imagen_jax.ema import EmaConfig, coefficients, exponent, update_averages
 from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.sections import CheckpointConfig
 from imagen_jax.training.step import TrainState, init_state
 
 KEPT, WANTED = (0.05, 0.10), (0.02, 0.07, 0.15, 0.25)

@@ -31,6 +31,7 @@ LAYERS = {
         {"stage"},
         {"runs"},
         {"config"},
+        {"sections"},
         {"diffusion", "models", "text", "formats", "devices", "optim", "ema"},
         {"common"},
     ),
@@ -50,7 +51,17 @@ EXCEPTIONS = {
     ("text", "formats"): "an encoder's weights are tensors in files",
 }
 # Rooms of imagen_jax that data_pipelines may import. Only commands import data_pipelines.
-FOR_DATA = {"config", "common", "text", "devices", "diffusion", "models", "formats", "optim"}
+FOR_DATA = {
+    "config",
+    "sections",
+    "common",
+    "text",
+    "devices",
+    "diffusion",
+    "models",
+    "formats",
+    "optim",
+}
 OWNERS = {
     "tensorflow": {"data_pipelines"},
     "seqio": {"data_pipelines"},

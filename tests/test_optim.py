@@ -11,7 +11,7 @@ from conftest import load_config, shrink, shrink_sr
 from networks import jit
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.config import CheckpointConfig, parse
+from imagen_jax.config import parse
 from imagen_jax.devices import sharding
 from imagen_jax.optim import (
     OPTIMIZERS,
@@ -24,6 +24,7 @@ from imagen_jax.optim import (
     update_ema,
 )
 from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.sections import CheckpointConfig
 from imagen_jax.stage import Stage
 
 

@@ -15,7 +15,8 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.common.typed_config import require
 
 if TYPE_CHECKING:
-    from imagen_jax.config import Config, DataConfig
+    from imagen_jax.config import Config
+    from imagen_jax.sections import DataConfig
 
 MIXTURE = "mixture"  # the name of data.task for the tasks in data.mixture
 # SeqIO tasks and the datasets they read. Any other dataset is a task of its own name.

@@ -18,10 +18,10 @@ from etils import epath
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
 from imagen_jax.common.files import first_line
-from imagen_jax.config import CheckpointConfig
 from imagen_jax.devices import processes
 from imagen_jax.runs import checksums
 from imagen_jax.runs.workdir import CHECKPOINTS, DAMAGED_CHECKPOINTS, check_run
+from imagen_jax.sections import CheckpointConfig
 
 # Orbax also logs each failure, up to five times with a stack trace; `Checkpoints` reports it once.
 logging.getLogger("absl").addFilter(

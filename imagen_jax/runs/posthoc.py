@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from imagen_jax import ema
 from imagen_jax.common.errors import UserError
-from imagen_jax.config import CheckpointConfig, Config
+from imagen_jax.config import Config
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.workdir import SNAPSHOTS, read_config
+from imagen_jax.sections import CheckpointConfig
 
 # Largest relative error of a rebuilt profile. The weights' own error is then about 1%.
 MOST_ERROR = 0.1

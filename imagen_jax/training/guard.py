@@ -11,7 +11,7 @@ from collections import Counter, deque
 
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import DIVERGED, RunError
-from imagen_jax.config import GuardConfig
+from imagen_jax.sections import GuardConfig
 
 # A spike is compared with this quantile of the last WINDOW losses, once there are LEAST.
 QUANTILE, WINDOW, LEAST = 0.9, 200, 20

@@ -7,7 +7,6 @@ import pytest
 from scipy import stats
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.config import DiffusionConfig
 from imagen_jax.diffusion.loss import (
     BIASED,
     TIME_SAMPLING,
@@ -18,6 +17,7 @@ from imagen_jax.diffusion.loss import (
 )
 from imagen_jax.diffusion.loss import sigmoid as sigmoid_weight
 from imagen_jax.diffusion.process import Schedule
+from imagen_jax.sections import DiffusionConfig
 
 LOG_SNR = np.linspace(-15, 15, 61)
 

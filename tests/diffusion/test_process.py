@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from imagen_jax.common.errors import UserError
-from imagen_jax.config import DiffusionConfig, parse
+from imagen_jax.config import parse
 from imagen_jax.diffusion import process
 from imagen_jax.diffusion.conditioning import augment, drop_text
 from imagen_jax.diffusion.loss import WEIGHTINGS, diffusion_loss, sample_t
 from imagen_jax.diffusion.process import PREDICTIONS, SCHEDULES, SIGMA_DATA, Schedule
+from imagen_jax.sections import DiffusionConfig
 from imagen_jax.stage import Stage
 
 LINEAR_BETAS = np.linspace(1e-4, 0.02, 1000)

@@ -13,9 +13,9 @@ from conftest import ROOT, load_config, shrink
 
 from imagen_jax import verify
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
-from imagen_jax.config import CheckpointConfig
 from imagen_jax.runs import checksums
 from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.sections import CheckpointConfig
 from launch import local
 
 IDENTITY = {"model.name": "unet"}
@@ -159,7 +159,7 @@ def test_processes_share_the_check_and_agree_on_the_damage(saved, tmp_path):
     program = (
         "import sys, jax\n"
         "jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))\n"
-        "from imagen_jax.config import CheckpointConfig\n"
+        "from imagen_jax.sections import CheckpointConfig\n"
         "from imagen_jax.runs.checkpoint import Checkpoints\n"
         "checkpoints = Checkpoints(sys.argv[3], CheckpointConfig())\n"
         "print(checkpoints.newest_whole(), checkpoints.damaged)\n"

@@ -20,12 +20,13 @@ from data_pipelines.embeddings.store import create_store
 from data_pipelines.reading.reader import Reader
 from imagen_jax import sample
 from imagen_jax.common.errors import UserError
-from imagen_jax.config import TextConfig, parse
+from imagen_jax.config import parse
 from imagen_jax.diffusion.conditioning import pad_text
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.transformer import TransformerConfig
 from imagen_jax.models.unet import UNetConfig
 from imagen_jax.pipeline import cascade
+from imagen_jax.sections import TextConfig
 from imagen_jax.stage import Stage
 from imagen_jax.text.encoder import Batch
 

@@ -3,7 +3,7 @@
 import pytest
 
 from imagen_jax.common.errors import DIVERGED, RunError
-from imagen_jax.config import GuardConfig
+from imagen_jax.sections import GuardConfig
 from imagen_jax.training.guard import LEAST, Guard
 
 

@@ -18,12 +18,13 @@ from PIL import Image
 
 from imagen_jax import evaluate, train
 from imagen_jax.common.errors import UserError
-from imagen_jax.config import GuardConfig, parse
+from imagen_jax.config import parse
 from imagen_jax.devices import processes
 from imagen_jax.pipeline import cascade
 from imagen_jax.runs import checksums
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.workdir import read_config
+from imagen_jax.sections import GuardConfig
 from imagen_jax.stage import load
 from imagen_jax.training.experiment import build
 from imagen_jax.training.guard import Guard
