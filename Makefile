@@ -44,7 +44,7 @@ demo: setup
 demo-cascade: demo
 	$(RUN_ON_CPU) -m imagen_jax.train --config=configs/demo_sr.py --workdir=$(RUN)_sr
 	$(BIN)/python -m imagen_jax.sample --workdir=$(RUN),$(RUN)_sr --out=$(RUN)_sr/cascade \
-	    --all_stages --prompts="a red circle;a blue square on a white background;a green star"
+	    --all_stages --prompts="a red circle on a white background;a blue square on a gray background;a green star on a white background"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not slow" --ignore=tests/parity

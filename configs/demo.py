@@ -1,7 +1,7 @@
 """A 32x32 text-to-image model that trains in minutes on a laptop, on generated scenes.
 
 A small configs/transformer64.py with the bundled text encoder, a byte-level T5. Comments mark what
-a short run needs. Cost: about 8 minutes on two cores. Results: docs/benchmarks.md.
+a short run needs. Cost: about 10 minutes on two cores. Results: docs/benchmarks.md.
 
     python -m imagen_jax.train --config=configs/demo.py --workdir=runs/demo
     python -m imagen_jax.evaluate --workdir=runs/demo
