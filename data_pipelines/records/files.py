@@ -37,7 +37,8 @@ class Files:
         self.reads, self.bytes = self.reads + 1, self.bytes + size
         if "://" in path:
             return _read_remote(path, start, size)
-        return os.pread(self._open(path).descriptor, size, start)
+        file = self._open(path)  # held, or a file that is not in the cache would close first
+        return os.pread(file.descriptor, size, start)
 
 
 class _LocalFile:

@@ -217,9 +217,9 @@ def test_bad_records_and_the_wait_for_data_are_in_the_metrics(tmp_path):
             return {"image too small": 2}, [{"id": "a", "reason": "image too small"}]
 
     logger = MetricLogger(tmp_path, 10, 12, 1.0, Bad())
-    metrics = {"loss": 1.0, "grad_norm": 1.0}
+    metrics = {"loss": 1.0, "grad_norm": 1.0, "skipped": np.array(False)}
     buckets = np.ones(len(bucket_names()))
-    logger.add(1, metrics | {"bucket_loss": buckets, "bucket_count": buckets})
+    logger.add(metrics | {"bucket_loss": buckets, "bucket_count": buckets})
     with logger.waiting():
         sum(range(10**5))
     logger.flush(1)
