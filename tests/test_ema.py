@@ -92,6 +92,7 @@ def test_a_state_without_averages_restores_from_checkpoints_that_never_had_them(
     del before["averages"]
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(1, before, {"examples": 0}, {})
+    checkpoints.wait()
     restored, _ = checkpoints.restore(jax.tree.map(_abstract, state), {})
     checkpoints.close()
     assert isinstance(restored, TrainState)

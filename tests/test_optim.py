@@ -218,6 +218,7 @@ def test_muon_with_a_sharded_and_restored_state_takes_the_same_steps(monkeypatch
     assert len(split) > 6
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(1, state, {"examples": 0}, {})
+    checkpoints.wait()
     state, _ = checkpoints.restore(sharding.with_shardings(shapes, shardings), {})
     checkpoints.close()
     params = jax.device_put(params, sharding.weight_shardings(mesh, params))

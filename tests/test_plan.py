@@ -62,7 +62,7 @@ def test_the_default_folder_is_named_after_config_and_topology(spec, topology, f
 
 def test_a_plan_with_a_price_in_the_default_folder(tmp_path, run_main, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = ["embed_dim=8", "per_head_channels=8"]
+    small = ["width=32", "depth=1"]
     run_main(
         [
             f"--config={ROOT}/configs/demo.py",
@@ -75,7 +75,7 @@ def test_a_plan_with_a_price_in_the_default_folder(tmp_path, run_main, monkeypat
     out = tmp_path / "plans" / "demo_gpu"
     pace = json.loads((out / "plan.json").read_text())["pace"]
     assert pace["dollars"] == pytest.approx(2.5 * pace["chip_hours"])
-    assert pace["dollars_per_1000_steps"] == pytest.approx(pace["dollars"] / 2.6)
+    assert pace["dollars_per_1000_steps"] == pytest.approx(pace["dollars"] / 2.2)
     page, text = (out / "plan.html").read_text(), capsys.readouterr().out
     for words in ("cost at $2.5 per chip-hour", "cost per 1,000 steps"):
         assert words in page and words in text

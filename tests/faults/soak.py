@@ -79,7 +79,7 @@ def make_config(folder: Path, num_steps: int, in_memory: bool) -> Path:
         encoder=conftest.FakeEncoder(),
     )
     writing.prepare(data)
-    values = conftest.shrink(conftest.load_config("demo")).to_dict()
+    values = conftest.shrink(conftest.load_config("demo", "unet")).to_dict()
     values["data"].update(dir=str(folder / "data"), build=False, in_memory=in_memory, image_size=32)
     values["model"].update(image_size=16, attention_resolutions=())
     values.update(

@@ -19,7 +19,7 @@ HOSTILE = [
 def outcome(*overrides):
     """Returns the config, or the line that refuses it."""
     try:
-        return parse(typed_config.load(f"{ROOT}/configs/demo.py", overrides))
+        return parse(typed_config.load(f"{ROOT}/configs/demo.py:unet", overrides))
     except UserError as e:
         assert "\n" not in str(e), str(e)
         return str(e)
@@ -43,7 +43,7 @@ def config_keys():
 def test_no_value_of_any_key_gives_a_trace_or_a_number_that_is_not_finite():
     import dataclasses
 
-    loaded = typed_config.load(f"{ROOT}/configs/demo.py")
+    loaded = typed_config.load(f"{ROOT}/configs/demo.py:unet")
     for key in config_keys():
         for text in HOSTILE:
             values = _set(loaded, key, typed_config._literal(text))

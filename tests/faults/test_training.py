@@ -20,7 +20,7 @@ from imagen_jax.training.step import all_finite
 
 @pytest.fixture(scope="module")
 def experiment(tiny_data):
-    values = shrink(load_config("demo")).to_dict()
+    values = shrink(load_config("demo", "unet")).to_dict()
     values["data"].update(dir=tiny_data, build=False)
     values.update(num_steps=8, log_every=1, eval_every=0, sample_every=0, checkpoint_every=2)
     values["guard"] = {"max_skips": 1}
@@ -35,6 +35,7 @@ class BadData:
 
         self._reader, self._bad = Reader(experiment.config), bad
         self._size = experiment.config.batch_size
+        self.take_bad_records = self._reader.take_bad_records
 
     def train_batches(self, position, *share):
         batches = self._reader.train_batches(position, *share)

@@ -346,7 +346,7 @@ def test_the_head_for_x_learns_to_pass_a_clean_image():
 )
 def test_the_head_follows_the_prediction(prediction, head):
     values = load_config("demo", "unet")
-    values.diffusion.prediction = values.diffusion.weighting = prediction
+    values.diffusion.update(prediction=prediction, weighting=prediction, weighting_bias=0.0)
     config = parse(values)
     assert config.unet.head == head
 

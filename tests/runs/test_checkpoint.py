@@ -128,7 +128,7 @@ def test_a_checkpoint_of_an_earlier_version_without_checksums_is_read(saved, tmp
 
 def test_verify_lists_every_file_and_names_the_damage(saved, tmp_path, capsys, monkeypatch):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    config = shrink(load_config("demo"))
+    config = shrink(load_config("demo", "unet"))
     values = {**config.to_dict(), "model": dict(config.model)}
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
