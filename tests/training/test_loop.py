@@ -305,7 +305,7 @@ def run(module, *args):
     ("args", "words"),
     [
         (
-            ["--config=configs/demo.py", "--workdir=w", "--config.model.embed_dimm=64"],
+            ["--config=configs/demo.py:unet", "--workdir=w", "--config.model.embed_dimm=64"],
             "config.model.embed_dimm is not a known key; did you mean model.embed_dim?",
         ),
         (
@@ -314,7 +314,7 @@ def run(module, *args):
         ),
         (
             ["--config=configs/demo.py", "--workdir=w", "--profile_steps=9:8"],
-            "--profile_steps is '9:8'; allowed: FIRST:LAST, steps from 1 to 2600",
+            "--profile_steps is '9:8'; allowed: FIRST:LAST, steps from 1 to 2200",
         ),
         (["--config=configs/demo.py", "--workdir=/proc/no"], "--workdir=/proc/no cannot"),
         (
