@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def get_config():
     return ConfigDict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
 """
 BATCHES = "SOAK_BATCHES"  # environment variable: the file that records what was read
-TIMES = ("step_time", "images_per_s", "mfu")
+TIMES = ("step_time", "images_per_s", "mfu", "data_wait")
 
 
 def child(argv: Sequence[str]) -> None:
@@ -166,7 +167,9 @@ class Run:
         checkpoints = Checkpoints(self.workdir)
         step = checkpoints.existing_step()
         restore = {"state": ocp.args.PyTreeRestore(), "position": ocp.args.JsonRestore()}
-        found = checkpoints._read(step, **restore)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Orbax reads the shardings from the checkpoint
+            found = checkpoints._read(step, **restore)
         checkpoints.close()
         leaves = jax.tree_util.tree_leaves_with_path(found["state"])
         state = {

@@ -52,7 +52,8 @@ def train(experiment, workdir, bad=lambda number: False, stop=lambda step: False
 def metrics(workdir):
     """The lines without those of times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    lines = [{k: v for k, v in m.items() if k not in ("step_time", "images_per_s")} for m in lines]
+    times = ("step_time", "images_per_s", "data_wait")
+    lines = [{k: v for k, v in m.items() if k not in times} for m in lines]
     return [m for m in lines if not any(key.startswith("startup/") for key in m)]
 
 
