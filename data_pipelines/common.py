@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 NO_BEAM = (
@@ -23,8 +23,12 @@ class Skip(NamedTuple):
 
 def summary(skipped: Sequence[Skip]) -> str:
     """Returns the reasons with their counts on one line, the most frequent first."""
-    counts = Counter(skip.reason for skip in skipped)
-    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common()) or "nothing"
+    return listed(Counter(skip.reason for skip in skipped).most_common()) or "nothing"
+
+
+def listed(counts: Iterable[tuple[str, int]]) -> str:
+    """Returns reasons with their counts on one line, in the given order."""
+    return ", ".join(f"{reason} {count}" for reason, count in counts)
 
 
 def caption_key(caption: str) -> bytes:

@@ -64,7 +64,7 @@ def trained():
 @pytest.mark.parametrize("last", [STEPS, STEPS - 10 * EVERY])
 @pytest.mark.parametrize("width", WANTED)
 def test_a_rebuilt_width_is_within_one_percent_of_the_tracked_one(width, last):
-    """Of the distance from the weights to their average, which is less than their norm."""
+    """The error of a rebuilt average, relative to the distance of the weights from the average."""
     walk, averages = trained()
     steps = np.arange(EVERY, last + 1, EVERY)
     pairs = [(s, w) for s in steps for w in KEPT]

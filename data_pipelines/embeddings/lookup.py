@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from data_pipelines.common import caption_key
-from data_pipelines.embeddings.store import FORMS, RECORD_FRAME, open_store
+from data_pipelines.embeddings.store import FORMS, open_store
+from data_pipelines.records import tfrecord
 from data_pipelines.records.files import Files
 from data_pipelines.records.source import Bad, unframe
 from imagen_jax.common.files import first_line
@@ -33,7 +34,7 @@ class Lookup:
         if found is None:
             raise Bad("no embedding of the caption", f"{store.path} lacks {caption!r}")
         shard, start, tokens = found
-        size = tokens * FORMS[store.dtype].token_bytes(store.dim) + RECORD_FRAME
+        size = tokens * FORMS[store.dtype].token_bytes(store.dim) + tfrecord.FRAME
         path = str(store.file(shard, ".tfrecord"))
         try:
             data = unframe(self.files.read(path, start, size), size)

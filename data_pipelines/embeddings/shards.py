@@ -12,12 +12,8 @@ from etils import epath
 
 from data_pipelines.common import Skip, caption_key, summary
 from data_pipelines.embeddings.caption_lists import Found
-from data_pipelines.embeddings.store import (
-    FORMS,
-    INDEX,
-    RECORD_FRAME,
-    Store,
-)
+from data_pipelines.embeddings.store import FORMS, INDEX, Store
+from data_pipelines.records import tfrecord
 from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import replacing, write_json
@@ -108,7 +104,7 @@ def _record_writer(path: epath.Path) -> Iterator[Callable[[bytes], int]]:
     def write(data: bytes) -> int:
         nonlocal size
         writer.write(data)
-        start, size = size, size + len(data) + RECORD_FRAME
+        start, size = size, size + len(data) + tfrecord.FRAME
         return start
 
     with replacing(path) as temporary, tf_io.TFRecordWriter(str(temporary)) as writer:
@@ -153,7 +149,7 @@ def finish(store: Store) -> dict[str, Any] | None:
         path.unlink(missing_ok=True)
     tokens = sum(report["tokens"] for report in reports)
     captions = sum(report["captions"] for report in reports)
-    framing = RECORD_FRAME + INDEX.itemsize
+    framing = tfrecord.FRAME + INDEX.itemsize
     report = {
         "captions": captions,
         "tokens": tokens,

@@ -31,7 +31,6 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import first_line, write_json
 
 INDEX = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4")])
-RECORD_FRAME = 16  # bytes that TFRecord adds to each record
 _STORE = "store.json"
 _HASHED = ("weights_sha256", "tokenizer", "tokenizer_sha256", "dtype")
 

@@ -27,9 +27,11 @@ def write_splits(folder: epath.Path, tasks: Sequence[shards.Task]) -> dict[str, 
         several=most > 1, named=any(summary["named"] for summary in summaries)
     )
     for split in dict.fromkeys(task.shard.split for task in tasks):
-        mine = [task for task in tasks if task.shard.split == split]
-        told = [task.summary() for task in mine]
-        listed = [{key: s[key] for key in ("file", "records", "bytes", "sha256")} for s in told]
+        listed = [
+            {key: summary[key] for key in ("file", "records", "bytes", "sha256")}
+            for task, summary in zip(tasks, summaries, strict=True)
+            if task.shard.split == split
+        ]
         total = {key: sum(shard[key] for shard in listed) for key in ("records", "bytes")}
         splits[split] = {**total, "shards": listed}
     dataset.write_tfds_metadata(folder, tasks[0].name, features, splits)

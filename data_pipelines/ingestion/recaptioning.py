@@ -148,8 +148,8 @@ def _finish(
     written = finishing.write_splits(folder, tasks)
     known = (there / prepared.MANIFEST).exists()
     source = manifest.read(there) if known else {}
-    told = [json.loads(task.file(".counts.json").read_text()) for task in tasks]
-    counts = sum((Counter(part["counts"]) for part in told), Counter())
+    parts = [json.loads(task.file(".counts.json").read_text()) for task in tasks]
+    counts = sum((Counter(part["counts"]) for part in parts), Counter())
     settings = prepared.read_metadata(there)["settings"] | {"recaption": job.settings}
     digest = manifest.digest(source) if known else None
     fields = {
@@ -161,7 +161,7 @@ def _finish(
         "settings": settings,
         "counts": {**source.get("counts", {}), "recaption": dict(sorted(counts.items()))},
     }
-    rows = [tuple(row) for row in itertools.chain(*(part["examples"] for part in told))][:16]
+    rows = [tuple(row) for row in itertools.chain(*(part["examples"] for part in parts))][:16]
     _extend_card(folder, there, job, rows)
     records = {name: split["records"] for name, split in written["splits"].items()}
     report = {"records": records, "changed": [], "skipped": []}

@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from data_pipelines.common import listed
 from data_pipelines.ingestion import (
     card,
     filters,
@@ -133,7 +133,8 @@ def _write(
             total.items += 1
             total.add("rejected", skip, summary.REPORTED)
     if not total.accepted:
-        raise UserError(f"no image of {', '.join(job.specs)} passes: {_reasons(total.counts)}")
+        reasons = listed(total.counts["rejected"].most_common())
+        raise UserError(f"no image of {', '.join(job.specs)} passes: {reasons}")
     planned = layout.plan(staged, job.options)
     total.counts["rejected"].update(planned.dropped)
     total.entries["rejected"] += planned.entries
@@ -227,17 +228,12 @@ def _counts(total: summary.Summary, records: int) -> dict[str, Any]:
     }
 
 
-def _reasons(counts: dict[str, Counter]) -> str:
-    return ", ".join(f"{reason} {n}" for reason, n in counts["rejected"].most_common())
-
-
 def _print(folder: epath.Path, fields: dict[str, Any]) -> None:
     splits = fields["splits"]
-    taken = ", ".join(f"{name} {split['records']}" for name, split in splits.items())
+    taken = listed((name, split["records"]) for name, split in splits.items())
     size = sum(split["bytes"] for split in splits.values()) / 2**20
     print(f"wrote {folder}: {taken} ({size:.1f} MiB)", file=sys.stderr)
     for what, word in (("changed", "changed"), ("rejected", "skipped")):
         if counts := fields["counts"][what]:
-            listed = ", ".join(f"{reason} {n}" for reason, n in counts.items())
-            print(f"{word} {sum(counts.values())}: {listed}", file=sys.stderr)
+            print(f"{word} {sum(counts.values())}: {listed(counts.items())}", file=sys.stderr)
     print(f"see {folder / card.MARKDOWN} and {folder / dataset.REPORT}", file=sys.stderr)

@@ -16,6 +16,7 @@ from etils import epath
 from data_pipelines.ingestion.layout import Piece, Shard
 from data_pipelines.ingestion.stage import Progress
 from data_pipelines.records import tfrecord
+from data_pipelines.records.source import offsets_path
 from imagen_jax.common.files import replacing, write_text
 
 
@@ -55,7 +56,7 @@ class Task(NamedTuple):
     @property
     def offsets_path(self) -> epath.Path:
         """The file with the byte at which each record starts and the last ends, int64 [n + 1]."""
-        return self.path.with_name(f"{self.path.name}.offsets.npy")
+        return epath.Path(offsets_path(str(self.path)))
 
 
 def write(task: Task, progress: Progress) -> None:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import functools
 import io
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import google_crc32c
 import numpy as np
 from etils import epath
 from ml_dtypes import bfloat16
 
-from data_pipelines.records import prepared
+from data_pipelines.records import prepared, tfrecord
 from data_pipelines.records.files import Files
 from imagen_jax.common.files import first_line
 
-_HEADER, _FRAME = 12, 16  # bytes that TFRecord adds: uint64 length and its CRC; the CRC of the data
+_CHECKS = google_crc32c.implementation == "c"  # in Python, a checksum takes longer than the rest
 _CHUNK = 256  # records read at a time when all are
 
 
@@ -170,8 +170,8 @@ def find_records(path: str) -> np.ndarray:
     """Finds the records of a TFRecord file: int64 [n + 1], where each starts and the last ends."""
     starts = [0]
     with epath.Path(path).open("rb") as file:
-        while len(header := file.read(_HEADER)) == _HEADER:
-            starts.append(starts[-1] + struct.unpack("<Q", header[:8])[0] + _FRAME)
+        while len(header := file.read(tfrecord.HEADER)) == tfrecord.HEADER:
+            starts.append(starts[-1] + tfrecord.length_of(header) + tfrecord.FRAME)
             file.seek(starts[-1])
     return np.array(starts, np.int64)
 
@@ -184,41 +184,26 @@ def write_offsets(path: str) -> None:
 
 
 def unframe(framed: bytes, size: int) -> bytes:
-    """Returns the data of a TFRecord; checks its length, and its CRC if google-crc32c is installed.
+    """Returns the data of a TFRecord of `size` bytes; checks its length and its checksum.
 
     Raises:
       Bad: it is damaged.
     """
     if len(framed) < size:
         raise Bad("truncated file", f"{len(framed)} of {size} bytes")
-    if size < _FRAME or struct.unpack("<Q", framed[:8])[0] != size - _FRAME:
+    framed = framed[:size]
+    if size < tfrecord.FRAME or tfrecord.length_of(framed) != size - tfrecord.FRAME:
         raise Bad("damaged record", "wrong length")
-    data = framed[_HEADER : size - 4]
-    if (crc := _crc32c()) and _masked(crc(data)) != struct.unpack("<I", framed[size - 4 : size])[0]:
+    if _CHECKS and not tfrecord.is_intact(framed):
         raise Bad("damaged record", "wrong checksum")
-    return data
-
-
-@functools.cache
-def _crc32c() -> Callable[[bytes], int] | None:
-    try:
-        import google_crc32c
-    except ImportError:
-        return None
-    return google_crc32c.value if google_crc32c.implementation == "c" else None
-
-
-def _masked(crc: int) -> int:
-    """Masks a CRC as TFRecord does, whose data may themselves hold CRCs."""
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return tfrecord.data_of(framed)
 
 
 def _parse(name: str, framed: bytes, size: int) -> Record | Bad:
     from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2  # does not import TensorFlow
 
     try:
-        fields = tf_example_pb2.Example.FromString(unframe(framed, size)).features.feature
+        fields = tfrecord.features_of(unframe(framed, size))
     except Bad as bad:
         return Bad(bad.reason, bad.detail, name)
     except DecodeError:

@@ -143,6 +143,10 @@ def slider(pictures: Sequence[str]) -> str:
     return f"{body}<script>{SLIDE}</script>"
 
 
+def data_url(kind: str, data: bytes) -> str:
+    """Returns the URL that holds an encoded picture; `kind` is png, webp and so on."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def _img(name: str, kind: str, data: bytes, more: str = "") -> str:
-    encoded = base64.b64encode(data).decode()
-    return f'<img alt="{escape(name)}"{more} src="data:image/{kind};base64,{encoded}">'
+    return f'<img alt="{escape(name)}"{more} src="{data_url(kind, data)}">'

@@ -16,16 +16,17 @@ from imagen_jax.runs import workdir as runs
 def problems(workdir: Path) -> Iterator[tuple[Path, str]]:
     """Yields each file or checkpoint of a run, and what is wrong with it: "" for nothing.
 
-    Checkpoints are compared with their checksums. Configs, metrics and pictures have none, so they
-    are only read; the event files of TensorBoard are left out.
+    Checkpoints and snapshots are compared with their checksums. Configs, metrics and pictures have
+    none, so they are only read; the event files of TensorBoard are left out.
     """
     yield workdir / runs.CONFIG, _config_problem(workdir)
     if (metrics := workdir / runs.METRICS).exists():
         _, damaged = runs.parse_metrics(metrics.read_bytes())
         first = f"{len(damaged)} damaged line(s), first line {damaged[0]}" if damaged else ""
         yield metrics, first
-    for folder in _checkpoints(workdir):
-        yield folder, _checkpoint_problem(folder)
+    for name in (runs.CHECKPOINTS, runs.SNAPSHOTS):
+        for folder in _checkpoints(workdir / name):
+            yield folder, _checkpoint_problem(folder)
     for folder in (workdir / runs.SAMPLES, workdir / runs.EVALUATION):
         for path in sorted(folder.rglob("*.png")):
             yield path, _picture_problem(path)
@@ -33,8 +34,8 @@ def problems(workdir: Path) -> Iterator[tuple[Path, str]]:
             yield path, _json_problem(path)
 
 
-def _checkpoints(workdir: Path) -> list[Path]:
-    found = (workdir / runs.CHECKPOINTS).glob("step_*")
+def _checkpoints(folder: Path) -> list[Path]:
+    found = folder.glob("step_*")
     steps = {int(p.name[5:]): p for p in found if p.name[5:].isdecimal()}
     return [steps[step] for step in sorted(steps)]
 

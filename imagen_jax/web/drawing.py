@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import shlex
 import time
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from imagen_jax.common import html
 from imagen_jax.pipeline.cascade import Cascade, Job
 from imagen_jax.pipeline.prompts import make_requests
 from imagen_jax.pipeline.stepping import Frame, Stepper
@@ -121,7 +121,7 @@ def data_url(image: np.ndarray, lossless: bool = True) -> str:
     file = io.BytesIO()
     kind = "png" if lossless or image.shape[0] <= LOSSLESS else "webp"
     Image.fromarray(image).save(file, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return html.data_url(kind, file.getvalue())
 
 
 def command(model: Model, drawing: Drawing) -> str:

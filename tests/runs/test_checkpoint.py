@@ -13,7 +13,7 @@ from conftest import ROOT, load_config, shrink
 
 from imagen_jax import verify
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
-from imagen_jax.runs import checksums
+from imagen_jax.runs import checksums, verification
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.sections import CheckpointConfig
 from launch import local
@@ -124,6 +124,14 @@ def test_a_checkpoint_of_an_earlier_version_without_checksums_is_read(saved, tmp
     (tmp_path / "checkpoints" / "step_2" / "state" / "manifest.ocdbt").unlink()
     with pytest.raises(RunError, match="step_2 cannot be read, and has no checksums"):
         restored(tmp_path)
+
+
+def test_verify_finds_damage_in_snapshots(saved, tmp_path):
+    snapshot = tmp_path / "snapshots" / "step_1"
+    shutil.copytree(saved / "checkpoints" / "step_1", snapshot)
+    assert dict(verification.problems(tmp_path))[snapshot] == ""
+    cut(snapshot / "identity" / "metadata")
+    assert "identity/metadata has " in dict(verification.problems(tmp_path))[snapshot]
 
 
 def test_verify_lists_every_file_and_names_the_damage(saved, tmp_path, capsys, monkeypatch):
