@@ -7,9 +7,14 @@ import hashlib
 import io
 import os
 import tempfile
+import threading
 
 import numpy as np
 from etils import epath
+
+# numpy parses a file's header with `ast`, whose recursion counter Python 3.11 shares among threads:
+# two that parse at the same moment can end in a SystemError.
+_PARSING = threading.Lock()
 
 # Open files and arrays to keep. A record costs one system call while its file is among them.
 _KEPT = 256
@@ -80,14 +85,20 @@ def load_array(path: str) -> np.ndarray:
       OSError, ValueError: it cannot be read, or is not an array.
     """
     if "://" not in path:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return _open_array(path)
     data = _read_remote(path)
     name = hashlib.sha256(data).hexdigest()
     copy = epath.Path(tempfile.gettempdir()) / f"imagen_jax_{os.getuid()}_{name}.npy"
     if not copy.exists():
-        np.load(io.BytesIO(data), allow_pickle=False)  # refuse what is no array
+        with _PARSING:
+            np.load(io.BytesIO(data), allow_pickle=False)  # refuse what is no array
         from imagen_jax.common.files import replacing
 
         with replacing(copy) as temporary:
             temporary.write_bytes(data)
-    return np.load(copy, mmap_mode="r", allow_pickle=False)
+    return _open_array(copy)
+
+
+def _open_array(path: str | os.PathLike) -> np.ndarray:
+    with _PARSING:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
