@@ -27,17 +27,16 @@ def sample_scene(rng: np.random.Generator, split: str, categories: Sequence[str]
 
     Args:
       split: one of SPLITS.
-      categories: some of CATEGORIES; () is all.
+      categories: some of CATEGORIES; () is all of DrawBench's.
 
     Raises:
       ValueError: the split is unknown.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
-    shares = np.array([CATEGORIES[name][0] for name in categories or CATEGORIES])
-    if not shares.any():
-        shares = np.ones(len(shares))
-    category = str(rng.choice(list(categories or CATEGORIES), p=shares / shares.sum()))
+    names = list(categories or DRAWBENCH)
+    shares = np.array([CATEGORIES[name][0] for name in names])
+    category = str(rng.choice(names, p=shares / shares.sum()))
     while True:
         try:
             scene = CATEGORIES[category][1](rng, split)
@@ -236,7 +235,7 @@ def _shuffled(rng: np.random.Generator, things: list[Thing]) -> list[Thing]:
 
 
 # Each category's share and sampler. Captions of one or two objects dominate. Simple is not one of
-# DrawBench's; it occurs only if it is asked for, and the demo trains on it.
+# DrawBench's and occurs only if it is named: it teaches what words mean from few examples.
 CATEGORIES = {
     "Colors": (0.40, _colors),
     "Counting": (0.14, _counting),
@@ -245,5 +244,6 @@ CATEGORIES = {
     "Text": (0.10, _text),
     "Conflicting": (0.07, _conflicting),
     "Misspellings": (0.05, _misspellings),
-    "Simple": (0.0, _simple),
+    "Simple": (0.40, _simple),
 }
+DRAWBENCH = tuple(name for name in CATEGORIES if name != "Simple")
