@@ -177,8 +177,9 @@ class Attention(nnx.Module):
 
     text_width=0 removes the text keys; self_attention=False removes the pixel keys, and then an
     example without text tokens passes unchanged. Queries, keys and values have `hidden` channels,
-    by default as many as the pixels. `text_norm` adds a LayerNorm on the text embeddings, which the
-    paper found to help (section 2.5). `norm` is a key of NORMS. The output projection starts at zero.
+    by default as many as the pixels. `norm` is a key of NORMS. `text_norm` adds a LayerNorm on the
+    text embeddings, which the paper found to help (section 2.5). The output projection starts at
+    zero.
     """
 
     def __init__(
