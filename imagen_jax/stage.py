@@ -25,6 +25,7 @@ from imagen_jax.diffusion import conditioning, editing, process
 from imagen_jax.diffusion.loss import UNIFORM, TimeSampling, diffusion_loss
 from imagen_jax.diffusion.sampler import Loop, SamplerConfig, scan
 from imagen_jax.models import networks
+from imagen_jax.runs import exported
 from imagen_jax.runs import workdir as runs
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.posthoc import rebuild_ema
@@ -284,9 +285,9 @@ class Stage:
 
 
 def load(
-    workdir: str | Path, step: int | None = None, ema: float | None = None
+    workdir: str | Path, step: int | None = None, ema: float | None = None, raw: bool = False
 ) -> tuple[Stage, Params]:
-    """Loads a stage and its EMA weights from a workdir onto all devices.
+    """Loads a stage and its EMA weights from a workdir or an exported model onto all devices.
 
     The mesh may differ from that of training, and training may still be running.
 
@@ -294,15 +295,21 @@ def load(
       step: checkpoint step to load, or step of a snapshot if `ema` is set (default: the newest).
       ema: width of the average to rebuild from the run's snapshots, see imagen_jax.ema (default:
         the EMA with ema_decay).
+      raw: load the weights themselves instead of their EMA.
 
     Raises:
       UserError: the workdir has no run, or no such checkpoint; see also `runs.posthoc.rebuild_ema`.
+      RunError: the checkpoint or the exported weights are damaged.
     """
     config = dataclasses.replace(runs.read_config(workdir), mesh=sharding.MeshConfig())
     if ema is not None:
         stage = Stage(config)
         return stage, rebuild_ema(workdir, config, stage.abstract_params, ema, step)
+    if exported.is_exported(workdir):
+        exported.check_has(workdir, step, raw)
+        stage = Stage(config)
+        return stage, exported.restore(workdir, stage.abstract_params)
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         step = checkpoints.existing_step(step)  # before the network is built
         stage = Stage(config)
-        return stage, checkpoints.restore_ema(stage.abstract_params, config.identity, step)
+        return stage, checkpoints.restore_ema(stage.abstract_params, config.identity, step, raw)

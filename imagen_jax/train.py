@@ -125,9 +125,10 @@ def check_flags() -> Path:
             f"--workdir is {FLAGS.workdir!r}; it must be a path that all hosts share, such as a "
             "mounted bucket (docs/launch.md)"
         )
-    from imagen_jax.runs.workdir import RUNS
+    from imagen_jax.runs.workdir import RUNS, check_trainable
 
     workdir = FLAGS.workdir or f"{RUNS}/{typed_config.run_name(FLAGS.config)}"
+    check_trainable(Path(workdir))
     return Path(workdir).absolute()
 
 

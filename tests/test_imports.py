@@ -15,7 +15,10 @@ ROOT = next(p for p in Path(__file__).parents if (p / "setup.py").exists())
 
 # Nobody imports a command: flags and wiring only.
 COMMANDS = {
-    "imagen_jax": {"train", "sample", "evaluate", "demo", "plan", "pretrain_text", "verify"},
+    "imagen_jax": {
+        *("train", "sample", "evaluate", "demo", "plan"),
+        *("pretrain_text", "verify", "export"),
+    },
     "data_pipelines": {
         *("emoji", "encode_text", "encode_text_beam"),
         *("ingest", "ingest_beam", "recaption"),
@@ -27,7 +30,7 @@ COMMANDS = {
 LAYERS = {
     "imagen_jax": (
         COMMANDS["imagen_jax"],
-        {"training", "pipeline", "evaluation", "planning", "web"},
+        {"training", "pipeline", "evaluation", "planning", "web", "exporting"},
         {"stage"},
         {"runs"},
         {"config"},
@@ -48,6 +51,7 @@ EXCEPTIONS = {
     ("planning", "training"): "the plan compiles the program that training runs",
     ("evaluation", "pipeline"): "evaluation samples as users do",
     ("web", "pipeline"): "the drawing page samples as users do",
+    ("exporting", "pipeline"): "the stages to export are those of a cascade that samples",
     ("text", "formats"): "an encoder's weights are tensors in files",
 }
 # Rooms of imagen_jax that data_pipelines may import. Only commands import data_pipelines.

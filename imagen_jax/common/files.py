@@ -103,6 +103,42 @@ def check_folder(folder: Path, flag: str) -> None:
         probe_folder(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
 
 
+def check_new_folder(folder: Path, flag: str) -> None:
+    """Checks that `new_folder` can make the folder; creates nothing.
+
+    Raises:
+      UserError: it is not empty, or cannot be written.
+    """
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise UserError(f"--{flag}={folder} is not empty; name a new folder")
+    elif folder.exists():
+        raise UserError(f"--{flag}={folder} is a file; name a new folder")
+    check_folder(folder.absolute().parent, flag)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, flag: str) -> Iterator[Path]:
+    """Yields a temporary folder next to `folder`; renames it at the end, or deletes it.
+
+    The block should do no more than write to it: an OSError is taken as a failure to write.
+
+    Raises:
+      UserError: `folder` is not empty, or cannot be written.
+    """
+    check_new_folder(folder, flag)
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with _writing(folder, flag):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.replace(folder)  # an empty folder of this name is replaced
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 @contextlib.contextmanager
 def _writing(folder: Path, flag: str) -> Iterator[None]:
     try:

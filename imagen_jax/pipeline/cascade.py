@@ -24,6 +24,8 @@ from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.pipeline.images import read_inputs
 from imagen_jax.pipeline.prompts import Request, make_requests
 from imagen_jax.pipeline.settings import SettingError, Settings, samplers
+from imagen_jax.runs import exported
+from imagen_jax.runs import workdir as runs
 from imagen_jax.runs.checkpoint import newest_step
 from imagen_jax.runs.posthoc import newest_snapshot
 from imagen_jax.stage import Params, Stage, batch_size
@@ -41,6 +43,7 @@ class TrainedStage:
       stage: the stage.
       params: the weights.
       ema: width of the average that the weights are; None for the EMA that training keeps.
+      exported: what `runs.exported.read` says about an exported model; empty for a run.
     """
 
     name: str
@@ -48,6 +51,7 @@ class TrainedStage:
     stage: Stage
     params: Params
     ema: float | None = None
+    exported: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -291,19 +295,22 @@ def load(
     *workdirs: str | os.PathLike,
     step: int | None = None,
     ema: float | Sequence[float] | None = None,
+    raw: bool = False,
 ) -> Cascade:
-    """Loads trained runs as a cascade.
+    """Loads trained runs or exported models as a cascade.
 
     Args:
-      workdirs: a run, or the runs of a cascade in order.
+      workdirs: a run, or the runs of a cascade in order; an exported cascade counts as its stages.
       step: checkpoint step to load (default: the newest of each run).
       ema: width of the average to rebuild, or one per run, see `stage.load`.
+      raw: load the weights themselves instead of their EMA.
 
     Raises:
       UserError: a workdir holds no run or no such checkpoint, or the runs do not form a cascade.
     """
     if not workdirs:
         raise SettingError("workdir is missing; give the directory of a run")
+    workdirs = tuple(runs.stages_of(workdirs))
     widths = list(ema) if isinstance(ema, Sequence) else [ema]
     if len(widths) not in (1, len(workdirs)):
         allowed = f"1, or one per stage ({len(workdirs)})"
@@ -313,5 +320,7 @@ def load(
         width = widths[i % len(widths)]
         newest = newest_step if width is None else newest_snapshot
         found = newest(workdir) if step is None else step
-        stages.append(TrainedStage(str(workdir), found, *load_stage(workdir, found, width), width))
+        loaded = load_stage(workdir, found, width, raw)
+        record = exported.read(workdir) if exported.is_exported(workdir) else {}
+        stages.append(TrainedStage(str(workdir), found, *loaded, width, record))
     return Cascade(stages)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -60,7 +61,7 @@ def write_samples(
 def _records(cascade: Cascade, job: Job) -> list[str]:
     """Returns what each sample depends on, as JSON: request, checkpoints, settings and inputs."""
     stages = {
-        stage.name: {"step": stage.step, **_ema(stage), **dataclasses.asdict(sampler)}
+        stage.name: {"step": stage.step, **_weights(stage), **dataclasses.asdict(sampler)}
         for stage, sampler in zip(cascade.stages, job.samplers, strict=True)
     }
     common = {"stages": stages}
@@ -70,9 +71,10 @@ def _records(cascade: Cascade, job: Job) -> list[str]:
     return [json.dumps({**dataclasses.asdict(r), **common}) for r in job.requests]
 
 
-def _ema(stage: TrainedStage) -> dict[str, float]:
-    """Returns the width of the weights' average, or nothing for the EMA that training keeps."""
-    return {} if stage.ema is None else {"ema": stage.ema}
+def _weights(stage: TrainedStage) -> dict[str, Any]:
+    """Returns what tells the weights from others of the same step; nothing for a run's own EMA."""
+    average = {} if stage.ema is None else {"ema": stage.ema}
+    return average | ({"export_sha256": stage.exported["sha256"]} if stage.exported else {})
 
 
 def _side_by_side(paths: list[Path]) -> np.ndarray:

@@ -19,7 +19,7 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
 from imagen_jax.common.files import first_line
 from imagen_jax.devices import processes
-from imagen_jax.runs import checksums
+from imagen_jax.runs import checksums, exported
 from imagen_jax.runs.workdir import CHECKPOINTS, DAMAGED_CHECKPOINTS, check_run
 from imagen_jax.sections import CheckpointConfig
 
@@ -209,17 +209,23 @@ class Checkpoints:
         self._check_complete(step, restored["state"])
         return restored["state"], restored["position"]
 
-    def restore_ema(self, abstract_ema: Any, identity: dict, step: int | None = None) -> Any:
+    def restore_ema(
+        self, abstract_ema: Any, identity: dict, step: int | None = None, raw: bool = False
+    ) -> Any:
         """Restores only the EMA weights of `step`; sampling does not need the rest of the state.
+
+        Args:
+          raw: restore the weights themselves instead of their EMA.
 
         Raises:
           UserError, RunError: as for `restore`.
         """
         step = self.existing_step(step)
         self._check_identity(step, identity)
-        restored = self._read(step, state=_restore_args({"ema": abstract_ema}))["state"]
+        name = "params" if raw else "ema"
+        restored = self._read(step, state=_restore_args({name: abstract_ema}))["state"]
         self._check_complete(step, restored)
-        return restored["ema"]
+        return restored[name]
 
     def wait(self) -> None:
         """Blocks until the save in progress is complete.
@@ -291,12 +297,14 @@ class Checkpoints:
 
 
 def newest_step(workdir: epath.PathLike) -> int:
-    """Returns the step of a run's newest checkpoint.
+    """Returns the step of a run's newest checkpoint, or that of an exported model.
 
     Raises:
       UserError: the workdir has no run, or the run has no checkpoint.
     """
     check_run(workdir)  # opening the checkpoints of a missing run would create a folder
+    if exported.is_exported(workdir):
+        return exported.read(workdir)["step"]
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         return checkpoints.existing_step()
 

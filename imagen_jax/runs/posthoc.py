@@ -14,6 +14,7 @@ from tqdm import tqdm
 from imagen_jax import ema
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import Config
+from imagen_jax.runs import exported
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.workdir import SNAPSHOTS, read_config
 from imagen_jax.sections import CheckpointConfig
@@ -85,6 +86,11 @@ def rebuild_ema(
 def _reading(
     workdir: epath.PathLike, config: Config
 ) -> contextlib.AbstractContextManager[Checkpoints]:
+    if exported.is_exported(workdir):
+        raise UserError(
+            f"--ema is set, but {workdir} is an exported model, which has one average; export "
+            "another with: python -m imagen_jax.export --workdir=RUN --ema=WIDTH"
+        )
     if not config.ema.widths:
         raise UserError(
             f"--ema is set, but {workdir} keeps no snapshots; train with "

@@ -9,7 +9,7 @@ from PIL import Image
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import read_json
-from imagen_jax.runs import checksums
+from imagen_jax.runs import checksums, exported
 from imagen_jax.runs import workdir as runs
 
 
@@ -17,9 +17,16 @@ def problems(workdir: Path) -> Iterator[tuple[Path, str]]:
     """Yields each file or checkpoint of a run, and what is wrong with it: "" for nothing.
 
     Checkpoints and snapshots are compared with their checksums. Configs, metrics and pictures have
-    none, so they are only read; the event files of TensorBoard are left out.
+    none, so they are only read; the event files of TensorBoard are left out. The files of an
+    exported model are compared with their hashes.
     """
+    if (workdir / runs.CASCADE).exists():
+        for stage in runs.stages_of([workdir]):
+            yield from problems(Path(stage))
+        return
     yield workdir / runs.CONFIG, _config_problem(workdir)
+    if exported.is_exported(workdir):
+        yield from exported.problems(workdir)
     if (metrics := workdir / runs.METRICS).exists():
         _, damaged = runs.parse_metrics(metrics.read_bytes())
         first = f"{len(damaged)} damaged line(s), first line {damaged[0]}" if damaged else ""

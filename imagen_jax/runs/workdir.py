@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,12 @@ SAMPLES = "samples"  # grids sampled during training
 PROFILE = "profile"  # traces of --profile_steps
 EVALUATION = "evaluation"  # metrics, sample grids and the loss curve of imagen_jax.evaluate
 REPORT = "report.html"  # the evaluation on one page
+
+# Names inside an exported model, whose config is named as that of a run; see exported.py.
+EXPORT = "export.json"  # what the weights are
+TENSORS = "model.safetensors"  # the weights
+CARD = "README.md"  # the model card
+CASCADE = "cascade.json"  # names the folders of the stages of an exported cascade
 
 
 @contextlib.contextmanager
@@ -101,21 +107,54 @@ def write_config(workdir: epath.PathLike, config: Config) -> None:
 
 
 def read_config(workdir: epath.PathLike) -> Config:
-    """Reads the config of a run.
+    """Reads the config of a run or of an exported model.
 
     Raises:
       UserError: the workdir has no run, its config cannot be read, or a key is not valid.
     """
     check_run(workdir)
+    if (epath.Path(workdir) / CASCADE).exists():
+        stages = ", ".join(map(os.fspath, stages_of([workdir])))
+        raise UserError(f"--workdir={os.fspath(workdir)} is a cascade; choose one of: {stages}")
     from imagen_jax.config import parse
 
     return parse(read_json(epath.Path(workdir) / CONFIG))
 
 
 def check_run(workdir: epath.PathLike) -> None:
-    """Raises UserError if the workdir has no run."""
-    if not (epath.Path(workdir) / CONFIG).exists():
-        raise UserError(f"--workdir={os.fspath(workdir)} holds no run: {CONFIG} is missing")
+    """Raises UserError if the workdir has no run and no exported model."""
+    for folder in stages_of([workdir]):
+        if not (epath.Path(folder) / CONFIG).exists():
+            raise UserError(f"--workdir={os.fspath(folder)} holds no run: {CONFIG} is missing")
+
+
+def stages_of(workdirs: Iterable[epath.PathLike]) -> list[epath.PathLike]:
+    """Replaces each folder of an exported cascade by the folders of its stages, in order.
+
+    Raises:
+      UserError: CASCADE cannot be read, or names no folders.
+    """
+    found: list[epath.PathLike] = []
+    for workdir in workdirs:
+        path = epath.Path(workdir) / CASCADE
+        if not path.exists():
+            found.append(workdir)
+            continue
+        names = read_json(path).get("stages")
+        listed = isinstance(names, list) and bool(names)
+        if not listed or not all(isinstance(n, str) and n == Path(n).name for n in names):
+            raise UserError(f"{path}: stages is {names!r}; it must list folders beside this file")
+        found += [type(path)(workdir) / name for name in names]
+    return found
+
+
+def check_trainable(workdir: Path) -> None:
+    """Raises UserError if the workdir is an exported model, which has no training state."""
+    if any((workdir / name).exists() for name in (EXPORT, CASCADE)):
+        raise UserError(
+            f"--workdir={workdir} is an exported model, which cannot be trained further; train in "
+            "another folder"
+        )
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

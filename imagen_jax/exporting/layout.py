@@ -1,0 +1,87 @@
+"""The folder of an export: one stage, or a folder per stage and what joins them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from imagen_jax.common.cli import log
+from imagen_jax.common.files import write_json, write_text
+from imagen_jax.common.version import code_version
+from imagen_jax.config import Config
+from imagen_jax.exporting import card
+from imagen_jax.pipeline.cascade import TrainedStage
+from imagen_jax.runs import exported
+from imagen_jax.runs import workdir as runs
+
+# Writes the files of a format, apart from those that all formats have: (folder, stage).
+Writer = Callable[[Path, TrainedStage], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What to export.
+
+    Attributes:
+      stages: the stages, in order.
+      format: name of the format, for the record.
+      write: writes its files.
+      dtype: type of the weights in the files.
+      raw: whether the weights are no average.
+      license: SPDX identifier of the license of the weights; "" if there is none to state.
+      describe_data: config -> what is known about the training data.
+    """
+
+    stages: Sequence[TrainedStage]
+    format: str
+    write: Writer
+    dtype: str
+    raw: bool
+    license: str
+    describe_data: Callable[[Config], card.Data]
+
+
+def write(folder: Path, export: Export) -> None:
+    """Fills an empty folder with an export, and a card for each stage and for the cascade."""
+    if len(export.stages) == 1:
+        _write_stage(folder, export, export.stages[0])
+        return
+    names = [f"{i}_{stage.size}" for i, stage in enumerate(export.stages, start=1)]
+    cards = []
+    for name, stage in zip(names, export.stages, strict=True):
+        (folder / name).mkdir()
+        cards.append(_write_stage(folder / name, export, stage))
+    write_json(folder / runs.CASCADE, {"stages": names})
+    write_text(folder / runs.CARD, card.of_cascade(names, cards))
+
+
+def average_of(stage: TrainedStage, raw: bool) -> str:
+    """Returns in words which average the weights of a stage are."""
+    if stage.exported:
+        return stage.exported["average"]
+    if raw:
+        return "none"
+    if stage.ema is not None:
+        return f"EMA, width {stage.ema:g}"
+    return f"EMA, decay {stage.stage.config.ema_decay:g}"
+
+
+def _write_stage(folder: Path, export: Export, stage: TrainedStage) -> card.Card:
+    log.info("%s: writing %s", stage.name, export.format)
+    export.write(folder, stage)
+    runs.write_config(folder, stage.stage.config)
+    fields = {
+        "format": export.format,
+        "source": stage.exported.get("source", Path(stage.name).absolute().name),
+        "step": stage.step,
+        "average": average_of(stage, export.raw),
+        "dtype": export.dtype,
+        "parameters": stage.stage.num_params,
+        "code": code_version(),
+    }
+    record = exported.write_record(folder, fields)
+    config = stage.stage.config
+    described = card.Card(stage, record, export.license, export.describe_data(config))
+    write_text(folder / runs.CARD, card.of_stage(described))
+    return described
