@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 11_000
+    config.num_steps = 8000
     config.batch_size = 32
     config.log_every = 100
-    config.eval_every = 1000
+    config.eval_every = 800
     config.eval_batches = 8
-    config.sample_every = 1000
+    config.sample_every = 800
     config.num_samples = 16
-    config.checkpoint_every = 500
+    config.checkpoint_every = 400
     config.ema_decay = 0.999
 
     config.data = ConfigDict()
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.data.build = True
     config.data.num_train = 200_000
     config.data.in_memory = True
-    # Simple captions leave little open, so shapes are learned sooner. The others are DrawBench's.
+    # Simple captions leave little open, so the shapes are learned sooner. The others are DrawBench's.
     config.data.categories = (
         *("Colors", "Counting", "Positional", "Descriptions", "Text"),
         *("Conflicting", "Misspellings", "Simple"),
