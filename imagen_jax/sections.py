@@ -13,6 +13,10 @@ from imagen_jax.models.denoiser import POOLING, SEQUENCE
 CROPS = ("center", "random")
 
 
+def _are_weights(values: dict) -> bool:
+    return all(isinstance(w, (int, float)) and w > 0 for w in values.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
     """Config section `text`: the frozen encoder, and how the network reads it (sections 2.1, 2.5).
@@ -121,6 +125,10 @@ class DataConfig:
         `dir`, or "mixture".
       mixture: tasks and their weights, such as {"folder": 0.7, "emoji": 0.3}, for task="mixture".
         Each is read as often as its weight says, whatever its size.
+      caption_weights: names of captions and their weights, such as {"caption": 0.3, "rewritten":
+        0.7}, for images that have captions from several columns or models. In each epoch, an image
+        is trained with a caption of one name, drawn by weight among those that it has. Captions of
+        other names are not used. {} draws from all captions alike.
       dir: folder of the prepared datasets.
       embeddings: embedding store of the captions; "" reads the embeddings that were prepared with
         the data. With several text encoders, one store per encoder, joined by "+".
@@ -157,6 +165,7 @@ class DataConfig:
     num_train: int = 20_000
     image_size: int = 0
     mixture: dict = dataclasses.field(default_factory=dict)
+    caption_weights: dict = dataclasses.field(default_factory=dict)
     crop: str = "center"
     min_crop_scale: float = 1.0
     flip: bool = False
@@ -165,13 +174,17 @@ class DataConfig:
     in_memory: bool = False
 
     def __post_init__(self):
-        weights = list(self.mixture.values())
-        positive = all(isinstance(w, (int, float)) and w > 0 for w in weights)
         allowed = "task names with weights above 0, at most 4096"
-        require(positive and len(weights) <= 4096, "data.mixture", self.mixture, allowed)
-        allowed = "names with data.task='mixture', {} with any other task"
-        fits = bool(weights) == (self.task == "mixture")
+        fits = _are_weights(self.mixture) and len(self.mixture) <= 4096
         require(fits, "data.mixture", self.mixture, allowed)
+        allowed = "names with data.task='mixture', {} with any other task"
+        fits = bool(self.mixture) == (self.task == "mixture")
+        require(fits, "data.mixture", self.mixture, allowed)
+        allowed = (
+            "names of captions with weights above 0, such as {'caption': 0.3, 'rewritten': 0.7}"
+        )
+        fits = _are_weights(self.caption_weights)
+        require(fits, "data.caption_weights", self.caption_weights, allowed)
         require(self.crop in CROPS, "data.crop", self.crop, ", ".join(CROPS))
         scale, share, window = self.min_crop_scale, self.max_bad_share, self.shuffle_window
         least = "above 0, up to 1" if self.crop == "random" else "1 with data.crop='center'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,8 @@ def write_splits(folder: epath.Path, tasks: Sequence[shards.Task]) -> dict[str, 
     splits: dict[str, dict[str, Any]] = {}
     summaries = [task.summary() for task in tasks]
     most = max(summary["most_captions"] for summary in summaries)
-    features = dataset.features(
-        several=most > 1, named=any(summary["named"] for summary in summaries)
-    )
+    sources = sum((Counter(summary["caption_sources"]) for summary in summaries), Counter())
+    features = dataset.features(several=most > 1, named=bool(sources))
     for split in dict.fromkeys(task.shard.split for task in tasks):
         listed = [
             {key: summary[key] for key in ("file", "records", "bytes", "sha256")}
@@ -38,7 +38,11 @@ def write_splits(folder: epath.Path, tasks: Sequence[shards.Task]) -> dict[str, 
     captions = sum(summary["captions"] for summary in summaries)
     return {
         "splits": splits,
-        "captions": {"total": captions, "most_of_an_image": most},
+        "captions": {
+            "total": captions,
+            "most_of_an_image": most,
+            "sources": dict(sorted(sources.items())),
+        },
         "schema": {name: type(feature).__name__ for name, feature in sorted(features.items())},
     }
 

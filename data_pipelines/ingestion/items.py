@@ -11,6 +11,9 @@ from data_pipelines.common import Skip
 
 # Names of the scores, and of the columns that have them in any case (img2dataset, LAION).
 SCORES = ("similarity", "pwatermark", "punsafe")
+# The reason of a Skip for a key that occurs twice in a tar, which is an error unless damage is
+# tolerated.
+DUPLICATE_KEY = "duplicate key"
 # Columns that hold captions, the first of them that a row has.
 CAPTION_COLUMNS = ("caption", "captions", "text", "TEXT", "sentences", "description", "prompt")
 LICENSE_COLUMNS = ("license", "LICENSE", "licence")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Task(NamedTuple):
             return False
         there = self.summary()
         same = there["digest"] == self.shard.digest and there["file"] == self.path.name
+        same &= "caption_sources" in there  # not written by earlier versions
         return same and there["bytes"] == self.path.stat().length
 
     def summary(self) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def read_pieces(pieces: Iterable[Piece]) -> Iterator[bytes]:
 def write_records(task: Task, frames: Iterable[bytes], progress: Progress) -> None:
     """Writes a shard and its summary from frames of records."""
     digest, size, num_captions, most = hashlib.sha256(), 0, 0, 0
-    starts, named = [], False
+    starts, sources = [], Counter()
     task.file(".json").unlink(missing_ok=True)
     with replacing(task.path) as temporary, temporary.open("wb") as file:
         for framed in frames:
@@ -85,7 +87,7 @@ def write_records(task: Task, frames: Iterable[bytes], progress: Progress) -> No
             digest.update(framed)
             values = tfrecord.decode(tfrecord.data_of(framed))
             captions = values["captions"]
-            named |= "caption_sources" in values
+            sources.update(name.decode() for name in values.get("caption_sources", ()))
             starts.append(size)
             size += len(framed)
             num_captions, most = num_captions + len(captions), max(most, len(captions))
@@ -100,6 +102,6 @@ def write_records(task: Task, frames: Iterable[bytes], progress: Progress) -> No
         "digest": task.shard.digest,
         "captions": num_captions,
         "most_captions": most,
-        "named": named,
+        "caption_sources": dict(sorted(sources.items())),
     }
     write_text(task.file(".json"), json.dumps(summary))

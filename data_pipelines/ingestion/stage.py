@@ -21,10 +21,10 @@ from etils import epath
 
 from data_pipelines.common import Skip
 from data_pipelines.ingestion import filters, images
-from data_pipelines.ingestion.items import Caption, Item, Part
+from data_pipelines.ingestion.items import DUPLICATE_KEY, Caption, Item, Part
 from data_pipelines.ingestion.options import Options
 from data_pipelines.ingestion.summary import Summary
-from data_pipelines.records import splits, tfrecord
+from data_pipelines.records import splits, tars, tfrecord
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import replacing, write_text
 
@@ -76,6 +76,11 @@ def stage(task: Task, progress: Progress) -> None:
         for item in _read(task):
             summary.items += 1
             if isinstance(item, Skip):
+                if item.reason == DUPLICATE_KEY and not task.skip_damaged:
+                    raise UserError(
+                        f"{task.part.label}: the key of {item.name} occurs twice. {tars.ONCE}. "
+                        "Repair it, or keep the first with --skip_damaged; finished parts are kept"
+                    )
                 summary.add("rejected", item)
                 progress(1, 0)
                 continue

@@ -76,13 +76,30 @@ def check_dataset(config: Config) -> None:
 
     Raises:
       UserError: a task is unknown; a dataset or a store of embeddings is missing; a split that the
-        run reads is missing; the images are too small; captions have no categories to select by;
-        or the embeddings are from another encoder.
+        run reads is missing; the images are too small; captions have no categories to select by, or
+        not the names in data.caption_weights; or the embeddings are from another encoder.
     """
     for task in rates_of(config.data):
         _check_task(config, task)
+    if config.data.caption_weights:
+        _check_caption_weights(config.data)
     if config.stores:
         _check_stores(config)
+
+
+def _check_caption_weights(data: DataConfig) -> None:
+    """Checks that each name in data.caption_weights is one of the captions' names."""
+    found = [prepared.caption_sources(data.dir, dataset_of(task)) for task in rates_of(data)]
+    if None in found:
+        return
+    names = ", ".join(sorted({name for sources in found for name in sources}))
+    for name in data.caption_weights:
+        if name not in names.split(", "):
+            raise UserError(
+                f"config.data.caption_weights has {name!r}; the captions of "
+                f"data.task={data.task} in {data.dir} "
+                + (f"are named: {names}" if names else "have no names; recaption adds named ones")
+            )
 
 
 def _check_task(config: Config, task: str) -> None:

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +70,8 @@ class Examples:
     """The examples of a split of a task.
 
     Args:
-      shuffle: False is the stored order, centered crops, and the first caption of each record.
+      shuffle: False is the stored order, centered crops, and the first caption of each record that
+        data.caption_weights allows.
 
     Raises:
       UserError: the split does not exist; a store of embeddings is missing; the dataset lacks a
@@ -148,14 +149,17 @@ class Examples:
 
     def _texts(self, record: Record, epoch: int) -> tuple[str, list[np.ndarray]]:
         """Returns a caption of the record, and its embedding by each encoder."""
-        number, captions = 0, record.captions
-        if self.shuffle and len(captions) > 1:
-            number = _draw_caption(self.config.seed, epoch, record.id, len(captions))
-        texts = [lookup(captions[number]) for lookup in self.lookups] or [record.embedded()]
+        weights = self.config.data.caption_weights if record.sources else {}
+        key = (self.config.seed, epoch, record.id) if self.shuffle else None
+        number = choose_caption(record.sources or ("",) * len(record.captions), weights, key)
+        caption = record.captions[number]
+        if number and not self.lookups:
+            raise Bad("no embedding in the record", "of a caption other than the first")
+        texts = [lookup(caption) for lookup in self.lookups] or [record.embedded()]
         for part, text in zip(self.config.text.parts, texts, strict=True):
             if text.shape[1] != part.dim or not 0 < len(text) <= part.max_tokens:
                 raise Bad("embedding of another shape", f"{text.shape}")
-        return captions[number], texts
+        return caption, texts
 
     def _image(self, record: Record, image: np.ndarray | None, position: int) -> np.ndarray:
         """Decodes the record unless `image` is given; applies the random crops and flips."""
@@ -232,6 +236,32 @@ def _naming(record: Record) -> Iterator[None]:
         raise Bad(bad.reason, bad.detail, bad.record_id or record.id) from bad
 
 
-def _draw_caption(seed: int, epoch: int, record_id: str, num: int) -> int:
-    digest = hashlib.sha256(repr((seed, epoch, record_id)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") % num
+def choose_caption(
+    sources: Sequence[str], weights: Mapping[str, float], key: tuple[int, int, str] | None
+) -> int:
+    """Returns the number of a caption of a record.
+
+    Draws a source by its weight among those that the record has, then one of the source's captions,
+    each as likely as the others.
+
+    Args:
+      sources: of each caption.
+      weights: by source, data.caption_weights; {} draws from all captions alike.
+      key: the seed, the epoch and the record's id; None takes the first caption that has a weight.
+
+    Raises:
+      Bad: no caption has a weight.
+    """
+    allowed = [i for i, source in enumerate(sources) if not weights or source in weights]
+    if not allowed:
+        raise Bad("no caption of data.caption_weights", f"only of {', '.join(sources)}")
+    if key is None or len(allowed) == 1:
+        return allowed[0]
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    number, place = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8))
+    if weights:
+        present = [name for name in weights if name in sources]
+        ends = np.cumsum([weights[name] for name in present])
+        drawn = present[int(np.searchsorted(ends, place / 2**64 * ends[-1], "right"))]
+        allowed = [i for i in allowed if sources[i] == drawn]
+    return allowed[number % len(allowed)]

@@ -14,6 +14,7 @@ from imagen_jax.common.errors import UserError
 VERSION = "1.0.0"
 INFO = "dataset_info.json"  # tfds writes it last, so a dataset without it does not exist
 METADATA = "metadata.json"
+FEATURES = "features.json"  # the schema, by tfds
 MANIFEST = "manifest.json"
 WORK = ".ingest"  # below a dataset's folder while ingest runs, and after an interruption
 COMMANDS = ("scenes", "emoji")  # write the datasets of their names; ingest writes all others
@@ -97,6 +98,22 @@ def dataset_info(data_dir: str, name: str, **flags: Any) -> DatasetInfo:
 def read_metadata(path: epath.Path) -> dict[str, Any]:
     """Reads the text_identity and settings stored with the records in `path`."""
     return json.loads((path / METADATA).read_text())
+
+
+def caption_sources(data_dir: str, name: str) -> dict[str, int] | None:
+    """Returns the names of a dataset's captions with their counts, {} if they have no names.
+
+    None means unknown: the dataset has names, but was not written by this version of ingest.
+    """
+    folder = find(data_dir, name)
+    if folder.name == TARS:
+        return {}
+    if (folder / MANIFEST).exists():
+        captions = json.loads((folder / MANIFEST).read_text())["captions"]
+        if "sources" in captions:
+            return captions["sources"]
+    features = folder / FEATURES
+    return None if not features.exists() or "caption_sources" in features.read_text() else {}
 
 
 def own_store(data_dir: str, name: str) -> tuple[str, ...]:

@@ -32,6 +32,8 @@ class Record(NamedTuple):
     Attributes:
       image: an encoded image, such as JPEG.
       captions: one or more.
+      sources: for each caption, the name of the column or model that it comes from; () if the
+        captions have no names.
       embedding: bfloat16 [tokens, dim] of the only caption as bytes; None if it is in a store.
     """
 
@@ -42,6 +44,7 @@ class Record(NamedTuple):
     scene: str = ""
     embedding: bytes | None = None
     tokens: int = 0
+    sources: tuple[str, ...] = ()
 
     def embedded(self) -> np.ndarray:
         """Returns the embedding, bfloat16 [tokens, dim].
@@ -209,26 +212,31 @@ def _parse(name: str, framed: bytes, size: int) -> Record | Bad:
     except DecodeError:
         return Bad("damaged record", "not a tf.train.Example", name)
 
-    def texts(key: str) -> list[str]:
-        values = fields[key].bytes_list.value if key in fields else []
-        return [value.decode(errors="surrogateescape") for value in values]
+    def values(key: str, kind: str = "bytes_list") -> Sequence:
+        return getattr(fields[key], kind).value if key in fields else ()
+
+    def texts(key: str) -> tuple[str, ...]:
+        return tuple(value.decode(errors="surrogateescape") for value in values(key))
 
     def text(key: str) -> str:
         return next(iter(texts(key)), "")
 
-    captions = texts("captions") or texts("caption")
-    if "image" not in fields or not captions:
-        return Bad("missing image or caption", "", text("id") or name)
-    embedding, tokens = None, 0
-    if "text_embeddings" in fields:
-        embedding = fields["text_embeddings"].bytes_list.value[0]
-        tokens = fields["text_tokens"].int64_list.value[0]
+    record_id = text("id") or name
+    captions, sources = texts("captions") or texts("caption"), texts("caption_sources")
+    if not values("image") or not captions:
+        return Bad("missing image or caption", "", record_id)
+    if sources and len(sources) != len(captions):
+        detail = f"{len(sources)} caption_sources for {len(captions)} captions"
+        return Bad("damaged record", detail, record_id)
+    embedding, tokens = values("text_embeddings"), values("text_tokens", "int64_list")
+    if embedding and not tokens:
+        return Bad("damaged embedding", "text_embeddings without text_tokens", record_id)
     return Record(
-        text("id") or name,
-        fields["image"].bytes_list.value[0],
-        tuple(captions),
+        record_id,
+        values("image")[0],
+        captions,
         text("category"),
         text("scene"),
-        embedding,
-        tokens,
+        *((embedding[0], tokens[0]) if embedding else (None, 0)),
+        sources=sources,
     )

@@ -4,9 +4,10 @@
     index/TAR-HASH.npy   where the image and the caption of each sample of a tar are
     index/TAR-HASH.json  its entry of tars.json; written last
 
-A sample is the files of a tar with the same name up to its first dot, one after the other: an
-image, and a caption in .txt or .json, as img2dataset writes them. The index of a tar is complete or
-absent, so any number of processes may build them, and a later run goes on with the others. Indices
+A sample is the files of a tar with the same key, which is a name up to its first dot, one after
+the other: an image, and a caption in .txt or .json, as img2dataset writes them. Its id is TAR/KEY,
+because tars of different downloads have the same keys. The index of a tar is complete or absent, so
+any number of processes may build them, and a later run goes on with the others. Indices
 are memory-mapped, and members are read by position; nothing is unpacked.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -35,6 +37,8 @@ _RANGES = [(name, "<i8", (2,)) for name in ("image", *CAPTIONS)]
 _END = 1024  # bytes of zeros that end every tar
 _LEAST, _MOST = 16, 10_000  # records held out
 
+ONCE = "A tar has each key once, and the files of a key follow each other (tar --sort=name)"
+
 
 class Tar(NamedTuple):
     """An indexed tar: its path, bytes, samples, and the files that belong to none."""
@@ -49,7 +53,7 @@ def index_tar(path: str, folder: epath.Path) -> Tar:
     """Indexes a tar unless it is, and returns what tars.json says about it.
 
     Raises:
-      UserError: it cannot be read, is compressed or cut short, or has no sample.
+      UserError: it cannot be read, is compressed or cut short, has a key twice, or has no sample.
     """
     file = _index_file(path, folder, ".npy")
     entry = file.with_suffix(".json")
@@ -98,6 +102,9 @@ class Tars(Ranges):
         self._tars = [Tar(*tar) for tar in info["tars"]]
         super().__init__([tar.samples for tar in self._tars])
         self.files, self._folder = Files(), path.parent
+        # The folder that has all tars. (os.path.commonpath would make gs://bucket gs:/bucket.)
+        shared = os.path.commonprefix([tar.path for tar in self._tars])  # noqa: RUF071
+        self._top = len(shared.rpartition("/")[0])
         self._first = info["splits"]["train"] if split == "validation" else 0
         self._num = info["splits"][split]
         self._index = functools.lru_cache(1024)(self._open_index)
@@ -133,7 +140,7 @@ class Tars(Ranges):
 
     def _read_tar(self, tar: Tar, rows: np.ndarray) -> list[Record | Bad]:
         keys = [key.decode(errors="replace") for key in rows["key"].tolist()]
-        name = epath.Path(tar.path).name
+        name = tar.path[self._top :].lstrip("/").removesuffix(".tar")
         ranges = np.stack([rows[field] for field, *_ in _RANGES], axis=1)
         present = ranges[..., 1] > 0
         start = int(ranges[..., 0][present].min())
@@ -147,7 +154,7 @@ class Tars(Ranges):
             return data[at[0] - start : at[0] - start + at[1]]
 
         return [
-            _record(f"{name}:{key}", *map(part, row)) for key, row in zip(keys, ranges, strict=True)
+            _record(f"{name}/{key}", *map(part, row)) for key, row in zip(keys, ranges, strict=True)
         ]
 
 
@@ -169,9 +176,13 @@ def _samples(path: str, size: int) -> tuple[np.ndarray, int]:
 
     Raises:
       OSError, tarfile.TarError: it cannot be read, or is cut short.
+      UserError: it has a key twice.
     """
-    keys, rows, skipped = [], [], 0
+    keys, rows, skipped, seen = [], [], 0, set()
     for key, members in _groups(path, size):
+        if key in seen:
+            raise UserError(f"{path}: the key {key!r} occurs twice. {ONCE}")
+        seen.add(key)
         image = next((members[suffix] for suffix in IMAGES if suffix in members), None)
         found = {suffix: members[suffix] for suffix in CAPTIONS if suffix in members}
         if image and found:

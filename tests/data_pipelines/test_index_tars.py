@@ -72,7 +72,7 @@ def test_samples_are_read_as_tarfile_reads_them(folder):
     records = [*train.read(0, 34), *held_out.read(0, 16)]
     assert train.files.reads == 2  # one for each tar
     assert [r.captions for r in records] == [(f"tar {i}",) for i in range(50)]
-    assert records[0].id == "a.tar:000000" and records[40].id == f"b.tar:{'x' * 120}/000040"
+    assert records[0].id == "a/000000" and records[40].id == f"b/{'x' * 120}/000040"
     with tarfile.open(folder / "b.tar") as tar:
         expected = tar.extractfile(f"{'x' * 120}/000031.jpg").read()
     assert records[31].image == expected == picture(31)
@@ -116,7 +116,7 @@ def test_a_sample_without_caption_is_bad(tmp_path):
     tars.write_tars(epath.Path(tmp_path / "laion"), [tars.index_tar(path, tmp_path / "laion")], 0)
     a, b, c = open_split(str(tmp_path), "laion", "train").read(0, 3)
     assert isinstance(a, Bad) and a.reason == "caption cannot be read"
-    assert isinstance(b, Bad) and b.reason == "no caption" and b.record_id == "a.tar:b"
+    assert isinstance(b, Bad) and b.reason == "no caption" and b.record_id == "a/b"
     assert c.captions == ("one", "two words")
 
 
@@ -138,6 +138,19 @@ def test_the_command_indexes_and_lists_bad_tars_in_one_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "train 10, validation 10" in done.stderr
     assert json.loads((tmp_path / "laion" / "tars.json").read_text())["splits"]["train"] == 10
+
+
+def test_ids_are_tar_and_key_and_a_key_comes_once_in_a_tar(tmp_path):
+    files = list(samples(0, 3))
+    (tmp_path / "more").mkdir()
+    paths = [write_tar(tmp_path / name, files) for name in ("a.tar", "more/a.tar")]
+    index = epath.Path(tmp_path / "laion")
+    tars.write_tars(index, [tars.index_tar(path, index) for path in paths], 0)
+    ids = [record.id for record in open_split(str(tmp_path), "laion", "train").read(0, 6)]
+    assert ids == [f"{tar}/{key:06d}" for tar in ("a", "more/a") for key in range(3)]
+    path = write_tar(tmp_path / "b.tar", [*files, files[0]])
+    with pytest.raises(UserError, match=r"b\.tar: the key '000000' occurs twice\. .*--sort=name"):
+        tars.index_tar(path, index)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """WebDataset tars, such as img2dataset writes: key.jpg + key.txt + key.json.
 
 A key is the part of a name before the first dot of its last component. The files of a key follow
-each other. Each image of a key becomes a record with the captions of that key. A caption comes from
-key.txt, else from key.json; --caption_columns takes it from columns of key.json.
+each other; a key that comes again later is a duplicate. Ids are TAR/KEY, because tars of different
+downloads have the same keys. Each image of a key becomes a record with the captions of that key. A
+caption comes from key.txt, else from key.json; --caption_columns takes it from columns of key.json.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ def find(paths: list[epath.Path], columns: Columns, part_size: int) -> Source:
     tars = list(items.files_below(paths[0], ".tar")) if paths[0].is_dir() else paths
     parts = []
     for tar in tars:
-        # The prefix keeps keys apart that occur in several tars.
         prefix = str(tar.relative_to(root))[: -len(tar.suffix)]
         size = tar.stat().length
         read = partial(read_tar, str(tar), prefix, columns.captions)
@@ -62,7 +62,7 @@ def read_tar(path: str, prefix: str, captions: tuple[str, ...]) -> Iterator[Item
                     yield from _items(prefix, key, files, captions)
                     key, files = stem, {}
                     if stem in seen:
-                        yield Skip(items.printable(f"{prefix}/{stem}"), "duplicate key")
+                        yield Skip(items.printable(f"{prefix}/{stem}"), items.DUPLICATE_KEY)
                     repeated = stem in seen
                     seen.add(stem)
                 if not repeated:

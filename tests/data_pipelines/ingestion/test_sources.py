@@ -65,11 +65,16 @@ def test_tars_of_img2dataset(tmp_path):
     }
 
 
-def test_a_key_that_returns_in_a_tar_is_skipped(tmp_path):
+def test_a_key_that_returns_in_a_tar_is_an_error_unless_damage_is_tolerated(tmp_path):
     files = {"a.jpg": jpeg(0), "a.txt": "first", "b.jpg": jpeg(1), "b.txt": "second"}
     write_tar(tmp_path / "x.tar", {**files, "a.png": encoded(picture(2))})
     _, taken, skipped = read(tmp_path / "x.tar")
     assert list(taken) == ["x/a", "x/b"] and skipped == {"x/a": "duplicate key"}
+    with pytest.raises(UserError, match=r"x\.tar: the key of x/a occurs twice\. .*--skip_damaged"):
+        ingest(tmp_path / "data", tmp_path / "x.tar")
+    folder = ingest(tmp_path / "data", tmp_path / "x.tar", skip_damaged=True)
+    assert {k: v["caption"] for k, v in rows(folder).items()} == {"x/a": b"first", "x/b": b"second"}
+    assert report(folder)["skipped"] == [{"name": "x/a", "reason": "duplicate key", "detail": ""}]
 
 
 def test_braces_and_stars_name_tars(tmp_path):

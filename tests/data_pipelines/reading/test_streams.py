@@ -98,6 +98,8 @@ def test_bad_records_are_replaced_counted_and_listed(tmp_path, data_dir):
     records[3]["image"] = records[3]["image"][:100]
     records[20]["image"] = b"text"
     records[21] = record(0, "a", image=record(0)["image"], text_tokens=0, id=b"a21")
+    del records[22]["text_tokens"]
+    records[23]["image"] = []
     del records[30]["image"]
     write(tmp_path, "first", records)
     config, whole = read(tmp_path, max_bad_share=0.5), read(data_dir)
@@ -105,13 +107,17 @@ def test_bad_records_are_replaced_counted_and_listed(tmp_path, data_dir):
     batches = take(reader.train_batches(0), 4)
     expected = take(Reader(whole).train_batches(0), 4)
     names = np.array(ids(whole, 0, 48)).reshape(4, 12)
-    bad = {"a3", "a20", "a21", "a30"}
+    bad = {"a3", "a20", "a21", "a22", "a23", "a30"}
     for batch, good, row in zip(batches, expected, names, strict=True):
         for i, name in enumerate(row):
             equal = np.array_equal(batch["image"][i], good["image"][i])
             assert equal == (name not in bad), name
     counts, entries = reader.take_bad_records()
     assert {"image cannot be decoded", "missing image or caption"} <= set(counts)
+    details = {e["id"]: f"{e['reason']}: {e['detail']}" for e in entries}
+    assert details.get("a22", "damaged embedding: text_embeddings without text_tokens") == (
+        "damaged embedding: text_embeddings without text_tokens"
+    )
     assert bad & set(names.ravel()) <= {e["id"] for e in entries} <= bad
     assert all(e["task"] == "first" and e["reason"] for e in entries)
     # The same on several hosts and after a resumption.
@@ -167,6 +173,78 @@ def test_one_of_several_captions_is_drawn_an_epoch(tmp_path):
     assert [row["caption"] for row in first] == ["0 one", "1 one", "2 one"]
 
 
+NAMED = ["caption", "caption", "rewritten"]
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """16 images with two original captions and, except the last, a rewritten one; and a store."""
+    path, records, captions = tmp_path_factory.mktemp("named"), [], []
+    for i in range(16):
+        words = [f"{i} old", f"{i} older", f"{i} new"][: 2 if i == 15 else 3]
+        sources = [name.encode() for name in NAMED[: len(words)]]
+        records.append(record(i, captions=words, embedded=False, caption_sources=sources))
+        captions += words
+    write(path, "first", records, embedded=False)
+    return path, write_store(path / "store", captions)
+
+
+def test_captions_are_drawn_by_the_weights_of_their_names(named):
+    path, store = named
+    config = read(path, embeddings=store, caption_weights={"caption": 0.3, "rewritten": 0.7})
+    epochs = 200
+    examples = Reader(config).training_examples(0, 16 * epochs)
+    several = [e.caption.split()[1] for e in examples if e.record.id != "r15"]
+    num = len(several)
+    # A share lies within 5 standard deviations of its probability, but once in a million tests.
+    for word, p in (("new", 0.7), ("old", 0.15), ("older", 0.15)):
+        assert abs(several.count(word) / num - p) < 5 * (p * (1 - p) / num) ** 0.5
+    # One record's draws are independent of one another, and of another record's.
+    draws = {
+        n: [e.caption.split()[1] == "new" for e in examples if e.record.id == n]
+        for n in ("r0", "r1")
+    }
+    deviation = (0.7 * 0.3 / epochs) ** 0.5
+    assert all(abs(np.mean(drawn) - 0.7) < 5 * deviation for drawn in draws.values())
+    both = np.mean(np.logical_and(*draws.values()))
+    assert abs(both - 0.49) < 5 * (0.49 * 0.51 / epochs) ** 0.5
+    # An image without a rewritten caption has only original ones.
+    assert {e.caption for e in examples if e.record.id == "r15"} == {"15 old", "15 older"}
+    again = Reader(config).training_examples(1000, 60)
+    assert [e.caption for e in again] == [e.caption for e in examples[1000:1060]]
+    for e in again[:20]:  # the embedding is the drawn caption's
+        np.testing.assert_array_equal(e.texts[0], FakeEncoder().encode([e.caption])[0])
+
+
+def test_names_without_a_weight_are_never_drawn(named):
+    path, store = named
+    only = read(path, embeddings=store, max_bad_share=0.5, caption_weights={"rewritten": 1.0})
+    reader = Reader(only)
+    captions = {e.caption.split()[1] for e in reader.training_examples(0, 64)}
+    assert captions == {"new"}
+    assert reader.examples("validation", 2)[1]["caption"] == "1 new"
+    counts, entries = reader.take_bad_records()
+    assert set(counts) == {"no caption of data.caption_weights"}
+    assert {e["id"] for e in entries} == {"r15"}
+
+
+def test_unknown_names_of_captions_are_refused(named, data_dir):
+    path, store = named
+    features = path / "first/1.0.0/features.json"
+    weights = {"caption": 0.5, "rewriten": 0.5}
+    config = read(path, embeddings=store, caption_weights=weights)
+    features.write_text("{}")
+    with pytest.raises(UserError, match=r"caption_weights has 'caption'; .* have no names; recapt"):
+        Reader(config)
+    manifest = features.with_name("manifest.json")
+    manifest.write_text(json.dumps({"captions": {"sources": {"caption": 2, "rewritten": 1}}}))
+    words = r"has 'rewriten'; the captions of data\.task=first in .* are named: caption, rewritten"
+    with pytest.raises(UserError, match=words):
+        Reader(config)
+    manifest.unlink()
+    features.unlink()
+
+
 def test_random_crops_and_flips_are_part_of_the_example(data_dir):
     plain = read(data_dir)
     flipped = read(data_dir, flip=True)
@@ -192,6 +270,7 @@ def test_random_crops_and_flips_are_part_of_the_example(data_dir):
         ({"mixture": {"first": 1}}, r"data\.mixture is .*allowed: names with data.task='mixture'"),
         ({"task": "mixture"}, r"data\.mixture is \{\}; allowed: names with"),
         ({"task": "mixture", "mixture": {"first": 0}}, r"weights above 0"),
+        ({"caption_weights": {"caption": 0}}, r"caption_weights is .* names of captions with weig"),
         ({"crop": "corner"}, r"data\.crop is 'corner'; allowed: center, random"),
         ({"min_crop_scale": 0.5}, r"data\.min_crop_scale is 0\.5; allowed: 1 with data\.crop="),
         ({"crop": "random", "min_crop_scale": 0.0}, r"min_crop_scale is 0\.0; allowed: above 0"),
