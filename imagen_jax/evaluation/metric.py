@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +20,12 @@ class Metric(NamedTuple):
       note: one sentence that explains a cell.
       measure: (images uint8 [N, H, W, 3], their N examples) -> Table.
       cell: shows a Row as text.
+      protocol: what a figure depends on beyond the samples, as JSON values. It is complete once
+        `measure` has run.
     """
 
     title: str
     note: str
     measure: Callable[[Sequence[np.ndarray], Sequence[Example]], Table]
     cell: Callable[[Row], str]
+    protocol: Mapping[str, Any] = {}
