@@ -32,8 +32,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 # Some platforms have no PyTorch build. There the parity tests are skipped, so ignore the error.
+# torch-fidelity is installed without torchvision: its networks for FID do not use it, and PyPI's
+# breaks transformers where PyTorch has no CUDA.
 $(VENV)/.installed-parity: $(VENV)/.installed-test
-	-$(PIP) --editable '.[parity]'
+	-$(PIP) --editable '.[parity,metrics]'
+	-$(PIP) --no-deps torch-fidelity efficientnet-lite-pytorch
 	@touch $@
 
 demo: setup

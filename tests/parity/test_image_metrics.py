@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from functools import partial
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from PIL import Image
 
-from imagen_jax.evaluation import distances, scores
+from imagen_jax.evaluation import distances, image_metrics, scores
 from imagen_jax.evaluation.features import Extractor
 from imagen_jax.evaluation.networks import clip, dinov2, inception, table
 from imagen_jax.text.clip import ClipConfig
@@ -102,6 +105,65 @@ def test_clip_matches_transformers(tmp_path):
     sizes = dataclasses.replace(blocks, vocab_size=100, max_position_embeddings=16)
     found = run(clip.open_text_tower(path, sizes, 24), ids, mask)
     assert_close(found, out.text_embeds.numpy())
+
+
+def test_clip_score_matches_transformers_from_pixels_and_words_on(tmp_path, monkeypatch):
+    """With transformers' preprocessing, a caption that is too long, and a negative cosine."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    words = ["<|startoftext|>", *(f"word{i}" for i in range(90)), "<|endoftext|>"]
+    text = {**SIZES, "vocab_size": 92, "bos_token_id": 0, "eos_token_id": 91}
+    vision = {**SIZES, "image_size": 28, "patch_size": 14}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)
+    model = randomize(transformers.CLIPModel(config))
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path / "tokenizer.json", words)
+    captions = [
+        "word3 word1",
+        " ".join(f"word{i % 90}" for i in range(200)),
+        "word7",
+        "word3 word1",
+    ]
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
+    pixels = [np.asarray(Image.fromarray(i).resize((28, 28), Image.BICUBIC)) / 255 for i in images]
+    pixels = (np.stack(pixels) - OPENAI_CLIP_MEAN) / OPENAI_CLIP_STD
+    expected = []
+    for image, caption in zip(pixels, captions, strict=True):
+        ids = [0, *(words.index(w) for w in caption.split()[:75]), 91]
+        with torch.no_grad():
+            out = model(
+                pixel_values=torch.tensor(image[None], dtype=torch.float32).permute(0, 3, 1, 2),
+                input_ids=torch.tensor([ids]),
+            )
+        expected.append(float((out.image_embeds * out.text_embeds).sum()))
+    assert min(expected) < 0 < max(expected)
+
+    blocks = ClipConfig(*SIZES.values(), vocab_size=92)
+    image_tower = partial(clip.open_image_tower, config=clip.ImageConfig(blocks, 28, 14, 4))
+    monkeypatch.setattr(
+        clip, "open_text_tower", partial(clip.open_text_tower, config=blocks, dim=4)
+    )
+    network = dataclasses.replace(
+        table.CLIP, open=image_tower, files={"model.safetensors": ""}, size=28
+    )
+    spec = dataclasses.replace(image_metrics._SPECS["clip_score"], network=network)
+    monkeypatch.setitem(image_metrics._SPECS, "clip_score", spec)
+    metric = image_metrics.metrics(["clip_score"], tmp_path)["clip_score"]
+    row = metric.measure(images, [{"caption": c} for c in captions])["all"]
+    assert row["value"] == pytest.approx(100 * np.maximum(expected, 0).mean(), rel=1e-4)
+
+
+def save_tokenizer(path, words):
+    """Writes a tokenizer.json of whole words, whose first and last are start and end."""
+    vocab = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token=words[-1]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    ends = [(word, vocab[word]) for word in (words[0], words[-1])]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{words[0]} $A {words[-1]}", special_tokens=ends
+    )
+    tokenizer.save(str(path))
 
 
 @pytest.mark.parametrize("side", [70, 42])

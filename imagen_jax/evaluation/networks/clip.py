@@ -84,9 +84,9 @@ class ImageTower(nnx.Module):
         cls_b1d = jnp.broadcast_to(self.cls[...], (len(h_btd), 1, h_btd.shape[-1]))
         h_btd = jnp.concatenate([cls_b1d, h_btd], axis=1)
         h_btd = self.norm_in(h_btd + self.positions.embedding[...][None])
-        everything = jnp.zeros((1, 1, 1, 1))
+        no_bias = jnp.zeros((1, 1, 1, 1))  # every token sees every other
         for block in self.blocks:
-            h_btd = block(h_btd, everything)
+            h_btd = block(h_btd, no_bias)
         return _unit(self.projection(self.norm_out(h_btd[:, 0])))
 
 

@@ -16,7 +16,6 @@ from imagen_jax.text.families import namer
 from imagen_jax.text.layers import FeedForward, SelfAttention, layer_norm
 
 EPSILON = 1e-6
-EVERYTHING = 0.0  # attention bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,8 @@ class Block(nnx.Module):
         self.scale2 = nnx.Param(jnp.ones(dim))
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
-        attended = self.attention(self.norm1(x_btd), jnp.full((1, 1, 1, 1), EVERYTHING))
+        no_bias = jnp.zeros((1, 1, 1, 1))  # every token sees every other
+        attended = self.attention(self.norm1(x_btd), no_bias)
         x_btd = x_btd + attended * self.scale1[...][None, None]
         return x_btd + self.mlp(self.norm2(x_btd)) * self.scale2[...][None, None]
 
