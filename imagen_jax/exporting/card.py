@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import read_json
+from imagen_jax.config import Config
 from imagen_jax.exporting import usage
 from imagen_jax.pipeline.cascade import TrainedStage
 from imagen_jax.runs import workdir as runs
@@ -29,9 +30,10 @@ class Data(NamedTuple):
 
 
 class Card(NamedTuple):
-    """What the card of a stage states; `record` is the content of export.json."""
+    """What the card of a stage states; `config` and `record` are the exported config and record."""
 
     stage: TrainedStage
+    config: Config
     record: dict[str, Any]
     license: str
     data: Data
@@ -40,7 +42,6 @@ class Card(NamedTuple):
 def of_stage(card: Card) -> str:
     """Returns the model card of a stage, in Markdown."""
     stage = card.stage
-    config = stage.stage.config
     parts = [_front_matter(card.license), f"# {card.record['source']}", "", _summary(stage), ""]
     parts += ["## Use", "", usage.of_stage(card.record["format"], stage), ""]
     parts += ["## Model", "", *_table(("", ""), _model(card)), ""]
@@ -48,18 +49,11 @@ def of_stage(card: Card) -> str:
     parts += ["## Results", "", *(_results(stage) or [NO_RESULTS]), ""]
     parts += ["## Limits", "", *(f"- {limit}" for limit in _limits(card)), ""]
     parts += ["## Configuration", "", f"`{runs.CONFIG}` has every key. Sampling defaults:", ""]
-    sampling = config.sampling
-    parts += _table(
-        ("sampler", "steps", "guidance", "threshold"),
-        [
-            (
-                sampling.name,
-                str(sampling.num_steps),
-                f"{sampling.guidance_weight:g}",
-                sampling.threshold,
-            )
-        ],
-    )
+    sampling = card.config.sampling
+    header = ("sampler", "steps", "guidance", "threshold")
+    guidance = f"{sampling.guidance_weight:g}"
+    row = (sampling.name, str(sampling.num_steps), guidance, sampling.threshold)
+    parts += _table(header, [row])
     return "\n".join(parts) + "\n"
 
 
@@ -93,7 +87,7 @@ def _summary(stage: TrainedStage) -> str:
 
 
 def _model(card: Card) -> list[tuple[str, str]]:
-    record, config = card.record, card.stage.stage.config
+    record, config = card.record, card.config
     network, text = config.model.get("name", "unet"), config.text
     seen = record["step"] * config.batch_size
     encoders = ", ".join(f"{p.encoder} (up to {p.max_tokens} tokens)" for p in text.parts)
@@ -111,7 +105,7 @@ def _model(card: Card) -> list[tuple[str, str]]:
 
 
 def _limits(card: Card) -> list[str]:
-    config, step = card.stage.stage.config, card.record["step"]
+    config, step = card.config, card.record["step"]
     limits = [
         "It draws only what its data show; prompts about anything else give arbitrary images.",
         "Nothing filters prompts or images, and images carry no watermark.",

@@ -10,13 +10,14 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.files import write_json, write_text
 from imagen_jax.common.version import code_version
 from imagen_jax.config import Config
+from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.exporting import card
 from imagen_jax.pipeline.cascade import TrainedStage
 from imagen_jax.runs import exported
 from imagen_jax.runs import workdir as runs
 
-# Writes the files of a format, apart from those that all formats have: (folder, stage).
-Writer = Callable[[Path, TrainedStage], None]
+# Writes the files of a format, apart from those that all formats have.
+Writer = Callable[[Path, TrainedStage, SamplerConfig], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Export:
 
     Attributes:
       stages: the stages, in order.
+      samplers: the sampler of each; its settings become the defaults in the config.
       format: name of the format, for the record.
       write: writes its files.
       dtype: type of the weights in the files.
@@ -34,6 +36,7 @@ class Export:
     """
 
     stages: Sequence[TrainedStage]
+    samplers: Sequence[SamplerConfig]
     format: str
     write: Writer
     dtype: str
@@ -45,13 +48,13 @@ class Export:
 def write(folder: Path, export: Export) -> None:
     """Fills an empty folder with an export, and a card for each stage and for the cascade."""
     if len(export.stages) == 1:
-        _write_stage(folder, export, export.stages[0])
+        _write_stage(folder, export, 0)
         return
     names = [f"{i}_{stage.size}" for i, stage in enumerate(export.stages, start=1)]
     cards = []
-    for name, stage in zip(names, export.stages, strict=True):
+    for i, name in enumerate(names):
         (folder / name).mkdir()
-        cards.append(_write_stage(folder / name, export, stage))
+        cards.append(_write_stage(folder / name, export, i))
     write_json(folder / runs.CASCADE, {"stages": names})
     write_text(folder / runs.CARD, card.of_cascade(names, cards))
 
@@ -67,10 +70,12 @@ def average_of(stage: TrainedStage, raw: bool) -> str:
     return f"EMA, decay {stage.stage.config.ema_decay:g}"
 
 
-def _write_stage(folder: Path, export: Export, stage: TrainedStage) -> card.Card:
+def _write_stage(folder: Path, export: Export, index: int) -> card.Card:
+    stage, sampler = export.stages[index], export.samplers[index]
+    config = dataclasses.replace(stage.stage.config, sampling=sampler)
     log.info("%s: writing %s", stage.name, export.format)
-    export.write(folder, stage)
-    runs.write_config(folder, stage.stage.config)
+    export.write(folder, stage, sampler)
+    runs.write_config(folder, config)
     fields = {
         "format": export.format,
         "source": stage.exported.get("source", Path(stage.name).absolute().name),
@@ -81,7 +86,6 @@ def _write_stage(folder: Path, export: Export, stage: TrainedStage) -> card.Card
         "code": code_version(),
     }
     record = exported.write_record(folder, fields)
-    config = stage.stage.config
-    described = card.Card(stage, record, export.license, export.describe_data(config))
+    described = card.Card(stage, config, record, export.license, export.describe_data(config))
     write_text(folder / runs.CARD, card.of_stage(described))
     return described

@@ -3,7 +3,7 @@
 Its folder has the config of the run (CONFIG), the weights (TENSORS), a model card (CARD) and
 EXPORT, which says what the weights are:
 
-    format     "safetensors"; other formats have the same record, but cannot be loaded as a run
+    format     "safetensors", "orbax", "stablehlo" or "onnx"
     version    of this layout
     source     name of the run
     step       checkpoint step
@@ -11,7 +11,7 @@ EXPORT, which says what the weights are:
     dtype      type of the stored weights
     parameters number of parameters
     code       version of the code that exported them
-    sha256     hash of TENSORS
+    sha256     hash of TENSORS; without it, the folder cannot be loaded in place of a run
     files      hash of every file that the export is made of
 
 A tensor is named after its path in the network: "blocks.0.attention.q.kernel". Kernels are stored
@@ -27,15 +27,16 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import safetensors.numpy
 from etils import epath
 
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
 from imagen_jax.common.files import first_line, read_json, sha256, write_json
 from imagen_jax.formats.tensors import FileTensor, read_safetensors
-from imagen_jax.runs.workdir import CARD, CONFIG, EXPORT, TENSORS
+from imagen_jax.runs.workdir import CARD, CONFIG, EXPORT, PARAMS, TENSORS
 
-FORMAT, VERSION = "safetensors", 1
+VERSION = 1
 
 
 def is_exported(workdir: epath.PathLike) -> bool:
@@ -62,6 +63,15 @@ def write_tensors(folder: Path, params: Any, dtype: str) -> None:
         safetensors.numpy.save_file(tensors, folder / TENSORS, {"format": "np"})
     except safetensors.SafetensorError as e:  # such as a full disk
         raise RunError(WORKDIR_FAILED, f"{TENSORS} was not written: {first_line(e)}") from e
+    (folder / TENSORS).chmod(0o644)  # the library lets nobody else read it
+
+
+def write_orbax(folder: Path, params: Any, dtype: str) -> None:
+    """Writes PARAMS, an Orbax checkpoint of the weights alone, rounded to `dtype`."""
+    # NumPy arrays carry no sharding, so any number of devices can restore them.
+    arrays = jax.tree.map(lambda x: np.asarray(x).astype(np.dtype(dtype)), params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / PARAMS, arrays)
 
 
 def write_record(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,15 +97,15 @@ def read(workdir: epath.PathLike) -> dict[str, Any]:
     """
     path = Path(workdir) / EXPORT
     record = read_json(path)
-    kind, version = record.get("format"), record.get("version")
-    if kind != FORMAT:
+    if record.get("version") != VERSION:
+        found = record.get("version")
+        raise UserError(f"{path}: version is {found!r}; this code reads {VERSION}")
+    if "sha256" not in record:
         raise UserError(
-            f"--workdir={os.fspath(workdir)} is exported as {kind!r}, which other programs load; "
-            f"export it again with --format={FORMAT}"
+            f"--workdir={os.fspath(workdir)} is exported as {record.get('format')!r}, which other "
+            "programs load; export it again with --format=safetensors"
         )
-    if version != VERSION:
-        raise UserError(f"{path}: version is {version!r}; this code reads {VERSION}")
-    for key, kind in (("step", int), ("sha256", str), ("files", dict)):
+    for key, kind in (("step", int), ("sha256", str), ("average", str)):
         if not isinstance(record.get(key), kind):
             raise UserError(f"{path}: {key} is {record.get(key)!r}; expected {kind.__name__}")
     return record

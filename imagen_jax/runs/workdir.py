@@ -51,6 +51,7 @@ REPORT = "report.html"  # the evaluation on one page
 # Names inside an exported model, whose config is named as that of a run; see exported.py.
 EXPORT = "export.json"  # what the weights are
 TENSORS = "model.safetensors"  # the weights
+PARAMS = "params"  # the weights in the format orbax
 CARD = "README.md"  # the model card
 CASCADE = "cascade.json"  # names the folders of the stages of an exported cascade
 

@@ -164,7 +164,6 @@ def test_what_only_a_run_has_is_refused(model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format": "orbax"}, "is exported as 'orbax', which other programs load"),
         ({"version": 2}, "version is 2; this code reads 1"),
         ({"step": "5"}, "step is '5'; expected int"),
         ({"sha256": None}, "sha256 is None; expected str"),
