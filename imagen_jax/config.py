@@ -25,6 +25,7 @@ from imagen_jax.sections import (
     DataConfig,
     DiffusionConfig,
     GuardConfig,
+    InitConfig,
     TextConfig,
 )
 
@@ -44,7 +45,7 @@ class Config:
       seed: seed of the weights, the order of the data and all noise.
       num_steps: steps of the whole run.
       batch_size: examples per step, over all devices.
-      data, text, diffusion, optimizer, sampling, mesh, checkpoint, ema, guard: the sections.
+      data, text, diffusion, optimizer, sampling, mesh, init, checkpoint, ema, guard: the sections.
       model: the network's keys, untyped; see `unet`.
       microbatches: number of equal microbatches in a batch; their gradients are averaged. 0 chooses
         the fewest that device_batch and a device's memory allow.
@@ -79,6 +80,7 @@ class Config:
     optimizer: optim.OptimizerConfig = optim.OptimizerConfig()
     sampling: SamplerConfig = SamplerConfig()
     mesh: sharding.MeshConfig = sharding.MeshConfig()
+    init: InitConfig = InitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ema: EmaConfig = EmaConfig()
     guard: GuardConfig = GuardConfig()

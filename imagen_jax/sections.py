@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from imagen_jax.common.typed_config import require
 from imagen_jax.diffusion import process
@@ -11,6 +12,7 @@ from imagen_jax.diffusion.loss import TimeSampling, check_weighting
 from imagen_jax.models.denoiser import POOLING, SEQUENCE
 
 CROPS = ("center", "random")
+INIT_WEIGHTS = ("ema", "raw")
 
 
 def _are_weights(values: dict) -> bool:
@@ -195,6 +197,45 @@ class DataConfig:
         require(window >= 0 and window % 16 == 0, "data.shuffle_window", window, allowed)
         whole = self.crop == "center" or not self.in_memory
         require(whole, "data.in_memory", self.in_memory, "false with data.crop='random'")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Config section `init`: the run whose weights this one starts from (a warm start).
+
+    It counts only as long as this run has no checkpoint. An array is loaded if its name and shape
+    are those of an array here; see runs.warm_start.
+
+    Attributes:
+      workdir: the workdir of that run, followed by ":STEP" for a checkpoint other than the newest;
+        "" starts from random weights.
+      weights: "ema", or "raw" for the weights without averaging.
+      only: regular expression; only arrays whose names contain a match are loaded, such as
+        "^conditioner" or "^(down|middle|up)". "" loads all.
+    """
+
+    workdir: str = ""
+    weights: str = "ema"
+    only: str = ""
+
+    def __post_init__(self):
+        allowed = ", ".join(INIT_WEIGHTS)
+        require(self.weights in INIT_WEIGHTS, "init.weights", self.weights, allowed)
+        require(bool(self.workdir) or not self.only, "init.only", self.only, "'' without workdir")
+        try:
+            re.compile(self.only)
+            valid = True
+        except (re.error, RecursionError, OverflowError):
+            valid = False
+        require(valid, "init.only", self.only, "a regular expression, such as '^conditioner'")
+
+    @property
+    def source(self) -> tuple[str, int | None]:
+        """The workdir, and the step or None for the newest."""
+        workdir, _, step = self.workdir.rpartition(":")
+        if workdir and re.fullmatch(r"\d{1,12}", step, re.ASCII):
+            return workdir, int(step)
+        return self.workdir, None
 
 
 @dataclasses.dataclass(frozen=True)

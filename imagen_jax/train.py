@@ -93,6 +93,10 @@ def main(argv: Sequence[str]) -> None:
         allowed = f"1 to {config.num_steps} (config.num_steps)"
         raise UserError(f"--replay_step is {FLAGS.replay_step}; allowed: {allowed}")
     check_folder(workdir, "workdir")
+    if config.init.workdir:
+        from imagen_jax.runs.warm_start import check_source
+
+        check_source(config.init, workdir)
     check_data(config)
     if not FLAGS.workdir:
         cli.log.info("workdir: %s (--workdir chooses another)", workdir)

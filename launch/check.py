@@ -10,7 +10,7 @@ create.sh, start.sh and keep.sh run this first. It checks:
 - the flags of imagen_jax.train, after --, are known and their numbers are in range;
 - every key of the config, which must be a file that setup.sh copies to the workers;
 - config.mesh.topology, if set, is the slice of --type;
-- workdir, data.dir and data.embeddings are paths that all workers can share;
+- workdir, data.dir, data.embeddings and init.workdir are paths that all workers can share;
 - the dataset fits the config, if data.dir exists on this machine too.
 
 It cannot check that Cloud offers the type in the zone, or what the workers mount.
@@ -114,6 +114,8 @@ def check_run(train_args: Sequence[str], topology: topologies.Topology | None, i
     check_shared("config.data.dir", config.data.dir, image)
     for store in config.stores:
         check_shared("config.data.embeddings", store, image)
+    if config.init.workdir:
+        check_shared("config.init.workdir", config.init.workdir, image)
     opened = check_dataset(config)
     where = f" on {describe(topology)}" if topology else ""
     mounts = f"workers must mount {values.workdir}, {config.data.dir}"

@@ -21,7 +21,7 @@ RECIPES = {
     "imagen_jax/models/convnet.py",
     "imagen_jax/evaluation/brightness.py",
 }
-SECTIONS = "data|text|model|mesh|optimizer|diffusion|sampling|checkpoint|ema|guard"
+SECTIONS = "data|text|model|mesh|optimizer|diffusion|sampling|init|checkpoint|ema|guard"
 
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

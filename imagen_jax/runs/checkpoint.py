@@ -223,9 +223,19 @@ class Checkpoints:
         step = self.existing_step(step)
         self._check_identity(step, identity)
         name = "params" if raw else "ema"
-        restored = self._read(step, state=_restore_args({name: abstract_ema}))["state"]
+        return self.restore_part(step, {name: abstract_ema})[name]
+
+    def restore_part(self, step: int, target: Any) -> Any:
+        """Restores the arrays of the state that are in `target`, a tree of ShapeDtypeStructs."""
+        restored = self._read(step, state=_restore_args(target))["state"]
         self._check_complete(step, restored)
-        return restored[name]
+        return restored
+
+    def saved_shapes(self, step: int) -> Any:
+        """Returns the tree of the saved state; its leaves have the attribute `shape`."""
+        return (
+            ocp.PyTreeCheckpointHandler().metadata(self.directory / f"step_{step}" / "state").tree
+        )
 
     def wait(self) -> None:
         """Blocks until the save in progress is complete.

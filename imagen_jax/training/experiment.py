@@ -34,6 +34,7 @@ class Experiment:
       compiler_options: XLA's options for the step on the devices' platform.
       abstract_state: TrainState of ShapeDtypeStructs with shardings.
       init: () -> TrainState, sharded from the start, so that no device ever holds all of it.
+      start_from: params -> TrainState at step 0 with these weights.
       step: jitted (state, batch) -> (state, metrics); donates the state.
     """
 
@@ -75,6 +76,7 @@ class Experiment:
             out_shardings=shardings,
             compiler_options=quick,
         )
+        self.start_from: Callable[[Any], TrainState] = jax.jit(new_state, out_shardings=shardings)
         self.compiler_options = OPTIONS.get(devices[0].platform, {})
         self.step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]] = jax.jit(
             functools.partial(

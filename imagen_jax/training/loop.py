@@ -13,6 +13,7 @@ import jax
 from imagen_jax.common.cli import log
 from imagen_jax.common.files import make_folder
 from imagen_jax.devices.compilation import compile_ahead
+from imagen_jax.runs import warm_start
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.posthoc import open_snapshots
 from imagen_jax.runs.state import recording
@@ -125,15 +126,24 @@ def start_or_resume(
     """Returns the state and the data position to start from. The first that exists wins:
 
     1. the newest checkpoint of this workdir that is not damaged, and its data position;
-    2. initialized weights and the first example.
+    2. the weights of config.init, and the first example;
+    3. random weights, and the first example.
     """
     step = checkpoints.newest_whole()
     if step is None:
-        return experiment.init(), {"examples": 0}
+        return initial_state(experiment), {"examples": 0}
     identity = experiment.config.identity
     state, position = checkpoints.restore(experiment.abstract_state, identity, step)
     log.info("resuming from step %d in %s", int(state.step), checkpoints.directory)
     return state, position
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """Returns the state at step 0, with the weights of config.init as far as they fit."""
+    state = experiment.init()
+    if not experiment.config.init.workdir:
+        return state
+    return experiment.start_from(warm_start.load(experiment.config, state.params))
 
 
 def go_back(
@@ -178,7 +188,7 @@ def replay(experiment: Experiment, reader: Reader, workdir: Path, step: int) -> 
             wanted = (experiment.abstract_state, experiment.config.identity, before[-1])
             state, position = checkpoints.restore(*wanted)
         else:
-            state, position = experiment.init(), {"examples": 0}
+            state, position = initial_state(experiment), {"examples": 0}
     start = int(state.step)
     log.info("repeating steps %d to %d", start + 1, step)
     batches = reader.train_batches(position["examples"], *experiment.batch_share)
