@@ -40,7 +40,9 @@ CPU_SHARE = 0.8
 def define_flags() -> None:
     """Defines the flags; a function, so that importing this module defines none."""
     cli.define_config_flags(
-        None, "Config file, for example configs/demo.py or configs/base64.py:tiny."
+        None,
+        "Config file, for example configs/demo.py or configs/base64.py:tiny, or the config.json of "
+        "a run.",
     )
     flags.DEFINE_string(
         "workdir",

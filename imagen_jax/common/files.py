@@ -157,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_bytes())
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(fields, dict):
         raise UserError(f"{path}: holds a {type(fields).__name__}; it must be a JSON object")

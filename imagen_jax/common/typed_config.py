@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import read_json
 
 T = TypeVar("T")
 # The largest whole number of a config: a seed has 32 bits.
@@ -26,11 +27,12 @@ TOPOLOGY = re.compile(r"v\d\w*-\d+|cpu|gpu")
 
 
 def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Calls `get_config` of a config file and applies overrides; returns nested dicts.
+    """Returns the values of a config file, with overrides, as nested dicts.
 
     Args:
-      file: a path; then, after a colon, an argument of get_config, a TPU slice for mesh.topology,
-        or both: "configs/base64.py:tiny", "configs/base64.py:1b,v4-128".
+      file: the path of a Python file, which is run and whose `get_config` is called, or of the
+        config.json of a run. Then, after a colon, an argument of get_config, a TPU slice for
+        mesh.topology, or both: "configs/base64.py:tiny", "configs/base64.py:1b,v4-128".
       overrides: strings such as "model.embed_dim=64"; a value that is not a Python literal is a
         string.
 
@@ -41,17 +43,14 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     path, _, words = file.partition(":")
     topology = [w for w in words.split(",") if TOPOLOGY.fullmatch(w)]
     argument = ",".join(w for w in words.split(",") if w not in topology)
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"--config is {file!r}; no such config file (for example configs/demo.py)")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if argument and not inspect.signature(module.get_config).parameters:
+    if not path.endswith((".py", ".json")) or not Path(path).is_file():
+        raise UserError(
+            f"--config is {file!r}; no such config file (for example configs/demo.py, or the "
+            "config.json of a run)"
+        )
+    values = _python_values(file, path, argument) if path.endswith(".py") else read_json(Path(path))
+    if argument and path.endswith(".json"):
         raise UserError(f"--config is {file!r}: argument {argument!r}; allowed: none")
-    try:
-        values = (module.get_config(argument) if argument else module.get_config()).to_dict()
-    except ValueError as e:
-        raise UserError(f"--config is {file!r}: {e}") from e
     for override in (*(f"mesh.topology={t}" for t in topology), *overrides):
         key, equals, text = override.partition("=")
         if not equals:
@@ -66,17 +65,32 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     return values
 
 
+def _python_values(file: str, path: str, argument: str) -> dict[str, Any]:
+    """Runs a config file and calls its get_config."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise UserError(f"--config is {file!r}: argument {argument!r}; allowed: none")
+    try:
+        return (module.get_config(argument) if argument else module.get_config()).to_dict()
+    except ValueError as e:
+        raise UserError(f"--config is {file!r}: {e}") from e
+
+
 def run_name(spec: str) -> str:
     """Returns the name of a run of a config, safe as a folder name.
 
     "configs/base64.py:1b,v4-128" gives "base64_1b_v4-128". Every character other than an ASCII
-    letter, a digit, ".", "_" or "-" becomes "_".
+    letter, a digit, ".", "_" or "-" becomes "_". "runs/demo/config.json" gives "demo".
 
     Args:
       spec: the argument `file` of `load`.
     """
     path, _, words = spec.partition(":")
-    name = "_".join([Path(path).stem, *(word for word in words.split(",") if word)])
+    of_run = Path(path).name == "config.json"
+    stem = Path(path).absolute().parent.name if of_run else Path(path).stem
+    name = "_".join([stem, *(word for word in words.split(",") if word)])
     return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
 
 

@@ -1,6 +1,7 @@
 """Config sections become typed fields; a value that does not fit is an error naming the key."""
 
 import dataclasses
+import json
 
 import pytest
 from conftest import ROOT
@@ -80,6 +81,7 @@ def test_an_override_of_the_topology_wins():
         ("configs/base64.py:1b,v4-128", "base64_1b_v4-128"),
         ("/a/b/base64.py:1b,v4-128", "base64_1b_v4-128"),
         ("/a b/my config.py:x/../y,", "my_config_x_.._y"),
+        ("runs/demo/config.json", "demo"),
     ],
 )
 def test_a_run_is_named_after_its_config(spec, name):
@@ -88,3 +90,18 @@ def test_a_run_is_named_after_its_config(spec, name):
 
 def test_nested_keys_are_dotted():
     assert keys({"a": 1, "b": {"c": 2, "d": {"e": 3}}}) == ["a", "b.c", "b.d.e"]
+
+
+def test_the_config_json_of_a_run_is_a_config_file(tmp_path):
+    config = parse(load(str(ROOT / "configs/base64.py:tiny")))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    assert parse(load(str(path))).identity == config.identity
+    changed = parse(load(f"{path}:v4-8", ["seed=7"]))
+    assert (changed.seed, changed.mesh.topology) == (7, "v4-8")
+    with pytest.raises(UserError, match=r"argument 'tiny'; allowed: none"):
+        load(f"{path}:tiny")
+    for text in ("", "[1]", '{"a": ', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"config\.json: (not valid JSON|holds a list)"):
+            load(str(path))
