@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -175,49 +176,81 @@ def stopping_at_once() -> Iterator[None]:
     native = ctypes.CDLL(None).signal
     native.argtypes, native.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     before = native(signal.SIGTERM, None)
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
-        yield
+        with _ending_from_a_thread():
+            yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         native(signal.SIGTERM, before)
 
 
-def _end(number, frame):
-    os.write(2, b"stopped before training began; the same command starts again\n")
-    os._exit(STOPPED)
+@contextlib.contextmanager
+def _ending_from_a_thread() -> Iterator[None]:
+    """Ends this process on SIGTERM.
+
+    In a thread, because Python runs no handler while the main thread is in a library, such as XLA
+    that compiles for minutes.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch():
+        while number := os.read(reader, 1)[0]:
+            if number == signal.SIGTERM:
+                os.write(2, b"stopped before training began; the same command starts again\n")
+                os._exit(STOPPED)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    previous = signal.set_wakeup_fd(writer)  # Python writes the number of each signal to it
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 class StopRequest:
     """Request to save and stop: SIGTERM or the first Ctrl-C in any process stops all of them.
 
-    SIGTERM before the first step ends a single process at once, because there is nothing to save.
+    SIGTERM before the first step ends this process at once, because there is nothing to save. From
+    then on, with several processes, JAX handles it: it makes all agree on the step to stop at.
     """
 
     def __init__(self):
         self._signalled = self._training = False
         self._many = jax.process_count() > 1
+        self._before = contextlib.ExitStack()
+        self._before.enter_context(stopping_at_once())
         signal.signal(signal.SIGINT, self._handle)
-        if not self._many:
-            signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number, frame):
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM and not self._training:
-            _end(number, frame)
         if not self._signalled:
             # Not through the log, which this signal may have interrupted.
             again = b"; a second Ctrl-C ends at once" if number == signal.SIGINT else b""
             os.write(2, b"stopping after the current steps, then saving" + again + b"\n")
         self._signalled = True
-        if self._many:
-            # JAX handles SIGTERM: it makes all processes agree on the step to stop at.
+        if self._many and self._training:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _begin(self):
+        self._training = True
+        self._before.close()
+        if not self._many:
+            signal.signal(signal.SIGTERM, self._handle)
+        elif self._signalled:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def __call__(self, step: int) -> bool:
         """Returns whether to stop after `step`, the same in every process."""
-        self._training = True
+        if not self._training:
+            self._begin()
         if self._many:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._signalled
