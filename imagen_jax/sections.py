@@ -243,16 +243,27 @@ class CheckpointConfig:
     """Config section `checkpoint`.
 
     Attributes:
+      every_s: also save at the first log line that comes this many seconds after the last save; 0
+        turns this off. Process 0's clock decides for all.
       max_to_keep: number of newest checkpoints to keep.
       keep_every: also keep every checkpoint at a multiple of this many steps; 0 turns this off.
+      keep_best: also keep this many checkpoints, those with the best `best_by`.
+      best_by: a metric that training logs at the steps of checkpoints, the lowest being the best;
+        "-" before the name makes it the highest.
     """
 
+    every_s: float = 0.0
     max_to_keep: int = 3
     keep_every: int = 0
+    keep_best: int = 0
+    best_by: str = "eval_loss"
 
     def __post_init__(self):
         require(self.max_to_keep > 0, "checkpoint.max_to_keep", self.max_to_keep, "1 or more")
-        require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "0 or more")
+        for key in ("every_s", "keep_every", "keep_best"):
+            require(getattr(self, key) >= 0, f"checkpoint.{key}", getattr(self, key), "0 or more")
+        named = bool(self.best_by.removeprefix("-"))
+        require(named, "checkpoint.best_by", self.best_by, "the name of a metric, or - and a name")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,19 @@ worker_states() {
     grep -E '^(none|running|exit [0-9]+)$' | sort -u
 }
 
+# Prints what the run recorded about its end in state.json, as worker 0 reads it; nothing if it
+# cannot, for example because the storage is not mounted.
+recorded() {
+  local i workdir=""
+  for ((i = 0; i < ${#train_args[@]}; i++)); do
+    case ${train_args[i]} in
+      --workdir=*) workdir=${train_args[i]#*=} ;;
+      --workdir) workdir=${train_args[i + 1]:-} ;;
+    esac
+  done
+  on_workers 0 recorded "$workdir" 2>/dev/null | tail -n 1 || true
+}
+
 # Ends the script after training is done. Retries a failed deletion, because a slice that stays
 # costs money.
 finish() {
@@ -77,12 +90,13 @@ handle_ready() {
     # Comes before the exit codes: if one worker never started, the others give up waiting for it.
     *", none,"*) log "setting up and starting" && setup_and_start && return ;;
     *", exit 2,"*) log "training refused its input; see launch/logs.sh" && exit 2 ;;
-    *", exit 65,"*) log "every checkpoint is damaged; see launch/logs.sh" && exit 1 ;;
-    *", exit 70,"*) log "training diverged; see launch/logs.sh" && exit 1 ;;
+    *", exit 65,"*) log "every checkpoint is damaged; see launch/logs.sh ($(recorded))" && exit 1 ;;
+    *", exit 70,"*) log "training diverged; see launch/logs.sh ($(recorded))" && exit 1 ;;
     ", exit 0,") finish ;;
     ", exit 75,") ;; # saved and stopped, as on a preemption
     *)
       restarts=$((restarts + 1))
+      states+="; the run recorded: $(recorded)"
       ((restarts <= opt[max-restarts])) || { log "too many failures ($states)" && exit 1; }
       ;;
   esac

@@ -2,6 +2,8 @@
 
     python -m launch.status --workdir=runs/demo
 
+--state prints only whether it runs or how it ended.
+
 Needs only Python's standard library, and does not disturb the run.
 """
 
@@ -24,10 +26,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = fail
     parser.add_argument("--workdir", required=True, type=Path)
-    workdir = parser.parse_args(argv).workdir
+    parser.add_argument("--state", action="store_true")
+    args = parser.parse_args(argv)
+    workdir = args.workdir
     if not (workdir / "config.json").exists():
         fail(f"--workdir={workdir} has no run: config.json is missing")
-    for name, value in summary(workdir.absolute(), time.time()).items():
+    found = summary(workdir.absolute(), time.time())
+    if args.state:
+        print(found.get("state", "not started"))
+        return 0
+    for name, value in found.items():
         print(f"{name:<12} {value}")
     return 0
 
@@ -59,7 +67,8 @@ def summary(workdir: Path, now: float) -> dict[str, str]:
         out |= progress(steps[-1], config, age)
     else:
         out["step"] = "none yet"
-    out |= ended(workdir / "state.json")
+    out |= recorded(workdir / "state.json", out.get("state", ""), now)
+    out |= goodput(workdir / "goodput.json")
     if evals:
         out["eval loss"] = f"{evals[-1]['eval_loss']:.4f} at step {evals[-1]['step']:,}"
     out["checkpoint"] = newest(workdir / "checkpoints", "", now)
@@ -86,15 +95,51 @@ def progress(last: dict, config: dict, age: float) -> dict[str, str]:
     return out
 
 
-def ended(path: Path) -> dict[str, str]:
-    """Returns the row of a run that says in state.json that it stopped or failed."""
+def recorded(path: Path, guess: str, now: float) -> dict[str, str]:
+    """Returns the row of the state that the run itself records, with its host and heartbeat.
+
+    Args:
+      path: state.json; without it the row is what metrics.jsonl says.
+      guess: the state as metrics.jsonl has it, such as "running, 3h left"; "" if unknown.
+    """
+    fields = read_object(path)
+    try:
+        state, step = fields["state"], int(fields["step"])
+        host, age = str(fields["host"]), now - float(fields["heartbeat"])
+    except (KeyError, TypeError, ValueError):
+        return {}
+    if state != "running":
+        reason = " ".join(str(fields.get("reason", "")).split())
+        texts = {"finished": "done", "preempted": "stopped after saving"}
+        return {"state": texts.get(state, f"failed: {reason}")}
+    if age > PATIENCE:
+        stage = "starting, stopped or stuck" if step == 0 else "stopped or stuck"
+        return {"state": f"silent for {duration(age)}: {stage} (on {host})"}
+    running = guess if guess.startswith("running") else "running"
+    return {"state": f"{running} (on {host})"}
+
+
+def goodput(path: Path) -> dict[str, str]:
+    """Returns the row of where the wall time went, over all starts."""
+    fields = read_object(path)
+    try:
+        seconds = {str(part): float(s) for part, s in fields["seconds"].items()}
+        share = seconds["steps"] / sum(seconds.values())
+        starts = len(fields["starts"])
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        return {}
+    parts = ", ".join(f"{p.replace('_', ' ')} {duration(s)}" for p, s in seconds.items() if s >= 1)
+    whole = duration(sum(seconds.values()))
+    return {"goodput": f"{share:.1%} of {whole} in {starts} start(s): {parts}"}
+
+
+def read_object(path: Path) -> dict:
+    """Reads a JSON object; {} if there is none."""
     try:
         fields = json.loads(path.read_bytes())
-        state, reason = fields["state"], str(fields.get("reason", ""))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    text = {"preempted": "stopped after saving", "failed": f"failed: {reason}"}.get(state)
-    return {"state": text} if text else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def read_lines(path: Path) -> list[dict]:

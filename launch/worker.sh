@@ -6,6 +6,7 @@
 #   launch/worker.sh stop                make training save and stop
 #   launch/worker.sh state               print none, running, or "exit CODE"
 #   launch/worker.sh status WORKDIR      print step, rate, last checkpoint and TensorBoard command
+#   launch/worker.sh recorded WORKDIR    print what the run's state.json says: running, or how it ended
 #   launch/worker.sh log                 print the log
 #   launch/worker.sh follow              print the log as it grows
 #
@@ -78,8 +79,12 @@ status() {
   python3 -m launch.status --workdir="$1"
 }
 
+recorded() {
+  python3 -m launch.status --workdir="$1" --state
+}
+
 case ${1:-} in
-  install | start | supervise | stop | state | status) "$@" ;;
+  install | start | supervise | stop | state | status | recorded) "$@" ;;
   log) cat "$state_dir/train.log" ;;
   follow) tail -n 50 -F "$state_dir/train.log" ;;
   *) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && [[ ${1:-} == --help ]] ;;

@@ -7,13 +7,14 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
 
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
@@ -39,6 +40,7 @@ class Checkpoints:
     Attributes:
       directory: the folder of the workdir that has the checkpoints.
       damaged: steps of the newer checkpoints that `newest_whole` has passed over.
+      scores: scores of checkpoints by step, the lowest being the best; the caller fills it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Checkpoints:
         self._writes, self._config = config is not None, config or CheckpointConfig()
         self.directory = epath.Path(workdir).absolute() / folder
         self.damaged: list[int] = []
+        self.scores: dict[int, float] = {}
         self._whole: set[int] = set()
         self._saved: int | None = None
         self._saving = False
@@ -64,9 +67,13 @@ class Checkpoints:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager, made after damaged checkpoints are set aside: it may fail on them."""
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(self._config.max_to_keep)]
+        if self._config.keep_every:
+            kept.append(policies.EveryNSteps(self._config.keep_every))
+        if self._config.keep_best:
+            kept.append(_Best(self._config.keep_best, self))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._config.max_to_keep,
-            keep_period=self._config.keep_every or None,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             step_prefix="step",
             create=self._writes,
             # A reader must not remove the save in progress of a run that is training.
@@ -304,6 +311,19 @@ class Checkpoints:
                     f"checkpoint {self.directory} step {step} was written by another version of "
                     f"this network: it has no {name}; train again in another --workdir"
                 )
+
+
+class _Best(policies.PreservationPolicy):
+    """Keeps the checkpoints with the lowest scores."""
+
+    def __init__(self, count: int, owner: Checkpoints):
+        self._count, self._owner = count, owner
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        scores = self._owner.scores
+        scored = [(scores[c.step], c.step) for c in checkpoints if c.step in scores]
+        best = {step for _, step in sorted(scored)[: self._count]}
+        return [c.step in best for c in checkpoints]
 
 
 def newest_step(workdir: epath.PathLike) -> int:

@@ -37,7 +37,9 @@ RUNS = "runs"  # parent of the default workdirs
 # Names inside a workdir. TensorBoard's event files are next to them.
 CONFIG = "config.json"  # every config key, defaults included
 LOCK = ".lock"  # held by the process that trains
+STARTS = "starts.jsonl"  # versions, commit, devices and config of every start
 STATE = "state.json"  # whether the run is running or how it ended, by process 0
+GOODPUT = "goodput.json"  # where the wall time goes, over all starts
 METRICS = "metrics.jsonl"  # one JSON object per line
 CHECKPOINTS = "checkpoints"  # training state and data position, by Orbax
 SNAPSHOTS = "snapshots"  # averages of the weights for post-hoc EMA, by Orbax

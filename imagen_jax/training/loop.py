@@ -13,13 +13,14 @@ import jax
 from imagen_jax.common.cli import log
 from imagen_jax.common.files import make_folder
 from imagen_jax.devices.compilation import compile_ahead
-from imagen_jax.runs import warm_start
+from imagen_jax.runs import starts, warm_start
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.posthoc import open_snapshots
 from imagen_jax.runs.state import recording
 from imagen_jax.runs.workdir import PROFILE, locked, reporting_failures, write_config
 from imagen_jax.training import metrics
 from imagen_jax.training.experiment import Experiment
+from imagen_jax.training.goodput import Goodput
 from imagen_jax.training.guard import Guard
 from imagen_jax.training.periodic import Actions
 from imagen_jax.training.profiling import Profile
@@ -70,9 +71,10 @@ def train(
         open_snapshots(workdir, config) as snapshots,
     ):
         state, position = jax.block_until_ready(start_or_resume(experiment, checkpoints))
+        start = int(state.step)
         if main:
             write_config(workdir, config)
-        start = int(state.step)
+            starts.record(workdir, config, start)
         startup.done("restore" if start else "init")
         if start >= config.num_steps:
             log.info("already trained for %d steps: %s", start, workdir)
@@ -87,25 +89,28 @@ def train(
         sizes = (config.num_steps, config.batch_size, experiment.stage.model_flops)
         startup.done("network")
         profile = Profile(profiled, workdir / PROFILE)
-        logger = metrics.MetricLogger(workdir, *sizes, reader)
-        with contextlib.closing(logger), contextlib.closing(profile):
+        goodput = Goodput(workdir, startup, start, main)
+        logger = metrics.MetricLogger(workdir, *sizes, reader, goodput, config.checkpoint.best_by)
+        closing = contextlib.closing
+        with closing(goodput), closing(logger), closing(profile):
             logger.resume_at(start, position.get("window", ()))
             for step in checkpoints.damaged:
                 logger.write(start, {"checkpoint/damaged_step": step})
             offset = position["examples"] - start * config.batch_size
             guard = Guard(config.guard, MOST_AHEAD)
-            parts = (checkpoints, snapshots, logger, profile, startup, guard, run_state, offset)
-            actions = Actions(experiment, reader, workdir, *parts)
+            parts = (checkpoints, snapshots, logger, profile, startup, guard, run_state)
+            actions = Actions(experiment, reader, workdir, *parts, goodput, offset)
             startup.done("data opening")
+            actions.catch_up(start, state)
             _log_setup(experiment, start)
-            lowered = experiment.step.lower(
-                experiment.abstract_state, experiment.stage.abstract_batch
-            )
-            log.info(compile_ahead(lowered))
+            _compile(experiment)
             startup.done("compile")
             while (end := run_loop(experiment, state, start, batches, logger, actions, stop)) > 0:
-                state, start = go_back(experiment, checkpoints, logger, actions, end)
-        checkpoints.wait()
+                with goodput.spending("checkpoints"):
+                    state, start = go_back(experiment, checkpoints, logger, actions, end)
+                goodput.rewind(start)
+            with goodput.spending("checkpoints"):
+                checkpoints.wait()
         run_state.end("finished" if end == FINISHED else "preempted")
         return end == FINISHED
 
@@ -118,6 +123,11 @@ def _log_setup(experiment: Experiment, start: int) -> None:
     log.info("training %s parameters on %s", f"{stage.num_params:,}", devices)
     shape = " x ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items())
     log.info("%s, %d microbatch(es), remat=%s", shape, experiment.microbatches, experiment.remat)
+
+
+def _compile(experiment: Experiment) -> None:
+    shapes = (experiment.abstract_state, experiment.stage.abstract_batch)
+    log.info(compile_ahead(experiment.step.lower(*shapes)))
 
 
 def start_or_resume(

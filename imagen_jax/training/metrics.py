@@ -18,6 +18,7 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.files import write_text
 from imagen_jax.devices import topologies
 from imagen_jax.runs.workdir import BAD_RECORDS, METRICS, read_metrics
+from imagen_jax.training.goodput import Goodput
 from imagen_jax.training.reader import Reader
 from imagen_jax.training.step import bucket_names
 
@@ -33,9 +34,14 @@ class MetricLogger:
     Args:
       reader: its bad records are counted with the metrics, as those of this host, and every process
         lists its own in BAD_RECORDS.
+      goodput: logged with the metrics.
+      best_by: config.checkpoint.best_by.
 
     Attributes:
       step_time: seconds per step, as of the last log line; infinite before the first.
+      saving: seconds that the loop stood still to save, since the last log line.
+      scores: the metric `best_by` by step, negated if the highest is the best.
+      written: names of the metrics of the step that the run resumed at; only process 0 has them.
     """
 
     def __init__(
@@ -45,10 +51,13 @@ class MetricLogger:
         batch_size: int,
         flops_per_step: float,
         reader: Reader | None = None,
+        goodput: Goodput | None = None,
+        best_by: str = "",
     ):
         self._path = epath.Path(workdir) / METRICS
         self._num_steps, self._batch_size, self._reader = num_steps, batch_size, reader
-        self._flops = flops_per_step
+        self._flops, self._goodput, self._best_by = flops_per_step, goodput, best_by
+        self.saving, self.scores, self.written = 0.0, {}, set()
         self._peak = topologies.device_peak_flops() * jax.device_count()
         self._main = jax.process_index() == 0
         self.writer = metric_writers.create_default_writer(
@@ -79,6 +88,10 @@ class MetricLogger:
         if not self._main or not self._path.exists():
             return
         kept = [line for line in read_metrics(self._path.parent) if line["step"] <= step]
+        self.written = {name for line in kept if line["step"] == step for name in line}
+        self.scores.clear()
+        for line in kept:
+            self._score(line["step"], line)
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -97,6 +110,10 @@ class MetricLogger:
             scalars["skipped_steps"] = skipped
         scalars |= {"step_time": seconds, "images_per_s": self._batch_size / seconds}
         scalars["data_wait"] = self._waited / (seconds * timed)
+        if self.saving:
+            scalars["checkpoint_delay"] = self.saving
+            self.saving = 0.0
+        scalars |= self._goodput.metrics() if self._goodput else {}
         scalars |= self._bad_records()
         if self._peak:
             scalars["mfu"] = self._flops / seconds / self._peak
@@ -127,7 +144,8 @@ class MetricLogger:
     def waiting(self) -> Iterator[None]:
         """Counts the block as time in which the loop waits for data."""
         before = time.perf_counter()
-        yield
+        with self._goodput.spending("data") if self._goodput else contextlib.nullcontext():
+            yield
         self._waited += time.perf_counter() - before
 
     def _bad_records(self) -> dict[str, float]:
@@ -142,9 +160,15 @@ class MetricLogger:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes the scalars of a step to metrics.jsonl and TensorBoard."""
         self.writer.write_scalars(step, scalars)
+        self._score(step, scalars)
         if self._main:
             with self._path.open("a") as f:
                 f.write(json.dumps({"step": step, **scalars}) + "\n")
+
+    def _score(self, step: int, scalars: dict[str, float]) -> None:
+        name = self._best_by.removeprefix("-")
+        if name in scalars:
+            self.scores[step] = scalars[name] if name == self._best_by else -scalars[name]
 
     def close(self) -> None:
         """Flushes the writers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 
 from imagen_jax.common import pictures
 from imagen_jax.common.cli import log
+from imagen_jax.devices import processes
 from imagen_jax.diffusion.conditioning import shrink_pixels, stack_text
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.state import RunState
 from imagen_jax.runs.workdir import CONFIG, SAMPLES, check_present
 from imagen_jax.stage import batch_size
 from imagen_jax.training.experiment import Experiment
+from imagen_jax.training.goodput import Goodput
 from imagen_jax.training.guard import Guard
 from imagen_jax.training.metrics import MetricLogger
 from imagen_jax.training.profiling import Profile
@@ -28,6 +31,20 @@ from imagen_jax.training.step import TrainState, all_finite
 WATCH_S = 1.0  # seconds between looks at the workdir
 
 Action = Callable[[int, TrainState], None]
+
+
+def _spends(part: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates an action: its time counts as a part of the goodput."""
+
+    def decorate(act: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(act)
+        def counted(self: Actions, step: int, state: TrainState) -> None:
+            with self.goodput.spending(part):
+                act(self, step, state)
+
+        return counted
+
+    return decorate
 
 
 class Actions:
@@ -45,6 +62,7 @@ class Actions:
         startup: Startup,
         guard: Guard,
         run_state: RunState,
+        goodput: Goodput,
         offset: int,
     ):
         """Reads the held-out batches and the captions to sample.
@@ -57,8 +75,10 @@ class Actions:
         config = experiment.config
         self._config, self._stage, self._workdir = config, experiment.stage, workdir
         self._checkpoints, self._snapshots = checkpoints, snapshots
-        self._logger, self.offset = logger, offset
+        self._logger, self.goodput, self.offset = logger, goodput, offset
         self.guard, self._run_state = guard, run_state
+        self._last_save = time.monotonic()
+        checkpoints.scores = logger.scores
         self._started, self._watched = False, 0.0
         self._all_finite = jax.jit(all_finite, out_shardings=experiment.replicated)
         self.profile, self._startup = profile, startup
@@ -84,6 +104,7 @@ class Actions:
         self._started = True
         jax.block_until_ready(metrics)
         self._startup.done("first step")
+        self.goodput.begin()
         log.info(self._startup.summary())
         self._logger.write(step, self._startup.metrics())
 
@@ -94,6 +115,7 @@ class Actions:
         """
         self._checkpoints.check()
         self._run_state.beat(step)
+        self.goodput.beat(step)
         if time.monotonic() > self._watched + WATCH_S:
             self._watched = time.monotonic()
             # Only process 0 has written into the workdir; others may see its files later.
@@ -116,13 +138,43 @@ class Actions:
         last = step == config.num_steps
         table = (
             (self._snapshots, config.ema.snapshot_every, self.save_snapshot),
-            (config.checkpoint_every or last, config.checkpoint_every, self.save),
+            (not last and self._save_due(step), 1, self.save),
             (self._eval_batches, config.eval_every, self.evaluate),
             (self._prompts, config.sample_every, self.sample),
+            # A run that is killed after its last checkpoint has nothing left to resume.
+            (last, 1, self.save),
         )
         acts = [act for on, every, act in table if on and (last or step % every == 0)]
         return [self.profile.stop, *acts] if self.profile.ends(step) else acts
 
+    def _save_due(self, step: int) -> bool:
+        """Returns whether to save after `step`, the same in every process."""
+        config, seconds = self._config, self._config.checkpoint.every_s
+        if config.checkpoint_every and step % config.checkpoint_every == 0:
+            return True
+        if not seconds or step % config.log_every:
+            return False
+        due = time.monotonic() >= self._last_save + seconds
+        with jax.transfer_guard("allow"):
+            return processes.from_first([int(due)]) == [1]
+
+    def catch_up(self, step: int, state: TrainState) -> None:
+        """Evaluates and samples at the step that the run resumes from, where that is missing.
+
+        A stop only saves, and a kill may come after the save.
+        """
+        config, missing = self._config, []
+        if not step:
+            return
+        if self._eval_batches and step % config.eval_every == 0:
+            missing += [0] * ("eval_loss" not in self._logger.written)
+        if self._prompts and step % config.sample_every == 0:
+            missing += [1] * (not self._grid(step).exists())
+        for number in processes.from_first(missing):
+            (self.evaluate, self.sample)[number](step, state)
+            self._startup.done("evaluation")
+
+    @_spends("checkpoints")
     def save(self, step: int, state: TrainState) -> None:
         """Saves a checkpoint of the state, the position in the data and the steps not logged yet.
 
@@ -136,8 +188,11 @@ class Actions:
             self.guard.diverge(step)
             return
         position = {**self._position(step), "window": self._logger.window}
+        begin = self._last_save = time.monotonic()
         self._checkpoints.save(step, state, position, self._config.identity)
+        self._logger.saving += time.monotonic() - begin
 
+    @_spends("checkpoints")
     def save_snapshot(self, step: int, state: TrainState) -> None:
         """Saves a snapshot of the averages for post-hoc EMA."""
         position, identity = self._position(step), self._config.identity
@@ -146,6 +201,7 @@ class Actions:
     def _position(self, step: int) -> dict[str, int]:
         return {"examples": step * self._config.batch_size + self.offset}
 
+    @_spends("evaluation")
     def evaluate(self, step: int, state: TrainState) -> None:
         """Logs the held-out losses of the EMA weights, always with the same noise."""
         losses = self._stage.held_out_losses(state.ema, self._eval_batches)
@@ -155,6 +211,7 @@ class Actions:
             step, losses["eval_loss"], losses["eval_loss_null"],
         )  # fmt: skip
 
+    @_spends("evaluation")
     def sample(self, step: int, state: TrainState) -> None:
         """Saves a grid sampled with the EMA weights, always from the same prompts and seeds.
 
@@ -172,7 +229,10 @@ class Actions:
             images = np.concatenate([inputs, images, true], axis=2)
         if jax.process_index() == 0:
             sheet = pictures.grid(images, [p["caption"] for p in self._prompts])
-            path = self._workdir / SAMPLES / f"step_{step:08d}.png"
+            path = self._grid(step)
             pictures.save(sheet, path)
             self._logger.writer.write_images(step, {"samples": np.asarray(sheet)[None]})
             log.info("step %d  samples: %s", step, path)
+
+    def _grid(self, step: int) -> Path:
+        return self._workdir / SAMPLES / f"step_{step:08d}.png"

@@ -38,7 +38,7 @@ def get_config():
     return ConfigDict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
 """
 BATCHES = "SOAK_BATCHES"  # environment variable: the file that records what was read
-TIMES = ("step_time", "images_per_s", "mfu", "data_wait")
+TIMES = ("step_time", "images_per_s", "mfu", "data_wait", "goodput", "checkpoint_delay")
 
 
 def child(argv: Sequence[str]) -> None:
@@ -46,7 +46,9 @@ def child(argv: Sequence[str]) -> None:
     from data_pipelines.reading.reader import Reader
     from imagen_jax import train
     from imagen_jax.common import cli
+    from imagen_jax.training import goodput
 
+    goodput.BEAT_S = 0.1  # a kill comes within seconds
     take = Reader.train_batches
 
     def recorded(self, position: int, *share: int) -> Iterator[dict]:
@@ -84,7 +86,7 @@ def make_config(folder: Path, num_steps: int, in_memory: bool) -> Path:
     values["data"].update(dir=str(folder / "data"), build=False, in_memory=in_memory, image_size=32)
     values["model"].update(image_size=16, attention_resolutions=())
     values.update(
-        num_steps=num_steps, microbatches=2, log_every=2, eval_every=7, eval_batches=1,
+        num_steps=num_steps, microbatches=2, log_every=2, eval_every=5, eval_batches=1,
         sample_every=11, num_samples=2, checkpoint_every=5,
     )  # fmt: skip
     path = folder / "tiny.py"

@@ -1,8 +1,11 @@
 """Faults within a run: losses that are not finite, a full disk, a workdir that goes away."""
 
+import copy
+import dataclasses
 import errno
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +55,7 @@ def train(experiment, workdir, bad=lambda number: False, stop=lambda step: False
 def metrics(workdir):
     """The lines without those of times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    times = ("step_time", "images_per_s", "data_wait")
+    times = ("step_time", "images_per_s", "data_wait", "goodput", "checkpoint_delay")
     lines = [{k: v for k, v in m.items() if k not in times} for m in lines]
     return [m for m in lines if not any(key.startswith("startup/") for key in m)]
 
@@ -127,6 +130,25 @@ def test_a_state_that_is_not_finite_is_not_saved(experiment, tmp_path, monkeypat
     with pytest.raises(RunError, match="diverged at step 4, after 2 returns to step 2"):
         train(experiment, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+
+
+def test_checkpoints_by_the_clock_are_saved_at_log_lines(experiment, tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(periodic, "time", clock)
+    section = dataclasses.replace(experiment.config.checkpoint, every_s=10.0)
+    changed = copy.copy(experiment)
+    changed.config = dataclasses.replace(
+        experiment.config, checkpoint=section, checkpoint_every=0, log_every=2
+    )
+
+    def stop(step):
+        clock.now = 3.0 * step
+        return False
+
+    assert train(changed, tmp_path, stop=stop)
+    saved = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert saved == {"step_4", "step_8"}
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run_at_once(

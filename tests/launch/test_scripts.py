@@ -300,7 +300,7 @@ def test_keep_restarts_after_preemption_and_failure(fake):
         "tpu-vm describe", *CREATE_AND_START,
         "tpu-vm describe",
         *POLL, "worker start",
-        *POLL, "worker start",
+        *POLL, "worker recorded", "worker start",
         *POLL,
     ]  # fmt: skip
 
@@ -330,7 +330,8 @@ def test_keep_leaves_the_slice_without_the_flag_or_if_training_failed(workers, c
     (fake / "states").write_text("READY\n")
     (fake / "workers").write_text(workers)
     assert keep(*(["--delete-when-done"] if code else [])).returncode == code
-    assert verbs(fake) == POLL
+    more = ["worker recorded"] if code == 1 else []
+    assert verbs(fake) == POLL + more
 
 
 def test_keep_sets_up_again_if_a_worker_never_started(fake):
@@ -344,7 +345,7 @@ def test_keep_sets_up_again_if_a_worker_never_started(fake):
     ("workers", "code", "words"),
     [
         ("running,exit 2\nexit 0,exit 2\n", 2, "refused its input"),
-        (3 * "exit 1,exit 134\n", 1, "too many failures (exit 1, exit 134)"),
+        (3 * "exit 1,exit 134\n", 1, "too many failures (exit 1, exit 134; the run recorded: "),
     ],
 )
 def test_keep_gives_up_on_bad_input_and_after_too_many_failures(workers, code, words, fake):
@@ -352,6 +353,19 @@ def test_keep_gives_up_on_bad_input_and_after_too_many_failures(workers, code, w
     (fake / "workers").write_text(workers)
     done = keep("--max-restarts=2")
     assert done.returncode == code and words in done.stdout
+
+
+def test_keep_says_what_the_run_recorded_about_a_failure(fake):
+    (fake / "states").write_text(9 * "READY\n")
+    (fake / "workers").write_text("exit 1\n")
+    answer = '  *"worker.sh recorded"*) echo "failed: RunError: no space" ;;\n'
+    marker = '  *"worker.sh state"*)'
+    (fake / "gcloud").write_text(GCLOUD.replace(marker, answer + marker))
+    done = keep("--max-restarts=0")
+    assert done.returncode == 1
+    assert "(exit 1; the run recorded: failed: RunError: no space)" in done.stdout
+    (asked,) = [words for words in calls(fake) if any("recorded" in word for word in words)]
+    assert "--worker=0" in asked and any("/mnt/a\\ b" in word for word in asked)
 
 
 def test_the_jobset_is_valid_with_its_variables_set():

@@ -117,6 +117,19 @@ def test_without_a_whole_checkpoint_nothing_is_loaded_and_training_does_not_star
         Checkpoints(tmp_path).existing_step(1)
 
 
+def test_the_newest_those_at_an_interval_and_the_best_are_kept(tmp_path):
+    config = CheckpointConfig(max_to_keep=1, keep_every=4, keep_best=2)
+    checkpoints = Checkpoints(tmp_path, config)
+    scores = {1: 0.5, 2: 0.1, 3: 0.4, 5: 0.2, 6: 0.3, 9: 0.0}  # none of step 4
+    checkpoints.scores = {}
+    for step in range(1, 8):
+        checkpoints.save(step, state(step), {}, IDENTITY)
+        checkpoints.wait()
+        checkpoints.scores |= {step: scores[step]} if step in scores else {}
+    checkpoints.close()
+    assert checkpoints.steps() == [2, 4, 5, 7]
+
+
 def test_a_checkpoint_of_an_earlier_version_without_checksums_is_read(saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints" / "step_2" / checksums.CHECKSUMS).unlink()

@@ -78,6 +78,8 @@ def metrics(workdir, key="loss"):
 def test_the_workdir_has_the_documented_files(config, finished):
     assert parse(json.loads((finished / "config.json").read_text())).seed == config.seed
     assert sorted(metrics(finished)) == [1, 2, 3, 4, 5, 6]
+    assert list(metrics(finished, "checkpoint_delay")) == [5], "the checkpoint of step 4"
+    assert all(0 < v < 1 for v in metrics(finished, "goodput").values())
     for key in ("grad_norm", "images_per_s", "step_time"):
         assert all(v > 0 for v in metrics(finished, key).values())
     for key in ("eval_loss", "eval_loss_null"):
@@ -93,14 +95,20 @@ def test_the_workdir_has_the_documented_files(config, finished):
 
 
 def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_run(config, finished, tmp_path):
-    # Step 5 is between checkpoints, so the stop itself must save.
-    train_run(config, tmp_path, StopAt(5))
-    assert sorted(metrics(tmp_path)) == [1, 2, 3, 4, 5]
-    assert (tmp_path / "checkpoints" / "step_5").is_dir()
+    # Step 3 is between checkpoints, so the stop itself must save. It leaves out what is due then.
+    train_run(config, tmp_path, StopAt(3))
+    assert sorted(metrics(tmp_path)) == [1, 2, 3]
+    assert (tmp_path / "checkpoints" / "step_3").is_dir()
+    assert not metrics(tmp_path, "eval_loss") and not (tmp_path / "samples").exists()
+    assert json.loads((tmp_path / "state.json").read_text())["state"] == "preempted"
     train_run(config, tmp_path, StopAt())
     assert metrics(tmp_path) == metrics(finished)
     for key in ("eval_loss", "eval_loss_null"):
         assert metrics(tmp_path, key) == metrics(finished, key)
+    grids = [workdir / "samples" / "step_00000003.png" for workdir in (tmp_path, finished)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+    starts = (tmp_path / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in starts] == [0, 3]
 
 
 def test_any_width_of_ema_loads_after_training(finished):
@@ -162,6 +170,10 @@ def test_a_killed_run_repeats_the_losses_from_its_last_checkpoint(config, finish
     train_run(config, tmp_path, StopAt())
     assert metrics(tmp_path) == metrics(finished)
     assert not (tmp_path / "snapshots" / "step_5").exists()
+    spent = json.loads((tmp_path / "goodput.json").read_text())
+    assert len(spent["starts"]) == 2
+    parts = ("steps", "lost_steps", "compile", "checkpoints", "evaluation", "down")
+    assert all(spent["seconds"][part] > 0 for part in parts), spent["seconds"]
     averages = [load(workdir, ema=0.05)[1] for workdir in (tmp_path, finished)]
     jax.tree.map(np.testing.assert_array_equal, *averages)
 

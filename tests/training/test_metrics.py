@@ -46,3 +46,13 @@ def test_the_steps_between_the_last_line_and_a_checkpoint_count_after_a_resume(t
     assert line(whole, tmp_path / "whole") == line(resumed, tmp_path / "resumed")
     resumed.restart_clock()
     assert resumed.window == []
+
+
+def test_scores_are_those_of_the_lines_that_stay(tmp_path):
+    logger = MetricLogger(tmp_path, 10, 8, 1.0, best_by="-clip")
+    for step in (1, 2, 3):
+        logger.write(step, {"clip": step / 10, "other": 1.0})
+    assert logger.scores == {1: -0.1, 2: -0.2, 3: -0.3}
+    again = MetricLogger(tmp_path, 10, 8, 1.0, best_by="clip")
+    again.resume_at(2)
+    assert again.scores == {1: 0.1, 2: 0.2} and {"clip", "other"} <= again.written
