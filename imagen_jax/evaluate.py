@@ -1,14 +1,19 @@
-"""Samples held-out captions at several guidance weights, checks the images, and writes a report.
+r"""Samples prompts at several settings, measures the images, and writes a report.
 
     python -m imagen_jax.evaluate --workdir=runs/demo --guidance=1,2,4
+    python -m imagen_jax.evaluate --workdir=runs/base,runs/sr --prompts=drawbench.csv \
+        --judge=http://localhost:8000/v1 --judge_model=qwen2-vl
+    python -m imagen_jax.evaluate --compare=runs/a/evaluation/alignment.json,runs/b/...
 
-For models trained on the scenes: a program reads each image and decides which claims of its caption
-hold. The workdir receives
+The last workdir (or --out) receives
 
     report.html                               the evaluation on one page
-    evaluation/<metric>.json                  the figures of each metric, such as alignment
-    evaluation/samples_guidance_<weight>.png  a grid of samples per guidance weight (and EMA width)
-    evaluation/loss.png                       the losses against training time
+    evaluation/<metric>.json                  the figures of each metric with their protocol
+    evaluation/sweep.csv, sweep.json          one row per setting
+    evaluation/samples_guidance_<weight>.png  a grid of samples per setting; and other pictures
+    evaluation/samples/                       the samples; run an interrupted command again
+
+docs/evaluation.md explains suites, metrics, judges, sweeps and comparisons.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -24,30 +29,52 @@ from imagen_jax.common import cli
 from imagen_jax.common.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from imagen_jax.config import Config
+    from imagen_jax.evaluation.suites import Suite
 
-    from imagen_jax.evaluation.metric import Example, Metric
-    from imagen_jax.evaluation.report import Measured, Sampled
-
-SHOWN = 32  # samples per grid
+NUM = 128  # prompts of a dataset or of drawn scenes
+SCENES = "scenes"  # --prompts that are drawn
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
     """Defines the flags; a function, so that importing this module defines none."""
-    flags.DEFINE_string(
-        "workdir", None, "Directory of the run (default: the run in runs/, if there is only one)."
+    cli.define_cascade_flags()
+    flags.DEFINE_list(
+        "guidance",
+        None,
+        "Guidance weights; 1 means no guidance. Per stage: 1.35/8 (default: 1,2,4, or with --sweep "
+        "the run's config).",
     )
-    flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
-    flags.DEFINE_list("guidance", ["1", "2", "4"], "Guidance weights; 1 means no guidance.")
     flags.DEFINE_list(
         "ema",
         None,
         "Widths (sigma_rel) of the weights' average to rebuild from the run's snapshots and to "
         "evaluate, such as 0.02,0.05,0.1 (default: the EMA that training keeps).",
     )
-    flags.DEFINE_integer("num", 128, "Number of captions to sample.", lower_bound=1)
+    flags.DEFINE_multi_string(
+        "sweep",
+        [],
+        "NAME:VALUE,VALUE: evaluate all combinations with the other sweeps. NAME is guidance, "
+        "threshold, steps, sampler, spacing, guidance_rescale, aug_level, ema or low_res.",
+    )
+    flags.DEFINE_string(
+        "prompts",
+        "",
+        "File or folder of a suite (DrawBench, PartiPrompts, COCO, GenEval, GenEval 2, DPG-Bench, "
+        f"DSG, TIFA, or a prompt a line), or {SCENES}, which are drawn (default: captions of "
+        "--split of the run's dataset).",
+    )
+    flags.DEFINE_integer(
+        "prompts_seed", 0, "Seed that draws COCO's captions and scenes.", lower_bound=0
+    )
+    flags.DEFINE_string(
+        "questions", "", "File with questions to the prompts: DSG, TIFA, GenEval 2."
+    )
+    flags.DEFINE_integer(
+        "num", None, f"Number of prompts (default: {NUM}; all of a suite).", lower_bound=1
+    )
     flags.DEFINE_string("split", "heldout", "Split that the captions come from.")
     flags.DEFINE_integer(
         "seed",
@@ -56,144 +83,236 @@ def define_flags() -> None:
         lower_bound=0,
         upper_bound=2**32 - 1,
     )
+    flags.DEFINE_list(
+        "metrics",
+        None,
+        "alignment, questions, word_accuracy, losses, fid and others (docs/evaluation.md; default: "
+        "alignment for scenes, questions with --judge).",
+    )
+    flags.DEFINE_string("metric_weights", "", "Folder of the weights of image metrics.")
+    flags.DEFINE_string("reference", "", "Images or statistics that image metrics compare with.")
+    flags.DEFINE_string(
+        "judge", "", "Address of a vision model of OpenAI's kind, such as http://localhost:8000/v1."
+    )
+    flags.DEFINE_string("judge_model", "", "The judge's name of its model.")
+    flags.DEFINE_bool(
+        "truncate_prompts", False, "Truncate prompts that are too long for the text encoder."
+    )
+    flags.DEFINE_string("out", "", "Folder of the results (default: evaluation/ in the workdir).")
+    flags.DEFINE_list(
+        "compare",
+        None,
+        "Two results of the same metric to compare, A.json,B.json; samples nothing.",
+    )
     cli.define_cache_flag()
 
 
 def main(argv: Sequence[str]) -> None:
-    """Checks the flags and the workdir, then evaluates."""
+    """Checks the flags, the workdirs and the suite, then evaluates or compares."""
     del argv
-    weights = cli.parse_numbers("guidance", FLAGS.guidance)
-    widths = cli.parse_numbers("ema", FLAGS.ema) if FLAGS.ema else [None]
-
     # Later imports are in the functions that use them, so that bad input is reported before JAX and
     # TensorFlow are imported.
+    from imagen_jax.evaluation import suites, sweep, table
     from imagen_jax.runs import workdir as runs
 
-    workdir = FLAGS.workdir or runs.only_run()
-    runs.check_run(workdir)
+    if FLAGS.compare:
+        compare(FLAGS.compare)
+        return
+    settings = sweep.parse(FLAGS.sweep)
+    for flag in ("ema", "guidance"):
+        values = FLAGS[flag].value
+        if flag == "guidance" and values is None and not settings:
+            values = ["1", "2", "4"]
+        if values is not None:
+            if flag in settings:
+                raise UserError(f"--{flag} and --sweep={flag} are both set; give one of them")
+            settings = {flag: sweep.parse_values(flag, values, f"--{flag}"), **settings}
+    if FLAGS.judge and not FLAGS.judge_model:
+        raise UserError(f"--judge={FLAGS.judge} needs --judge_model, the name of its model")
+    table.check_names(FLAGS.metrics or (), FLAGS.judge)
+    workdirs = FLAGS.workdir or [runs.only_run()]
+    for workdir in workdirs:
+        runs.check_run(workdir)
+    suite = None
+    if FLAGS.prompts and FLAGS.prompts != SCENES:
+        suite = suites.read(Path(FLAGS.prompts), FLAGS.num, FLAGS.prompts_seed)
+    if FLAGS.questions:
+        if suite is None:
+            raise UserError(f"--questions={FLAGS.questions} needs --prompts=FILE")
+        suite = suites.with_questions(suite, Path(FLAGS.questions))
 
     from imagen_jax.devices import compilation
 
     compilation.use_cache(FLAGS.compilation_cache)
-    workdir = Path(workdir).absolute()
-    evaluate(workdir, weights, FLAGS.split, FLAGS.num, FLAGS.seed, FLAGS.step, widths)
+    out = Path(FLAGS.out or Path(workdirs[-1]) / runs.EVALUATION).absolute()
+    evaluate(
+        [Path(w).absolute() for w in workdirs],
+        settings,
+        suite=suite,
+        scenes=FLAGS.prompts == SCENES,
+        split=FLAGS.split,
+        num=FLAGS.num,
+        prompts_seed=FLAGS.prompts_seed,
+        seed=FLAGS.seed,
+        step=FLAGS.step,
+        metrics=FLAGS.metrics or (),
+        truncate=FLAGS.truncate_prompts,
+        out=out,
+        sources={
+            "judge": FLAGS.judge,
+            "judge_model": FLAGS.judge_model,
+            "weights": Path(FLAGS.metric_weights) if FLAGS.metric_weights else None,
+            "reference": Path(FLAGS.reference) if FLAGS.reference else None,
+        },
+    )
+
+
+def compare(files: Sequence[str]) -> None:
+    """Prints the difference of two results with its interval."""
+    from imagen_jax.evaluation import protocol
+
+    if len(files) != 2:
+        raise UserError(f"--compare is {','.join(files)!r}; allowed: two files, A.json,B.json")
+    print("\n".join(protocol.compare(*map(Path, files))))
 
 
 def evaluate(
-    workdir: Path,
-    weights: list[float],
-    split: str,
-    num: int,
+    workdirs: Sequence[Path],
+    settings: Mapping[str, list[str]],
+    *,
+    out: Path,
+    suite: Suite | None = None,
+    scenes: bool = False,
+    split: str = "heldout",
+    num: int | None = None,
+    prompts_seed: int = 0,
     seed: int = 0,
     step: int | None = None,
-    widths: Sequence[float | None] = (None,),
+    metrics: Sequence[str] = (),
+    truncate: bool = False,
+    sources: Mapping[str, Any] = {},
 ) -> None:
-    """Samples `num` captions of a split at each guidance weight, checks the images, and reports.
+    """Samples the prompts at every point of the sweep, measures the images, and reports.
 
     Args:
-      widths: widths of post-hoc EMA, each sampled at each guidance weight; None is the EMA that
-        training keeps.
+      workdirs: the runs of a cascade, in order.
+      settings: what is swept, see evaluation.sweep.
+      out: folder of the results.
+      suite: the prompts; None for the captions of `split`, or for scenes that are drawn.
+      metrics: names of metrics; () chooses what suits the prompts.
+      sources: fields of evaluation.table.Sources.
     """
-    import numpy as np
-    from tqdm import tqdm
-
-    from data_pipelines.reading.check import check_dataset
+    from data_pipelines.scenes.check import check_example, verdicts
     from imagen_jax.common.files import make_folder
-    from imagen_jax.diffusion.conditioning import stack_text
-    from imagen_jax.evaluation.report import TRUE, Measured
+    from imagen_jax.evaluation import pages, table
+    from imagen_jax.evaluation.evaluating import Evaluation
     from imagen_jax.runs import workdir as runs
-    from imagen_jax.runs.posthoc import rebuild_ema
-    from imagen_jax.stage import load
 
-    config = runs.read_config(workdir)
-    if not config.data.task.startswith("scenes"):
-        raise UserError(
-            f"config.data.task is {config.data.task!r}; only scenes can be evaluated, because a "
-            "program checks them"
+    config = runs.read_config(workdirs[-1])
+    make_folder(out, "out")
+    parts = ()
+    if suite is None and scenes:
+        suite = scenes_suite(config, split, num or NUM, prompts_seed)
+    elif suite is None:
+        suite, parts = split_suite(config, split, num), config.text.parts
+    job = Evaluation(workdirs, dict(settings), suite, seed, out, step, truncate, parts)
+    judge = sources.get("judge", "")
+    names = list(metrics) or table.choose(job.light, judge)
+    table.check_suits(names, job.light, judge)
+    if table.LOSSES in names and not parts:
+        raise UserError("--metrics has losses, which need the run's dataset; leave out --prompts")
+    answers = out / "judge_answers.jsonl"
+    found = table.metrics(names, table.Sources(check_example, answers=answers, **sources))
+    pipe = job.load()
+    columns = job.columns(pipe) if found else {}
+    results = job.measure(columns, found)
+    protocols = {
+        name: job.write(
+            name, metric, results[name],
+            {c: column.protocol for c, column in columns.items()}, pipe.stages[-1].size,
         )
-    make_folder(workdir / runs.EVALUATION, "workdir")
+        for name, metric in found.items()
+    }  # fmt: skip
+    if table.LOSSES in names:
+        from imagen_jax.evaluation import losses
+
+        def examples_of(config: Config) -> Sequence[Any]:
+            return split_suite(config, split, num, full=False).examples
+
+        tables, records = job.losses(pipe, examples_of)
+        found[table.LOSSES], results[table.LOSSES] = losses.METRIC, tables
+        job.write(table.LOSSES, losses.METRIC, tables, records, pipe.stages[-1].size)
+    pages.write(job, config, columns, found, results, protocols, verdicts)
+
+
+def split_suite(config: Config, split: str, num: int | None, full: bool = True) -> Suite:
+    """Returns the first captions of a split of a run's dataset, with their images.
+
+    Args:
+      num: number of captions; None for NUM, or all if they are fewer.
+      full: give whole images even if the network trains on crops.
+    """
+    from data_pipelines.reading.check import check_dataset
+    from imagen_jax.evaluation.samples import Lazy
+    from imagen_jax.evaluation.suites import Suite, check_num
+
+    if full and config.full_size != config.unet.image_size:
+        model = {**config.model, "image_size": config.full_size}
+        if config.unet.low_res:
+            model["low_res"] = config.full_size // config.upscale
+        config = dataclasses.replace(config, model=model)
     check_dataset(config)
     with cli.quiet_imports():
         from data_pipelines.reading.reader import Reader
 
-    prompts = Reader(config).examples(split, num)
-    stage, params = load(workdir, step, widths[0])
-    cond = stack_text(prompts)
-    seeds = np.arange(len(prompts), dtype=np.uint32) + np.uint32(seed)
-    samples = {}
-    total = len(prompts) * len(weights) * len(widths)
-    with tqdm(total=total, desc="sampling", unit="image") as bar:
-        for i, width in enumerate(widths):
-            if i > 0:
-                params = rebuild_ema(workdir, config, stage.abstract_params, width, step)
-            for weight in weights:
-                name = str(weight) if width is None else f"{weight}, EMA {width:g}"
-                sampler = dataclasses.replace(config.sampling, guidance_weight=weight)
-                samples[name] = stage.sample(params, seeds, cond, sampler, progress=bar.update)
-    columns = dict(samples)
-    columns[TRUE] = [p["image"] for p in prompts]
-    results = {
-        name: Measured(metric, {c: metric.measure(i, prompts) for c, i in columns.items()})
-        for name, metric in metrics().items()
-    }
-    # The report shows the claims at the weight nearest to the config's, for the first width.
-    nearest = min(weights, key=lambda w: abs(w - config.sampling.guidance_weight))
-    judged = list(samples)[weights.index(nearest)]
-    write(workdir, split, samples, sampled(prompts, columns, judged), results)
+    reader = Reader(config)
+    available = reader.count(split)
+    check_num(num, available, f"the split {split!r} of {config.data.task}")
+    examples = Lazy(
+        min(num or NUM, available), lambda start, stop: reader.examples(split, stop, start)
+    )
+    record = {"suite": "dataset", "task": config.data.task, "split": split}
+    record |= {"categories": list(config.data.categories)} if config.data.categories else {}
+    return Suite(f"{config.data.task} {split}", examples, record)
 
 
-def metrics() -> dict[str, Metric]:
-    """Returns the metrics by name. A new one takes a module in evaluation/ and a line here."""
-    from data_pipelines.scenes.check import check_example
-    from imagen_jax.evaluation import alignment
+def scenes_suite(config: Config, split: str, num: int, seed: int) -> Suite:
+    """Draws scenes of the run's categories, leaving out captions that its encoder cannot take.
 
-    return {"alignment": alignment.metric(check_example)}
+    With the seed 0 they are those of the datasets that `data.build` prepares.
+    """
+    from data_pipelines.scenes.draw import render
+    from data_pipelines.scenes.grammar import nth_scene
+    from data_pipelines.scenes.vocabulary import SPLITS
+    from imagen_jax.evaluation.samples import Lazy
+    from imagen_jax.evaluation.suites import Suite
+    from imagen_jax.text import load_encoder
 
+    if split not in SPLITS:
+        raise UserError(f"--split is {split!r}; scenes have {', '.join(SPLITS)}")
+    categories = config.data.categories if config.data.task.startswith(SCENES) else ()
+    encoders = [load_encoder(part.encoder, part.max_tokens) for part in config.text.parts]
+    scenes, index = [], 0
+    while len(scenes) < num:
+        scene = nth_scene(index, split, seed, categories)
+        if all(e.num_tokens(scene.caption) <= e.max_tokens for e in encoders):
+            scenes.append((f"{split}-{index:06d}", scene))
+        index += 1
 
-def sampled(
-    prompts: Sequence[Example], columns: Mapping[str, Sequence[np.ndarray]], judged: str
-) -> list[Sampled]:
-    """Joins each caption with its images, and with the verdicts on the image of one column."""
-    from data_pipelines.scenes.check import verdicts
-    from imagen_jax.evaluation.report import Sampled
+    def read(start: int, stop: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": name,
+                "caption": scene.caption,
+                "category": scene.category,
+                "scene": scene.to_json(),
+                "image": render(scene, config.full_size),
+            }
+            for name, scene in scenes[start:stop]
+        ]
 
-    return [
-        Sampled(
-            prompt["caption"],
-            {column: images[i] for column, images in columns.items()},
-            {judged: verdicts(columns[judged][i], prompt)},
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-
-
-def write(
-    workdir: Path,
-    split: str,
-    samples: Mapping[str, np.ndarray],
-    shown: Sequence[Sampled],
-    results: Mapping[str, Measured],
-) -> None:
-    """Writes the files of an evaluation; prints the tables of the metrics and the files' names."""
-    from imagen_jax.common import pictures
-    from imagen_jax.common.files import write_json
-    from imagen_jax.evaluation import report
-    from imagen_jax.runs import workdir as runs
-
-    folder = workdir / runs.EVALUATION
-    for name, measured in results.items():
-        write_json(folder / f"{name}.json", {"split": split, "guidance": measured.tables})
-    captions = [s.caption for s in shown[:SHOWN]]
-    sheets = []
-    for column, images in samples.items():
-        name = report.title(column).replace(", ", "_").replace(" ", "_")
-        sheets.append(folder / f"samples_{name}.png")
-        pictures.save(pictures.grid(images[:SHOWN], captions, columns=8), sheets[-1])
-    page = report.write(workdir, shown, list(results.values()))
-    for measured in results.values():
-        print(report.text_table(measured))
-    for path in (*sheets, page):
-        print(path)
+    record = {"suite": SCENES, "split": split, "draw_seed": seed, "categories": list(categories)}
+    return Suite(SCENES, Lazy(num, read), record)
 
 
 if __name__ == "__main__":

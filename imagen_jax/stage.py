@@ -22,7 +22,7 @@ import numpy as np
 from imagen_jax.config import Config
 from imagen_jax.devices import sharding
 from imagen_jax.diffusion import conditioning, editing, process
-from imagen_jax.diffusion.loss import UNIFORM, TimeSampling, diffusion_loss
+from imagen_jax.diffusion.loss import UNIFORM, Between, TimeSampling, diffusion_loss
 from imagen_jax.diffusion.sampler import Loop, SamplerConfig, scan
 from imagen_jax.models import networks
 from imagen_jax.runs import exported
@@ -169,6 +169,31 @@ class Stage:
                 losses.append([self.eval_loss(*args, null) for null in (False, True)])
         conditional, null = np.mean(jax.device_get(losses), axis=0)
         return {"eval_loss": float(conditional), "eval_loss_null": float(null)}
+
+    @functools.cached_property
+    def losses_between(self) -> Callable[..., jax.Array]:
+        """Jitted (params, batch, key, low, high) -> the losses of single examples, float32 [B].
+
+        The loss is the mean squared error of eps at log-SNRs drawn uniformly between low and high,
+        given the captions. It does not depend on what weights or noise levels training has, so runs
+        compare.
+        """
+
+        def losses(params, batch, key, low, high):
+            noise_key, aug_key = jax.random.split(key)
+            x, cond = self._inputs(batch, aug_key)
+            return diffusion_loss(
+                self._denoiser(params),
+                x,
+                cond,
+                noise_key,
+                schedule=self.schedule,
+                prediction=self.config.diffusion.prediction,
+                time_sampling=Between(low, high),
+                low_discrepancy=True,
+            )[0]
+
+        return jax.jit(losses, out_shardings=sharding.replicated(self.mesh))
 
     def sample(
         self,

@@ -110,23 +110,27 @@ class Reader:
         with contextlib.closing(self._batches(tasks, 0, shard, num_shards)) as batches:
             return [next(batches) for _ in range(self.config.eval_batches)]
 
-    def examples(self, split: str, num: int) -> list[dict[str, Any]]:
-        """Returns the first `num` records of a split, whose captions serve as prompts.
+    def examples(self, split: str, num: int, start: int = 0) -> list[dict[str, Any]]:
+        """Returns the records `start` to `num` of a split, whose captions serve as prompts.
 
         Returns:
-          Dicts of caption, category and scene (str), image uint8 [H, W, 3], text bfloat16 [T, D]
+          Dicts of id, caption, category, scene (str), image uint8 [H, W, 3], text bfloat16 [T, D]
           and text_mask bool [T].
         """
         tasks = self._open(split, shuffle=False)
         num = min(num, sum(map(len, tasks)))
-        positions = np.arange(num)
+        positions = np.arange(start, num)
         out = []
         for example in self._load(tasks, positions):
-            strings = {"caption": example.caption}
+            strings = {"id": example.record.id, "caption": example.caption}
             strings |= {key: getattr(example.record, key) for key in ("category", "scene")}
             text = {key: values[0] for key, values in self.pad([example]).items()}
             out.append({**strings, **text})
         return out
+
+    def count(self, split: str) -> int:
+        """Returns the number of records of a split, of the categories in data.categories."""
+        return sum(map(len, self._open(split, shuffle=False)))
 
     def training_examples(self, position: int, num: int) -> list[Example]:
         """Returns the training examples at `num` positions, for people to look at."""

@@ -73,7 +73,10 @@ def loss_curve(
 
 @contextlib.contextmanager
 def chart(path: Path, inches: tuple[float, float] = (7, 3.5), **settings: Any) -> Iterator[Any]:
-    """Yields axes for labeled lines; then applies `settings` and a log y axis, and writes a PNG."""
+    """Yields axes for labeled lines; then applies `settings` and writes a PNG.
+
+    The y axis is logarithmic unless `settings` have another yscale.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,7 +84,7 @@ def chart(path: Path, inches: tuple[float, float] = (7, 3.5), **settings: Any) -
 
     figure, axes = plt.subplots(figsize=inches, layout="constrained")
     yield axes
-    axes.set(yscale="log", **settings)
+    axes.set(**{"yscale": "log", **settings})
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with replacing(path) as temporary:

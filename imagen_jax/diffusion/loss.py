@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,15 @@ from imagen_jax.diffusion.process import (
     q_sample,
     scaled_input,
 )
+
+# Edges of the log-SNR buckets that losses are reported in; the outer two are open.
+LOG_SNR_EDGES = (-6.0, -3.0, -1.0, 1.0, 3.0, 6.0)
+
+
+def bucket_names() -> list[str]:
+    """Returns the metric names of the log-SNR buckets, from noisy (low) to clean (high)."""
+    edges = [f"{e:g}" for e in LOG_SNR_EDGES]
+    return [f"{low}_to_{high}" for low, high in zip(["-inf", *edges], [*edges, "inf"], strict=True)]
 
 
 def min_snr(log_snr: jax.Array, gamma: float = 5.0) -> jax.Array:
@@ -181,6 +191,18 @@ class TimeSampling:
 UNIFORM = TimeSampling()
 
 
+class Between(NamedTuple):
+    """Log-SNRs uniform between two values, which may be traced; used like TimeSampling."""
+
+    low: Any
+    high: Any
+
+    def log_snr(self, u: jax.Array, schedule: Schedule) -> jax.Array:
+        """Returns log-SNRs for u ~ U(0, 1), shaped as u."""
+        del schedule
+        return self.high + (self.low - self.high) * u
+
+
 def sample_t(key: jax.Array, batch: int, low_discrepancy: bool) -> jax.Array:
     """Samples times t ~ U(0, 1), float32 [batch].
 
@@ -203,7 +225,7 @@ def diffusion_loss(
     prediction: str = "eps",
     weighting: str = "eps",
     weighting_bias: float = 0.0,
-    time_sampling: TimeSampling = UNIFORM,
+    time_sampling: TimeSampling | Between = UNIFORM,
     low_discrepancy: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes w(lambda_t) mean((eps_hat - eps)^2) per example, each at a random noise level.

@@ -1,7 +1,7 @@
 """The HTML report of a run, one self-contained file that a phone shows too.
 
-It has the metrics, samples with the verdict on each claim, the sample grids of the training, the
-losses against time, the config, and the commands to go on with.
+It has the metrics, their protocol, samples with the verdict on each claim, the sample grids of the
+training, the losses against time, the config, and the commands to go on with.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from PIL import Image
 
 from imagen_jax.common import html, pictures
 from imagen_jax.common.files import write_text
-from imagen_jax.evaluation.metric import Metric, Table
+from imagen_jax.evaluation.metric import Metric, Row, Table
+from imagen_jax.evaluation.protocol import TRUE
 from imagen_jax.runs import workdir as runs
 
-TRUE = "true images"  # the column of the examples' own images
 MOST_GRIDS = 10  # sample grids of the training that the page shows
 EXTREMES = 6  # best and worst samples
-SAMPLES = 12  # captions whose samples are shown at every guidance weight
+SAMPLES = 12  # captions whose samples are shown in several columns
+COLUMNS = 5  # columns that a table by group, or a caption's row of samples, shows
 
 
 class Measured(NamedTuple):
-    """A metric and its tables by column; a column is a guidance weight, see `title`, or TRUE."""
+    """A metric and its tables by column: a point of the sweep, such as "guidance 2", or TRUE."""
 
     metric: Metric
     tables: dict[str, Table]
 
 
 class Sampled(NamedTuple):
-    """A held-out caption and its images.
+    """A caption and its images.
 
     Attributes:
       caption: the caption.
@@ -48,29 +49,39 @@ class Sampled(NamedTuple):
     claims: dict[str, list[tuple[str, bool]]]
 
 
-def write(workdir: Path, samples: Sequence[Sampled], results: Sequence[Measured]) -> Path:
-    """Writes workdir/report.html and returns its path.
+def write(
+    workdir: Path,
+    samples: Sequence[Sampled],
+    results: Sequence[Measured],
+    more: Sequence[str] = (),
+    path: Path | None = None,
+) -> Path:
+    """Writes the report of a run and returns its path.
 
     Args:
-      samples: one per caption.
+      samples: the captions to show.
       results: the metrics, in the order of display.
+      more: further parts as HTML, below the metrics.
+      path: the file (default: workdir/report.html).
     """
     config = runs.read_config(workdir)
     lines = runs.read_metrics(workdir)
+    pictures_of = path.parent if path else workdir / runs.EVALUATION
     parts = [
         html.element("p", _summary(lines)),
         *(_metric(measured) for measured in results),
+        *more,
         *_extremes(samples),
-        *_all_weights(samples),
+        *_first(samples),
         *_training(workdir),
-        *_losses(workdir, lines, config.loss_label),
+        *_losses(workdir, lines, config.loss_label, pictures_of),
         html.element("h2", "Go on"),
         html.element("p", _CONTINUE),
         html.element("pre", "\n".join(commands(workdir))),
         html.element("h2", "Config"),
         html.details(runs.CONFIG, html.element("pre", (workdir / runs.CONFIG).read_text())),
     ]
-    path = workdir / runs.REPORT
+    path = path or workdir / runs.REPORT
     write_text(path, html.page(workdir.name, *parts))
     return path
 
@@ -88,7 +99,8 @@ def _summary(lines: list[dict]) -> str:
 
 def _metric(measured: Measured) -> str:
     header, rows = _columns(measured, _cell)
-    note = f"{measured.metric.note} The last column has the true images."
+    true = TRUE in measured.tables
+    note = measured.metric.note + (" The last column has the true images." if true else "")
     return (
         html.element("h2", measured.metric.title)
         + html.stacking_table(header, rows)
@@ -96,7 +108,7 @@ def _metric(measured: Measured) -> str:
     )
 
 
-def _cell(metric: Metric, row: dict[str, float]) -> str:
+def _cell(metric: Metric, row: Row) -> str:
     bar = html.interval(row["fully"], row["low"], row["high"]) if "fully" in row else ""
     return escape(metric.cell(row)) + bar
 
@@ -112,16 +124,23 @@ def _extremes(samples: Sequence[Sampled]) -> list[str]:
     parts = []
     for title, chosen in (("Best", judged[:num]), ("Worst", judged[len(judged) - num :][::-1])):
         cards = [_card(s, (column, TRUE), s.claims[column]) for s in chosen]
-        heading = html.element("h2", f"{title} at {_name(column)}")
+        heading = html.element("h2", f"{title} at {column}")
         parts.append(heading + html.wrap("div", "cards", *cards))
     return parts if num else []
 
 
-def _all_weights(samples: Sequence[Sampled]) -> list[str]:
-    cards = [_card(s, tuple(s.images)) for s in samples[:SAMPLES]]
+def _first(samples: Sequence[Sampled]) -> list[str]:
+    cards = [_card(s, shown(list(s.images))) for s in samples[:SAMPLES]]
     if not cards:
         return []
     return [html.element("h2", "The first captions") + html.wrap("div", "cards", *cards)]
+
+
+def shown(columns: Sequence[str]) -> list[str]:
+    """Returns the columns that there is room for, evenly chosen, and TRUE if it is one."""
+    drawn = [c for c in columns if c != TRUE]
+    at = np.unique(np.linspace(0, len(drawn) - 1, min(COLUMNS, len(drawn))).round().astype(int))
+    return [drawn[i] for i in at] + ([TRUE] if TRUE in columns else [])
 
 
 def _card(sampled: Sampled, columns: Sequence[str], claims=()) -> str:
@@ -156,7 +175,7 @@ def _training(workdir: Path) -> list[str]:
     return [html.element("h2", "Samples during training") + html.slider(grids)]
 
 
-def _losses(workdir: Path, lines: list[dict], label: str) -> list[str]:
+def _losses(workdir: Path, lines: list[dict], label: str, folder: Path) -> list[str]:
     """Draws the losses against training time, or against steps if no time was logged."""
     train = [m for m in lines if "loss" in m]
     if not train:
@@ -169,7 +188,7 @@ def _losses(workdir: Path, lines: list[dict], label: str) -> list[str]:
         for m in lines
         if "eval_loss" in m
     ]
-    path = workdir / runs.EVALUATION / "loss.png"
+    path = folder / "loss.png"
     xlabel = "minutes of training" if timed else "step"
     xs, losses = [at[m["step"]] for m in train], [m["loss"] for m in train]
     pictures.loss_curve(xs, losses, path, held_out, label, xlabel)
@@ -205,32 +224,29 @@ def commands(workdir: Path) -> list[str]:
 
 
 def _name(column: str) -> str:
-    return "true image" if column == TRUE else title(column)
+    return "true image" if column == TRUE else column
 
 
 def _columns(measured: Measured, cell=None) -> tuple[list[str], list[list[str]]]:
-    """Returns a metric's header and rows: a row per group, a column per guidance weight.
+    """Returns a metric's header and rows: a row per group, and the columns of `shown`.
 
     Args:
       cell: (metric, row) -> a cell; the row's text by default. If given, all cells are HTML.
     """
     metric, tables = measured
-    groups = next(iter(tables.values()))
+    columns = shown(list(tables))
+    groups = tables[columns[0]]
     text = escape if cell else str
     cell = cell or (lambda metric, row: metric.cell(row))
     rows = [
-        [text(group), str(row["num"]), *(cell(metric, table[group]) for table in tables.values())]
+        [
+            text(group),
+            str(row.get("num", "")),
+            *(cell(metric, tables[c][group]) if group in tables[c] else "" for c in columns),
+        ]
         for group, row in groups.items()
     ]
-    return ["category", "prompts", *map(title, tables)], rows
-
-
-def title(column: str) -> str:
-    """Returns a column's title: "3.0, EMA 0.05" gives "guidance 3, EMA 0.05"; TRUE stays."""
-    if column == TRUE:
-        return column
-    weight, comma, rest = column.partition(",")
-    return f"guidance {float(weight):g}{comma}{rest}"
+    return ["category", "prompts", *columns], rows
 
 
 def text_table(measured: Measured) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,21 @@ class Cascade:
       stages: the stages.
     """
 
-    def __init__(self, stages: Sequence[TrainedStage]):
-        """Raises SettingError unless each stage enlarges the samples of the one before."""
+    def __init__(
+        self,
+        stages: Sequence[TrainedStage],
+        encoders: Callable[[str, int], TextEncoder] | None = None,
+    ):
+        """Makes a cascade.
+
+        Args:
+          encoders: (name or folder, max_tokens) -> a text encoder (default: text.load_encoder).
+
+        Raises:
+          SettingError: a stage does not enlarge the samples of the one before.
+        """
         self.stages = list(stages)
-        self._load_encoder = functools.cache(load_encoder)
+        self._load_encoder = functools.cache(encoders or load_encoder)
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.low_res != before.size:
                 kind = f"enlarges {after.low_res} pixels" if after.low_res else "is a base model"

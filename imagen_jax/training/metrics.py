@@ -17,10 +17,10 @@ from etils import epath
 from imagen_jax.common.cli import log
 from imagen_jax.common.files import write_text
 from imagen_jax.devices import topologies
+from imagen_jax.diffusion.loss import bucket_names
 from imagen_jax.runs.workdir import BAD_RECORDS, METRICS, read_metrics
 from imagen_jax.training.goodput import Goodput
 from imagen_jax.training.reader import Reader
-from imagen_jax.training.step import bucket_names
 
 
 def overview(params: Any) -> str:

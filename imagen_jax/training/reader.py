@@ -24,7 +24,7 @@ class Reader(Protocol):
         """Returns the held-out batches, the same in every call."""
 
     def examples(self, split: str, num: int) -> list[dict[str, Any]]:
-        """Returns the first `num` records of a split: caption, image, text, text_mask."""
+        """Returns the first `num` records of a split: id, caption, image, text, text_mask."""
 
     def take_bad_records(self) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """Returns how many records were bad, by reason, and a list of those since the last call."""

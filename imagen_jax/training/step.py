@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from imagen_jax.diffusion.loss import LOG_SNR_EDGES
 from imagen_jax.ema import update_averages
 from imagen_jax.optim import update_ema
-
-# Edges of the log-SNR buckets that the loss is reported in; the outer two are open.
-LOG_SNR_EDGES = (-6.0, -3.0, -1.0, 1.0, 3.0, 6.0)
 
 Batch = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
@@ -47,12 +45,6 @@ def init_state(
     ema, *averages = (jax.tree.map(jnp.copy, params) for _ in range(1 + num_averages))
     opt_state = optimizer.init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, tuple(averages))
-
-
-def bucket_names() -> list[str]:
-    """Returns the metric names of the log-SNR buckets, from noisy (low) to clean (high)."""
-    edges = [f"{e:g}" for e in LOG_SNR_EDGES]
-    return [f"{low}_to_{high}" for low, high in zip(["-inf", *edges], [*edges, "inf"], strict=True)]
 
 
 def _bucket_sums(loss_b: jax.Array, log_snr_b: jax.Array) -> dict[str, jax.Array]:

@@ -35,9 +35,9 @@ def workdir(tmp_path):
 
 def sampled(right, of=4):
     """A caption whose image at guidance 3 satisfies `right` of its claims."""
-    images = {c: np.full((32, 32, 3), 9, np.uint8) for c in ("1.0", "3.0", TRUE)}
+    images = {c: np.full((32, 32, 3), 9, np.uint8) for c in ("guidance 1", "guidance 3", TRUE)}
     claims = [(f"claim {i}", i < right) for i in range(of)]
-    return Sampled(f"<{right} of {of}>", images, {"3.0": claims})
+    return Sampled(f"<{right} of {of}>", images, {"guidance 3": claims})
 
 
 def test_samples_are_ordered_by_their_claims_and_the_page_stays_light(workdir):

@@ -282,30 +282,36 @@ def test_a_model_too_large_for_the_machine_is_refused_with_figures_and_a_smaller
     assert "\n" not in message and not (tmp_path / "run").exists()
 
 
-def test_evaluation_reports_by_category(finished, tmp_path):
-    evaluate.evaluate(finished, [1.0, 2.0], split="heldout", num=4)
-    report = json.loads((finished / "evaluation" / "alignment.json").read_text())
-    assert set(report["guidance"]) == {"1.0", "2.0", "true images"}
-    found_groups = report["guidance"]["1.0"]
+def test_evaluation_reports_by_category(finished):
+    out = finished / "evaluation"
+    evaluate.evaluate([finished], {"guidance": ["1", "2"]}, num=4, out=out)
+    report = json.loads((out / "alignment.json").read_text())
+    assert list(report["columns"]) == ["guidance 1", "guidance 2", "true images"]
+    found_groups = report["columns"]["guidance 1"]["table"]
     found = found_groups["all"]
     assert found["num"] == 4 and found["low"] <= found["fully"] <= found["high"]
     assert found["high"] > found["low"] >= 0
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + 2 * 2 * 2 + 4 * 3  # loss, extremes, samples
+    # Losses, alignment over guidance, extremes, samples.
+    assert page.count("data:image/png;base64,") == 1 + 1 + 2 * 2 * 2 + 4 * 3
     assert page.count('class="bar"') == 3 * len(found_groups)
     assert "Samples during training" in page and page.count("data:image/webp") >= 1
     assert 'class="yes"' in page or 'class="no"' in page
-    assert all(c in page for c in report["guidance"]["1.0"])
+    assert all(c in page for c in found_groups)
     shares = [100 * found[key] for key in ("fully", "low", "high", "claims")]
     assert "{:.0f}% ({:.0f}-{:.0f}%), claims {:.0f}%".format(*shares) in page
 
 
 def test_evaluation_compares_widths_of_ema(finished):
-    evaluate.evaluate(finished, [1.0], split="heldout", num=4, widths=[0.05, 0.1])
-    report = json.loads((finished / "evaluation" / "alignment.json").read_text())
-    assert list(report["guidance"]) == ["1.0, EMA 0.05", "1.0, EMA 0.1", "true images"]
+    out = finished / "evaluation"
+    settings = {"guidance": ["1"], "ema": ["0.05", "0.1"]}
+    evaluate.evaluate([finished], settings, num=4, out=out)
+    report = json.loads((out / "alignment.json").read_text())
+    assert list(report["columns"])[:2] == ["guidance 1, EMA 0.05", "guidance 1, EMA 0.1"]
+    weights = [c["protocol"]["stages"][0]["weights"] for c in list(report["columns"].values())[:2]]
+    assert weights == ["EMA, width 0.05", "EMA, width 0.1"]
     assert "guidance 1, EMA 0.05" in (finished / "report.html").read_text()
-    assert (finished / "evaluation" / "samples_guidance_1_EMA_0.1.png").exists()
+    assert (out / "samples_guidance_1_EMA_0.1.png").exists()
 
 
 def run(module, *args):

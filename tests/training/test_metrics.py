@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
+from imagen_jax.diffusion.loss import bucket_names
 from imagen_jax.training.metrics import MetricLogger
-from imagen_jax.training.step import bucket_names
 
 
 def steps():

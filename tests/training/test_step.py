@@ -9,13 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax.training.step import (
-    LOG_SNR_EDGES,
-    accumulated_gradients,
-    bucket_names,
-    init_state,
-    train_step,
-)
+from imagen_jax.diffusion.loss import LOG_SNR_EDGES, bucket_names
+from imagen_jax.training.step import accumulated_gradients, init_state, train_step
 
 
 def toy_loss(params, batch, key):

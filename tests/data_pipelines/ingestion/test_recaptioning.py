@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_pipelines.ingestion import recaptioning, rewriters
 from data_pipelines.records import prepared
+from imagen_jax.common import endpoint
 from imagen_jax.common.errors import UserError
 
 
@@ -107,7 +108,7 @@ class Stub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(rewriters.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
     server = HTTPServer(("127.0.0.1", 0), Stub)
     server.requests, server.status, server.good = [], 503, True
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -11,8 +11,8 @@ from datasets import record, write, write_store
 from data_pipelines.reading.reader import Reader
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
+from imagen_jax.diffusion.loss import bucket_names
 from imagen_jax.training.metrics import MetricLogger
-from imagen_jax.training.step import bucket_names
 
 
 def read(data_dir, task="first", **changes):
