@@ -24,6 +24,7 @@ from imagen_jax.sections import (
     CheckpointConfig,
     DataConfig,
     DiffusionConfig,
+    EvalConfig,
     GuardConfig,
     InitConfig,
     TextConfig,
@@ -47,6 +48,7 @@ class Config:
       batch_size: examples per step, over all devices.
       data, text, diffusion, optimizer, sampling, mesh, init, checkpoint, ema, guard: the sections.
       model: the network's keys, untyped; see `unet`.
+      evals: metric -> keys of sections.EvalConfig, untyped; see `evaluations`.
       microbatches: number of equal microbatches in a batch; their gradients are averaged. 0 chooses
         the fewest that device_batch and a device's memory allow.
       device_batch: examples that a device runs at once in the memory of devices.memory.ROOM; twice
@@ -84,6 +86,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     ema: EmaConfig = EmaConfig()
     guard: GuardConfig = GuardConfig()
+    evals: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         require(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -126,6 +129,17 @@ class Config:
         network = NETWORKS[name].config
         fields = {field.name for field in dataclasses.fields(network)}
         return typed(network, values, "model.", **{k: v for k, v in derived.items() if k in fields})
+
+    @functools.cached_property
+    def evaluations(self) -> dict[str, EvalConfig]:
+        """The section `evals`, typed: the metrics that training measures, by name."""
+        found = {}
+        for name, values in self.evals.items():
+            section = isinstance(name, str) and isinstance(values, Mapping)
+            require(section, f"evals.{name}", values, "keys such as every, num and guidance")
+            found[name] = typed(EvalConfig, values, f"evals.{name}.")
+            found[name].check(name)
+        return found
 
     @functools.cached_property
     def full_size(self) -> int:
@@ -188,5 +202,7 @@ def parse(config: Mapping[str, Any]) -> Config:
     """
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     parsed = typed(Config, values)
-    parsed.check_crop()  # also parses model.*, so that a bad key fails here, not at the first step
+    # These parse model.* and evals.*, so that a bad key fails here, not at the first step.
+    parsed.check_crop()
+    _ = parsed.evaluations
     return parsed

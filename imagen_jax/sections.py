@@ -287,3 +287,27 @@ class GuardConfig:
     def __post_init__(self):
         for key in ("max_skips", "max_rollbacks", "spike_factor"):
             require(getattr(self, key) >= 0, f"guard.{key}", getattr(self, key), "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """An entry of the config section `evals`: a metric that training measures every few steps.
+
+    Attributes:
+      every: steps between evaluations; the last step evaluates too.
+      num: number of captions to sample, the first ones of the split.
+      split: split of the captions; "" means data.sample_split.
+      guidance: guidance weight; None means sampling.guidance_weight.
+    """
+
+    every: int
+    num: int = 64
+    split: str = ""
+    guidance: float | None = None
+
+    def check(self, name: str) -> None:
+        """Raises UserError if a value of evals.<name> is out of range."""
+        for key in ("every", "num"):
+            require(getattr(self, key) > 0, f"evals.{name}.{key}", getattr(self, key), "1 or more")
+        weight = self.guidance
+        require(weight is None or weight >= 0, f"evals.{name}.guidance", weight, "0 or more")

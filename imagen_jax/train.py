@@ -29,6 +29,9 @@ from imagen_jax.training.startup import Startup, process_age
 
 if TYPE_CHECKING:
     from imagen_jax.config import Config
+    from imagen_jax.stage import Stage
+    from imagen_jax.training.periodic import Evaluation
+    from imagen_jax.training.reader import Reader
 
 FLAGS = flags.FLAGS
 
@@ -90,6 +93,7 @@ def main(argv: Sequence[str]) -> None:
     from imagen_jax.training import profiling
 
     config = parse(values)
+    check_evals(config)
     profiled = profiling.parse_steps(FLAGS.profile_steps, config.num_steps)
     if (FLAGS.replay_step or 0) > config.num_steps:
         allowed = f"1 to {config.num_steps} (config.num_steps)"
@@ -136,6 +140,14 @@ def check_flags() -> Path:
     workdir = FLAGS.workdir or f"{RUNS}/{typed_config.run_name(FLAGS.config)}"
     check_trainable(Path(workdir))
     return Path(workdir).absolute()
+
+
+def check_evals(config: Config) -> None:
+    """Raises UserError if config.evals names a metric that training cannot measure."""
+    if config.evaluations:
+        from imagen_jax.evaluation import during
+
+        during.check_names(config.evaluations)
 
 
 def check_data(config: Config) -> None:
@@ -200,7 +212,18 @@ def run(config: Config, workdir: Path, startup: Startup, profiled: Sequence[int]
         print_metrics(loop.replay(experiment, reader, workdir, step))
         return True
     stop = processes.StopRequest()
-    return loop.train(experiment, reader, workdir, stop, startup, profiled)
+    evals = evaluations(experiment.stage, reader)
+    return loop.train(experiment, reader, workdir, stop, startup, profiled, evals)
+
+
+def evaluations(stage: Stage, reader: Reader) -> dict[str, Evaluation]:
+    """Returns what training calls for each entry of config.evals."""
+    if not stage.config.evaluations:
+        return {}
+    from data_pipelines.scenes.check import check_example
+    from imagen_jax.evaluation import during
+
+    return during.evaluations(stage, reader.examples, check_example)
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:

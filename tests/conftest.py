@@ -155,7 +155,10 @@ def cascade_runs(tmp_path_factory):
 def train_run(config, workdir, stop=lambda step: False, **kwargs):
     """Trains as `python -m imagen_jax.train` does, without flags."""
     from data_pipelines.reading.reader import Reader, build
+    from imagen_jax.train import evaluations
     from imagen_jax.training import experiment, loop
 
     build(config)
-    return loop.train(experiment.build(config), Reader(config), workdir, stop, **kwargs)
+    built, reader = experiment.build(config), Reader(config)
+    kwargs = {"evals": evaluations(built.stage, reader), **kwargs}
+    return loop.train(built, reader, workdir, stop, **kwargs)

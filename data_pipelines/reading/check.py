@@ -111,6 +111,7 @@ def _check_task(config: Config, task: str) -> None:
     reads = {"train"}
     reads |= {data.eval_split} if config.eval_every and config.eval_batches else set()
     reads |= {data.sample_split} if config.sample_every else set()
+    reads |= {e.split or data.sample_split for e in config.evaluations.values()}
     for split in sorted(reads):
         check_split(task, info.num_examples, split)
     if name == "folder" and data.categories:

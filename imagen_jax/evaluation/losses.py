@@ -42,13 +42,20 @@ def buckets(low: float, high: float) -> list[tuple[int, float, float]]:
     return [(i, a, b) for i, a, b in clipped if a < b]
 
 
-def measure(stage: Stage, params: Params, examples: Sequence[Example], seed: int = 0) -> Table:
+def measure(
+    stage: Stage,
+    params: Params,
+    examples: Sequence[Example],
+    seed: int = 0,
+    progress: bool = True,
+) -> Table:
     """Measures the loss of every example in every bucket.
 
     Args:
       params: the weights, usually the EMA.
       examples: with image [H, W, 3] at the network's size, text and text_mask.
       seed: seed of the noise.
+      progress: show a progress bar.
 
     Returns:
       {"-3 to -1": {"loss": mean over the examples, "low" and "high": its 95% interval, "num":
@@ -59,7 +66,7 @@ def measure(stage: Stage, params: Params, examples: Sequence[Example], seed: int
     found = buckets(stage.schedule.log_snr_min, stage.schedule.log_snr_max)
     losses: dict[int, list[float]] = {i: [] for i, _, _ in found}
     starts = range(0, len(examples), size)
-    for start in tqdm(starts, "held-out losses", unit="batch"):
+    for start in tqdm(starts, "held-out losses", unit="batch", disable=not progress):
         rows = np.minimum(np.arange(start, start + size), len(examples) - 1)
         some = [examples[r] for r in rows]
         batch = stage.put({"image": np.stack([e["image"] for e in some]), **stack_text(some)})
@@ -67,7 +74,7 @@ def measure(stage: Stage, params: Params, examples: Sequence[Example], seed: int
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), start), i)
             args = (params, batch, key, np.float32(low), np.float32(high))
             values = np.asarray(jax.device_get(stage.losses_between(*args)), np.float64)
-            losses[i] += values[: len(examples) - start].tolist()
+            losses[i] += values[:size][: len(examples) - start].tolist()
     return {f"{low:g} to {high:g}": _row(losses[i]) for i, low, high in found}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from imagen_jax.training import metrics
 from imagen_jax.training.experiment import Experiment
 from imagen_jax.training.goodput import Goodput
 from imagen_jax.training.guard import Guard
-from imagen_jax.training.periodic import Actions
+from imagen_jax.training.periodic import Actions, Evaluation
 from imagen_jax.training.profiling import Profile
 from imagen_jax.training.reader import Batch, Reader
 from imagen_jax.training.startup import Startup
@@ -43,6 +43,7 @@ def train(
     stop: Callable[[int], bool],
     startup: Startup | None = None,
     profiled: Sequence[int] = (),
+    evals: Mapping[str, Evaluation] = {},
 ) -> bool:
     """Trains until `num_steps` or until `stop(step)` is true; saves a checkpoint of the last step.
 
@@ -50,6 +51,7 @@ def train(
       stop: called with each step, and must agree on all hosts; True ends the run after that step.
       startup: measures the time to the first step (default: starting now).
       profiled: steps to trace into WORKDIR/profile.
+      evals: the evaluations of the config section `evals`, by name.
 
     Returns:
       Whether the run reached `num_steps`.
@@ -99,7 +101,7 @@ def train(
             offset = position["examples"] - start * config.batch_size
             guard = Guard(config.guard, MOST_AHEAD)
             parts = (checkpoints, snapshots, logger, profile, startup, guard, run_state)
-            actions = Actions(experiment, reader, workdir, *parts, goodput, offset)
+            actions = Actions(experiment, reader, workdir, *parts, goodput, offset, evals)
             startup.done("data opening")
             actions.catch_up(start, state)
             _log_setup(experiment, start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from imagen_jax.training.step import TrainState, all_finite
 WATCH_S = 1.0  # seconds between looks at the workdir
 
 Action = Callable[[int, TrainState], None]
+Evaluation = Callable[[Any], dict[str, float]]  # weights -> scalars to log
 
 
 def _spends(part: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -64,6 +65,7 @@ class Actions:
         run_state: RunState,
         goodput: Goodput,
         offset: int,
+        evals: Mapping[str, Evaluation] = {},
     ):
         """Reads the held-out batches and the captions to sample.
 
@@ -71,8 +73,10 @@ class Actions:
           snapshots: of the averages for post-hoc EMA; None if the run keeps none.
           offset: examples consumed minus step x batch_size; not 0 if batch_size has changed or the
             run has gone back.
+          evals: the evaluations of the config section `evals`, by name.
         """
         config = experiment.config
+        self._evals = evals
         self._config, self._stage, self._workdir = config, experiment.stage, workdir
         self._checkpoints, self._snapshots = checkpoints, snapshots
         self._logger, self.goodput, self.offset = logger, goodput, offset
@@ -141,10 +145,15 @@ class Actions:
             (not last and self._save_due(step), 1, self.save),
             (self._eval_batches, config.eval_every, self.evaluate),
             (self._prompts, config.sample_every, self.sample),
-            # A run that is killed after its last checkpoint has nothing left to resume.
-            (last, 1, self.save),
         )
         acts = [act for on, every, act in table if on and (last or step % every == 0)]
+        acts += [
+            functools.partial(self.measure, name)
+            for name in self._evals
+            if last or step % config.evaluations[name].every == 0
+        ]
+        # The last, because a run that is killed after its last checkpoint has nothing to resume.
+        acts += [self.save] * last
         return [self.profile.stop, *acts] if self.profile.ends(step) else acts
 
     def _save_due(self, step: int) -> bool:
@@ -210,6 +219,15 @@ class Actions:
             "step %d  eval loss %.4f, with the null prompt %.4f",
             step, losses["eval_loss"], losses["eval_loss_null"],
         )  # fmt: skip
+
+    @_spends("evaluation")
+    def measure(self, name: str, step: int, state: TrainState) -> None:
+        """Logs the figures of an evaluation of the EMA weights."""
+        with jax.transfer_guard("allow"):
+            scalars = self._evals[name](state.ema)
+        self._logger.write(step, scalars)
+        figures = ", ".join(f"{key} {value:.4f}" for key, value in scalars.items())
+        log.info("step %d  %s", step, figures)
 
     @_spends("evaluation")
     def sample(self, step: int, state: TrainState) -> None:

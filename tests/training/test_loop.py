@@ -20,6 +20,7 @@ from imagen_jax import evaluate, train
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
 from imagen_jax.devices import processes
+from imagen_jax.evaluation import protocol
 from imagen_jax.pipeline import cascade
 from imagen_jax.runs import checksums
 from imagen_jax.runs.checkpoint import Checkpoints
@@ -50,6 +51,7 @@ def config(tiny_data):
         num_steps=6, log_every=1, eval_every=3, eval_batches=1, sample_every=3, checkpoint_every=4
     )
     values["ema"] = {"widths": (0.05, 0.1), "snapshot_every": 2}
+    values["evals"] = {"alignment": {"every": 4, "num": 4}, "losses": {"every": 6, "num": 4}}
     return parse(values)
 
 
@@ -84,6 +86,8 @@ def test_the_workdir_has_the_documented_files(config, finished):
         assert all(v > 0 for v in metrics(finished, key).values())
     for key in ("eval_loss", "eval_loss_null"):
         assert sorted(metrics(finished, key)) == [3, 6]
+    assert sorted(metrics(finished, "alignment/fully")) == [4, 6]
+    assert sorted(metrics(finished, "losses/1_to_3")) == [6]
     assert any(finished.glob("events.out.tfevents.*"))
     assert list(finished.glob("profile/plugins/profile/steps_2_to_3/*.xplane.pb"))
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step_4", "step_6"]
@@ -103,7 +107,7 @@ def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_run(config, finish
     assert json.loads((tmp_path / "state.json").read_text())["state"] == "preempted"
     train_run(config, tmp_path, StopAt())
     assert metrics(tmp_path) == metrics(finished)
-    for key in ("eval_loss", "eval_loss_null"):
+    for key in ("eval_loss", "eval_loss_null", "losses/-3_to_-1"):
         assert metrics(tmp_path, key) == metrics(finished, key)
     grids = [workdir / "samples" / "step_00000003.png" for workdir in (tmp_path, finished)]
     assert grids[0].read_bytes() == grids[1].read_bytes()
@@ -302,6 +306,24 @@ def test_evaluation_reports_by_category(finished):
     assert "{:.0f}% ({:.0f}-{:.0f}%), claims {:.0f}%".format(*shares) in page
 
 
+def test_two_checkpoints_are_compared_by_their_losses(config, finished, tmp_path):
+    outs = tmp_path / "4", tmp_path / "6"
+    for out in outs:
+        step = int(out.name)
+        evaluate.evaluate([finished], {}, num=8, out=out, metrics=["losses"], step=step)
+    results = [json.loads((out / "losses.json").read_text()) for out in outs]
+    (a,), (b,) = (r["columns"].values() for r in results)
+    assert a["protocol"]["stages"][0]["step"] == 4 and len(a["table"]) == 7
+    differences = np.subtract(*(t["table"]["1 to 3"]["scores"] for t in (b, a)))
+    lines = protocol.compare(*(out / "losses.json" for out in outs))
+    line = next(line for line in lines if "1 to 3" in line)
+    error = np.std(differences, ddof=1) / np.sqrt(8)
+    assert f"difference {differences.mean():+.4f} (" in line and "8 pairs" in line
+    assert f"standard error {error:.4f}" in line
+    # Far less than the error of each loss alone: both saw the same noise.
+    assert error < 0.5 * np.std(a["table"]["1 to 3"]["scores"], ddof=1) / np.sqrt(8)
+
+
 def test_evaluation_compares_widths_of_ema(finished):
     out = finished / "evaluation"
     settings = {"guidance": ["1"], "ema": ["0.05", "0.1"]}
@@ -336,6 +358,14 @@ def run(module, *args):
         ),
         (["--config=configs/demo.py", "--workdir=/proc/no"], "--workdir=/proc/no cannot"),
         (
+            ["--config=configs/demo.py", "--workdir=w", "--config.evals.alignment.every=0"],
+            "config.evals.alignment.every is 0; allowed: 1 or more",
+        ),
+        (
+            ["--config=configs/demo.py", "--workdir=w", "--config.evals.losses.num=4"],
+            "config.evals.losses.every is missing",
+        ),
+        (
             ["--config=configs/base64.py", "--workdir=w", "--config.data.dir=/nowhere"],
             "; or try --config=configs/base64.py:tiny, which draws its own data",
         ),
@@ -349,7 +379,7 @@ def run(module, *args):
             "make it with: python -m data_pipelines.scenes --data_dir=/nowhere --resolution=32",
         ),
     ],
-    ids=["key", "value", "profile", "workdir", "data", "scenes"],
+    ids=["key", "value", "profile", "workdir", "every", "missing", "data", "scenes"],
 )
 def test_bad_configs_are_one_line_errors_before_tensorflow_loads(args, words):
     done = run("imagen_jax.train", *args)
