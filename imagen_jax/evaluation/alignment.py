@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from imagen_jax.common.intervals import wilson
 from imagen_jax.evaluation.metric import Example, Metric, Row, Table
@@ -86,11 +87,15 @@ def alignment(
 def _checked(
     images: Sequence[np.ndarray], examples: Sequence[Example], check: Check, threads: int
 ) -> Iterator[tuple[list[str], list[bool]]]:
-    """Yields the verdicts in order; takes a few images at a time, which may be read from disk."""
+    """Yields the verdicts in order; takes a few images at a time, which may be read from disk.
+
+    A check that takes more than a few seconds shows its progress.
+    """
     pairs = zip(images, examples, strict=True)
-    if threads == 1:
-        yield from itertools.starmap(check, pairs)
-        return
-    with ThreadPoolExecutor(threads) as pool:
+    bar = tqdm(total=len(images), desc="checking", unit="image", delay=3)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        run = pool.map if threads > 1 else map
         while some := list(itertools.islice(pairs, 4 * threads)):
-            yield from pool.map(lambda pair: check(*pair), some)
+            for verdict in run(lambda pair: check(*pair), some):
+                bar.update()
+                yield verdict

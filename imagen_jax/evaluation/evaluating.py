@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import imagen_jax
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_json
@@ -117,8 +118,8 @@ class Evaluation:
                 if stage.low_res or not true
             ]
             record = {"stages": stages, "low_res": "true" if true else "drawn"}
-            source = {k: v for k, v in self.prompts.items() if k != "ids"}
-            seeds = {"first": self.seed, "num": len(self.light)}
+            source = {k: self.prompts.get(k) for k in ("suite", "task", "split", "sha256")}
+            code = imagen_jax.__version__
             images = samples.draw(
                 pipe,
                 drawn[name],
@@ -127,7 +128,7 @@ class Evaluation:
                 seed=self.seed,
                 true_low_res=true,
                 truncate=self.truncate,
-                record={**record, "prompts": source, "seeds": seeds},
+                record={**record, "prompts": source, "seed": self.seed, "imagen_jax": code},
                 folder=self.out / "samples",
                 name=name,
             )

@@ -62,17 +62,22 @@ def stage_record(stage: TrainedStage, sampler: SamplerConfig) -> dict[str, Any]:
 
 
 def code_record() -> dict[str, str]:
-    """Returns the versions of this code and of JAX, and the git commit if there is one."""
+    """Returns the versions of this code and of JAX, and the commit if git tracks this file."""
     import jax
 
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+    commit = _git("describe", "--always", "--dirty", "--abbrev=12") if tracked else ""
+    return {"imagen_jax": imagen_jax.__version__, "commit": commit, "jax": jax.__version__}
+
+
+def _git(*arguments: str) -> str:
+    """Returns what git prints in the folder of this file; "" if it fails or is not installed."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        commit = done.stdout.strip() if done.returncode == 0 else ""
     except (OSError, subprocess.SubprocessError):
-        commit = ""
-    return {"imagen_jax": imagen_jax.__version__, "commit": commit, "jax": jax.__version__}
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def plain(value: Any) -> Any:
