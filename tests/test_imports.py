@@ -17,7 +17,7 @@ ROOT = next(p for p in Path(__file__).parents if (p / "setup.py").exists())
 COMMANDS = {
     "imagen_jax": {
         *("train", "sample", "evaluate", "demo", "plan"),
-        *("pretrain_text", "verify", "export"),
+        *("pretrain_text", "verify", "export", "rate"),
     },
     "data_pipelines": {
         *("emoji", "encode_text", "encode_text_beam"),
@@ -79,8 +79,8 @@ OWNERS = {
     "orbax": {"imagen_jax.runs"},
     "jax.sharding": {"imagen_jax.devices"},
     "clu": {"imagen_jax.training"},
-    "starlette": {"imagen_jax.web"},
-    "uvicorn": {"imagen_jax.web"},
+    "starlette": {"imagen_jax.web", "imagen_jax.evaluation.rating"},
+    "uvicorn": {"imagen_jax.web", "imagen_jax.evaluation.rating"},
     "tensorstore": {"imagen_jax.text"},
     "tokenizers": {"imagen_jax.text"},
     "sentencepiece": {"imagen_jax.text"},

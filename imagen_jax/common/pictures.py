@@ -15,6 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 from imagen_jax.common.files import replacing
 
 MOST_ON_A_SHEET = 64
+# What an image may be: formats that run no other program, and pixels that fit in memory.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+MOST_PIXELS = 2**26
 
 
 def grid(images: np.ndarray, captions: list[str], columns: int = 4, side: int = 128) -> Image.Image:

@@ -9,12 +9,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from imagen_jax.common import cli
-from imagen_jax.common.pictures import to_rgb
+from imagen_jax.common.pictures import FORMATS, MOST_PIXELS, to_rgb
 from imagen_jax.pipeline.settings import ImageLike, SettingError, Settings
-
-# What an image may be: formats that run no other program, and pixels that fit in memory.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-MOST_PIXELS = 2**26
 
 
 def read_inputs(settings: Settings, low_res: int, size: int) -> dict[str, np.ndarray]:

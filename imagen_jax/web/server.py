@@ -6,8 +6,6 @@ A picture is one streamed response, so closing the connection is how a browser s
 from __future__ import annotations
 
 import contextlib
-import errno
-import ipaddress
 import json
 import logging
 import socket
@@ -25,6 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from imagen_jax.common import network
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.pipeline.cascade import Job
@@ -76,7 +75,7 @@ def make_app(model: Model, host: str = "127.0.0.1") -> Starlette:
             Route("/model", about),
             Route("/draw", draw, methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(host))],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=network.allowed_hosts(host))],
     )
 
 
@@ -133,38 +132,6 @@ async def _body(request: Request) -> bytes:
             if len(body) > MAX_BODY:
                 raise UserError(f"the request is larger than {MAX_BODY // 2**20} MB")
     return bytes(body)
-
-
-def _hosts(host: str) -> list[str]:
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    return ["localhost", "127.0.0.1", "::1", "[::1]", host] if loopback else ["*"]
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Binds the address of the page; port 0 takes a free one.
-
-    Raises:
-      UserError: the address is in use, or is none of this machine's.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as e:
-        raise UserError(f"--host is {host!r}; it cannot be resolved ({e.strerror})") from e
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-        bound.listen()
-    except OSError as e:
-        bound.close()
-        if e.errno != errno.EADDRINUSE:
-            raise UserError(f"--host={host} --port={port} cannot be used: {e.strerror}") from e
-        free = port + 1 if port < 65535 else 7860
-        raise UserError(f"--port is {port}, which is in use; try --port={free}") from e
-    return bound
 
 
 def serve(model: Model, bound: socket.socket, host: str) -> None:

@@ -11,6 +11,7 @@ import uvicorn
 from conftest import FakeEncoder
 from PIL import Image
 
+from imagen_jax.common import network
 from imagen_jax.pipeline import cascade
 from imagen_jax.web import server
 from imagen_jax.web.drawing import Model
@@ -34,7 +35,7 @@ def page(pipe, tmp_path):
     model = Model(
         pipe, "tiny", (), lambda: ["<b>one</b>"], lambda *_: [("<i>x</i>", True), ("y", False)]
     )
-    bound = server.listen("127.0.0.1", 0)
+    bound = network.listen("127.0.0.1", 0)
     served = uvicorn.Server(uvicorn.Config(server.make_app(model), log_config=None, lifespan="off"))
     thread = threading.Thread(target=served.run, kwargs={"sockets": [bound]})
     thread.start()

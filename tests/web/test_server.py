@@ -17,6 +17,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from imagen_jax import demo
+from imagen_jax.common import network
 from imagen_jax.common.errors import UserError
 from imagen_jax.pipeline import cascade
 from imagen_jax.web import drawing, server
@@ -143,7 +144,7 @@ def slow_server(monkeypatch):
     monkeypatch.setattr(server, "_prepare", prepare)
     monkeypatch.setattr(drawing, "events", slow_events)
     model = Model(cascade.Cascade([]), "no network")
-    bound = server.listen("127.0.0.1", 0)
+    bound = network.listen("127.0.0.1", 0)
     served = uvicorn.Server(uvicorn.Config(server.make_app(model), log_config=None, lifespan="off"))
     thread = threading.Thread(target=served.run, kwargs={"sockets": [bound]})
     thread.start()
@@ -213,17 +214,17 @@ def test_a_full_line_is_refused(model, monkeypatch):
 
 
 def test_a_port_in_use_and_a_foreign_host_are_one_line_errors():
-    bound = server.listen("127.0.0.1", 0)
+    bound = network.listen("127.0.0.1", 0)
     port = bound.getsockname()[1]
     with pytest.raises(
         UserError, match=rf"--port is {port}, which is in use; try --port={port + 1}"
     ):
-        server.listen("127.0.0.1", port)
+        network.listen("127.0.0.1", port)
     bound.close()
     with pytest.raises(UserError, match=r"--host is 'no\.invalid'; it cannot be resolved"):
-        server.listen("no.invalid", 0)
+        network.listen("no.invalid", 0)
     with pytest.raises(UserError, match=r"--host=192\.0\.2\.1 --port=0 cannot be used"):
-        server.listen("192.0.2.1", 0)  # an address for documentation, which no machine has
+        network.listen("192.0.2.1", 0)  # an address for documentation, which no machine has
 
 
 def test_the_command_checks_its_workdir_first(tmp_path, monkeypatch):
