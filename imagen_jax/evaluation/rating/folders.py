@@ -2,9 +2,9 @@
 
 A folder has one of these files:
 
-    samples.json                       of imagen_jax.sample
-    metadata.jsonl, metadata.csv       file_name, and prompt, caption or text; maybe category
-    prompts.txt, captions.txt          one a line, each for as many of the sorted pictures
+    samples.json                  what imagen_jax.sample writes
+    metadata.jsonl, metadata.csv  file_name, and prompt, caption or text; optionally category
+    prompts.txt, captions.txt     one prompt per line; the sorted pictures are divided evenly
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from imagen_jax.common.errors import UserError
 TEXT = ("prompt", "prompts", "caption", "text")  # names of the column of prompts
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OTHER = ("grid.png",)  # what imagen_jax.sample also writes
+
+
+# What a list yields: (file name, prompt, category or "").
+Rows = Iterator[tuple[str, str, str]]
 
 
 class Folder(NamedTuple):
@@ -72,10 +76,6 @@ def read(path: Path, flag: str) -> Folder:
     if not pictures:
         raise UserError(f"{flag}: {listing.name} names no picture")
     return Folder(flag, path, dict(pictures), dict(categories))
-
-
-# Each reader yields (file name, prompt, category or "").
-Rows = Iterator[tuple[str, str, str]]
 
 
 def _samples(listing: Path, label: str) -> Rows:

@@ -209,7 +209,13 @@ def coco(
 class _Coco:
     """Makes the trials of coco."""
 
-    def __init__(self, models, references: Folder, sizes: Mapping[str, int], rng: random.Random):
+    def __init__(
+        self,
+        models: Mapping[str, Folder],
+        references: Folder,
+        sizes: Mapping[str, int],
+        rng: random.Random,
+    ):
         self.models, self.references, self.sizes, self.rng = models, references, sizes, rng
         self.largest = max(sizes.values())
 

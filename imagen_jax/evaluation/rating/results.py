@@ -121,7 +121,7 @@ def _table(question: str, owners: list[str], ratings: list[Rating], margin: floa
         title += f": {owners[0]} against {owners[1]}"
         columns = [f"prefer {owners[0]}", "indifferent", f"prefer {owners[1]}"]
         subsets = _grouped(ratings, lambda r: r["category"])
-        subsets = subsets if len(subsets) > 1 else {}
+        subsets = {} if set(subsets) == {ALL} else subsets
     else:
         column = "more real than the reference" if len(owners) == 2 else "score"
         title, columns = f"{title}: {owners[0]}", [column]

@@ -145,8 +145,8 @@ def means(values: np.ndarray, prompts: Sequence, raters: Sequence, **options) ->
             else:
                 number, quantile = min(found.prompts, found.raters), 1.96
             low, high = wilson(value * number, number, quantile)
-        shared = variance - stays
-        estimates.append(Estimate(float(value), low, high, stays, shared, found.raters))
+        figures = map(float, (value, low, high, stays, variance - stays))
+        estimates.append(Estimate(*figures, found.raters))
     return estimates
 
 

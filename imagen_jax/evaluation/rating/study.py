@@ -132,7 +132,7 @@ def _publishing(study: Path) -> Iterator[Path]:
         raise UserError(f"--study={study} exists and holds no study; name another folder")
     folder = study.with_name(f".{study.name}.{uuid.uuid4().hex}.tmp")
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(mode=0o700, parents=True)  # the links are secrets
         yield folder
         folder.replace(study)
     except OSError as e:
@@ -147,12 +147,13 @@ def _copy(trials: list[Trial], folder: Path) -> tuple[dict[Picture, str], bool]:
 
     folder.mkdir()
     wanted = list(dict.fromkeys(p for trial in trials for side in trial.sides for p in side))
+    random.shuffle(wanted)  # or the times of the files would tell who owns them
     names = {picture: secrets.token_hex(8) for picture in wanted}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sizes = pool.map(lambda picture: _write(picture, folder / names[picture]), wanted)
         try:
             largest = max(tqdm(sizes, total=len(wanted), desc="copying", unit="picture"))
-        except UserError:
+        except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return names, largest <= PIXELS

@@ -100,9 +100,9 @@ def test_csv_names_the_preferred_model_and_judges_controls(tmp_path):
 
 def test_answers_do_not_depend_on_the_side(tmp_path):
     """Raters who always take the left side show no preference."""
-    store = drawbench_study(tmp_path, raters=16)
-    for rater in range(1, 17):
+    store = drawbench_study(tmp_path, raters=8)
+    for rater in range(1, 9):
         answer_all(store, rater, careless)
     [first, same, second] = table(results.analyze(store), "Image quality").rows[0].rates
-    assert same.value == 0 and first.value == pytest.approx(0.5, abs=0.2)
+    assert same.value == 0 and first.value == pytest.approx(0.5, abs=0.25)
     assert first.low < 0.5 < first.high and second.low < 0.5 < second.high
