@@ -10,6 +10,7 @@ A folder has one of these files:
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -106,7 +107,7 @@ def _json_lines(listing: Path, label: str) -> Rows:
 
 
 def _csv(listing: Path, label: str) -> Rows:
-    for i, entry in enumerate(csv.DictReader(_text(listing, label).splitlines())):
+    for i, entry in enumerate(csv.DictReader(io.StringIO(_text(listing, label)))):
         yield _row(entry, "file_name", f"{label}, row {i + 1}")
 
 
@@ -152,7 +153,7 @@ def read_categories(path: Path) -> dict[str, list[str]]:
     """
     label = f"--categories={path}"
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = list(csv.reader(_text(path, label).splitlines(), delimiter=delimiter))
+    rows = list(csv.reader(io.StringIO(_text(path, label)), delimiter=delimiter))
     names = [name.strip().lower() for name in rows[0]] if rows else []
     prompt = next((names.index(name) for name in TEXT if name in names), None)
     if prompt is not None and "category" in names:
