@@ -1,4 +1,4 @@
-"""The human evaluations of the Imagen paper (arXiv:2205.11487, section 4 and appendix C).
+"""The human evaluations of the Imagen paper (arXiv:2205.11487, section 3 and appendix C).
 
     drawbench   pairs of models: two sets of eight samples of a prompt, two questions, three answers
     coco        each model against the reference images: which is more photorealistic, and does the
@@ -265,5 +265,5 @@ def words(caption: str) -> set[str]:
 
 
 def without_people(captions: Iterable[str]) -> set[str]:
-    """Returns the captions that name no people, by the paper's list of words (appendix C)."""
+    """Returns the captions that name no people, by the list of words below the paper's table 2."""
     return {c for c in captions if not PEOPLE & set(re.findall(r"[a-z]+", c.lower()))}
