@@ -70,9 +70,16 @@ def average_of(stage: TrainedStage, raw: bool) -> str:
     return f"EMA, decay {stage.stage.config.ema_decay:g}"
 
 
+def _complete(config: Config) -> Config:
+    """Returns the config with every key of the section `model`, for readers without this code."""
+    derived = ("text_dim", "text_parts", "pooling", "sequence", "head")
+    fields = {k: v for k, v in dataclasses.asdict(config.unet).items() if k not in derived}
+    return dataclasses.replace(config, model={"name": config.model.get("name", "unet"), **fields})
+
+
 def _write_stage(folder: Path, export: Export, index: int) -> card.Card:
     stage, sampler = export.stages[index], export.samplers[index]
-    config = dataclasses.replace(stage.stage.config, sampling=sampler)
+    config = _complete(dataclasses.replace(stage.stage.config, sampling=sampler))
     log.info("%s: writing %s", stage.name, export.format)
     export.write(folder, stage, sampler)
     runs.write_config(folder, config)
