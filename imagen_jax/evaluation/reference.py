@@ -20,6 +20,7 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import first_line, probe_folder, replacing, sha256
 from imagen_jax.common.pictures import to_rgb
+from imagen_jax.devices import processes
 from imagen_jax.evaluation.distances import Moments, in_blocks, moments
 from imagen_jax.evaluation.features import Extractor, content_sha256, pillow_bicubic
 
@@ -112,7 +113,8 @@ def of_images(
     key = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
     path = cache / f"{key}.npz" if cache else None
     features = _read_cached(path, len(images), network.dim) if path else None
-    if features is None:
+    # All processes extract together, also if only one of them lacks the file.
+    if processes.first_text("missing" if features is None else ""):
         features = extractor(images)
         if path:
             _write_cached(path, features)

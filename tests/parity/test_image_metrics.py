@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import sys
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 from PIL import Image
 
 from imagen_jax.evaluation import distances, image_metrics, scores
 from imagen_jax.evaluation.features import Extractor
-from imagen_jax.evaluation.networks import clip, dinov2, inception, table
+from imagen_jax.evaluation.networks import clip, dinov2, inception, table, weights
 from imagen_jax.text.clip import ClipConfig
 
 torch = pytest.importorskip("torch")
@@ -180,6 +183,31 @@ def test_dinov2_matches_transformers(side, tmp_path):
     ours = dinov2.DinoConfig(32, 3, 4, grid=5, offset=0)
     found = run(dinov2.open_dino(tmp_path / "model.safetensors", ours), pixels)
     assert_close(found, expected.numpy())
+
+
+class Meta(NamedTuple):
+    shape: tuple[int, ...]
+    dtype = np.dtype(np.float32)
+
+
+def test_published_sizes_are_those_of_transformers(monkeypatch):
+    """The towers use every tensor of CLIP but its temperature; DINOv2 has as many parameters."""
+    transformers = pytest.importorskip("transformers")
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = {**large, "intermediate_size": 4096, "patch_size": 14, "image_size": 336}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    config = {"text_config": text, "vision_config": vision, "projection_dim": 768}
+    with torch.device("meta"):
+        model = transformers.CLIPModel(transformers.CLIPConfig(**config))
+        dino = transformers.Dinov2Model(transformers.Dinov2Config(**large, image_size=518))
+    tensors = {name: Meta(tuple(t.shape)) for name, t in model.state_dict().items()}
+    monkeypatch.setattr(weights, "read_safetensors", lambda _: tensors)
+    opens = (table.CLIP_336.open, clip.open_text_tower)
+    used = [t for open_ in opens for t in open_(Path("x.safetensors"))._tensors.values()]
+    assert len(used) == len(tensors) - 1
+    ours = nnx.eval_shape(lambda: dinov2.Dino(dinov2.LARGE, rngs=nnx.Rngs(0)))
+    num_params = sum(x.size for x in jax.tree.leaves(nnx.state(ours)))
+    assert num_params == dino.num_parameters() - large["hidden_size"]  # the mask token
 
 
 @pytest.mark.parametrize("offset", [0, 0.1])
