@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 BLOCK = 1024  # rows that are compared at a time
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
@@ -37,10 +38,15 @@ def moments(batches: Iterable[np.ndarray]) -> Moments:
     return Moments(num, mean, scatter / max(num - 1, 1))
 
 
-def in_blocks(x: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the rows of an array, BLOCK at a time, in float64."""
-    for start in range(0, len(x), BLOCK):
+def in_blocks(x: np.ndarray, label: str = "") -> Iterator[np.ndarray]:
+    """Yields the rows of an array, BLOCK at a time, in float64; with a label, shows progress."""
+    for start in progress(range(0, len(x), BLOCK), label):
         yield np.asarray(x[start : start + BLOCK], np.float64)
+
+
+def progress(items: Iterable, label: str) -> Iterable:
+    """Iterates with a progress bar, if there is a label and it takes more than a few seconds."""
+    return tqdm(items, desc=label, leave=False, delay=3) if label else items
 
 
 def interval(value: float, resampled: Sequence[float]) -> tuple[float, float]:
@@ -86,7 +92,7 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def frechet_of_draws(
-    features: np.ndarray, reference: Moments, draws: Iterable[np.ndarray]
+    features: np.ndarray, reference: Moments, draws: Sequence[np.ndarray]
 ) -> list[float]:
     """Returns the Frechet distance to the reference of each draw, a list of indices of features."""
     x, cov = np.asarray(features, np.float64) - reference.mean, reference.cov
@@ -96,7 +102,7 @@ def frechet_of_draws(
         basis = np.linalg.qr(x.T)[0]
         x, cov = x @ basis, basis.T @ cov @ basis
     root, trace, values = _square_root(cov), np.trace(reference.cov), []
-    for draw in draws:
+    for draw in progress(draws, "Frechet distances"):
         _, mean, own = moments(in_blocks(x[draw]))
         values.append(float(mean @ mean + np.trace(own) + trace - 2 * _trace_of_root(root, own)))
     return values
@@ -115,7 +121,7 @@ def frechet_at_infinity(
     """
     rng = np.random.default_rng(seed)
     counts = np.linspace(smallest, len(features), points).astype(int)
-    draws = (rng.permutation(len(features))[:count] for count in counts)
+    draws = [rng.permutation(len(features))[:count] for count in counts]
     values = frechet_of_draws(features, reference, draws)
     return float(np.polyfit(1 / counts, values, 1)[1])
 
@@ -145,7 +151,7 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int, size: int, seed: int) -> flo
       seed: of NumPy's RandomState.
     """
     rng, values = np.random.RandomState(seed), []
-    for _ in range(subsets):
+    for _ in progress(range(subsets), "KID of subsets"):
         a, b = (np.asarray(f[rng.choice(len(f), size, replace=False)], np.float64) for f in (x, y))
         own = [k.sum() - k.trace() for k in (polynomial(a, a), polynomial(b, b))]
         values.append(sum(own) / (size * (size - 1)) - 2 * polynomial(a, b).mean())
@@ -157,7 +163,7 @@ def _forms(
 ) -> np.ndarray:
     """Returns sum_ij u[r, i] k(x_i, y_j) v[r, j] for each r, block by block."""
     total = np.zeros(len(u))
-    for i, a in enumerate(in_blocks(x)):
+    for i, a in enumerate(in_blocks(x, "kernel distances")):
         for j, b in enumerate(in_blocks(y)):
             rows, columns = (slice(n * BLOCK, (n + 1) * BLOCK) for n in (i, j))
             total += np.einsum("rj,rj->r", u[:, rows] @ kernel(a, b), v[:, columns])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,27 @@ class Extractor:
         return ((x_bhwc - mean[None, None, None]) / std[None, None, None],)
 
 
+class Hashed(Sequence):
+    """Images whose hash is computed once.
+
+    Attributes:
+      images: uint8 [N, H, W, 3].
+    """
+
+    def __init__(self, images: Sequence[np.ndarray]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        return content_sha256(self.images)
+
+
 class CaptionExtractor:
     """Maps captions to CLIP's embeddings, float32 [N, 768] of length 1."""
 
@@ -166,7 +188,7 @@ class _Program:
         rows = min(ROWS, 1 << (-(-num // ways) - 1).bit_length()) * ways
         mine = rows // num_shares
         features, running = [], None
-        bar = tqdm(total=num, desc=label, leave=False, disable=jax.process_index() > 0)
+        bar = tqdm(total=num, desc=label, leave=False, delay=3, disable=jax.process_index() > 0)
         with ThreadPoolExecutor() as pool, bar:
             for start in range(0, num, rows):
                 first = start + share * mine

@@ -13,14 +13,14 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.intervals import wilson
 from imagen_jax.evaluation import distances, scores
-from imagen_jax.evaluation import reference as references
-from imagen_jax.evaluation.features import CaptionExtractor, Extractor, content_sha256
+from imagen_jax.evaluation.features import CaptionExtractor, Extractor
 from imagen_jax.evaluation.metric import Example, Metric, Row, Table
 from imagen_jax.evaluation.networks import inception, table
 from imagen_jax.evaluation.networks.table import Network
-from imagen_jax.evaluation.reference import Reference
+from imagen_jax.evaluation.reference import Reference, Source
 
 FEW = 10_000  # below, scores are biased; published figures have 10,000 to 50,000 samples
+UNBIASED = ("kid", "clip_score")  # whatever the number of samples
 SEED = 2020  # torch-fidelity's, so that subsets and shuffles are the same
 NEIGHBORS = 3
 SUBSETS, SUBSET_SIZE = 100, 1000
@@ -121,7 +121,7 @@ _SPECS = {
     "precision_recall": _Spec(
         table.INCEPTION, "Precision and recall",
         "Share of samples among the true images, and of true images among the samples, by the "
-        f"distance to the {NEIGHBORS}rd neighbor.", 3, precision_recall,
+        "distance to the third neighbor.", 3, precision_recall,
         {"interval": "Wilson", "neighbors": NEIGHBORS},
     ),
     "inception_score": _Spec(
@@ -170,87 +170,22 @@ def metrics(
     for name in names:
         if name not in _SPECS:
             raise UserError(f"--metrics has {name!r}; allowed: {', '.join(NAMES)}")
-    source = _Source(reference, names, folder)
+    cache = Path(folder or table.DEFAULT_FOLDER).expanduser() / "references"
+    source = Source(reference, cache)
     extractors: dict[str, Extractor] = {}
     found = {}
     for name in names:
-        network = _SPECS[name].network
+        spec, network = _SPECS[name], _SPECS[name].network
         if network.name not in extractors:
             extractors[network.name] = Extractor(network, name, folder)
+        if spec.compare:
+            source.check(name, network, spec.full)
         found[name] = _metric(name, extractors[network.name], source)
     return found
 
 
-class _Source:
-    """The reference of all metrics, with what has been extracted from it."""
-
-    def __init__(self, path: Path | None, names: Sequence[str], folder: Path | None):
-        self._path = path
-        self._cache = Path(folder or table.DEFAULT_FOLDER).expanduser() / "references"
-        self._last: dict[str, tuple[Any, Reference]] = {}
-        self._statistics: Reference | None = None
-        self._warned: set[int] = set()
-        if path is None:
-            return
-        if not path.exists():
-            raise UserError(f"--reference={path} does not exist; allowed: a folder or a .npz file")
-        if path.is_dir():
-            references.image_files(path)
-            return
-        self._statistics = references.read_statistics(path)
-        for name in (n for n in names if n in WITH_REFERENCE):
-            self._check_statistics(name)
-
-    def _check_statistics(self, name: str) -> None:
-        spec, found = _SPECS[name], self._statistics
-        if len(found.moments.mean) != spec.network.dim:
-            raise UserError(
-                f"--reference={self._path} has {len(found.moments.mean)} features; {name} needs "
-                f"{spec.network.dim}, of {spec.network.name}"
-            )
-        if spec.full and found.features is None:
-            raise UserError(
-                f"--reference={self._path} has only mu and sigma; {name} needs a folder of images"
-            )
-
-    def warn_if_few(self, num: int) -> None:
-        """Logs, once per number, that a number of samples is too small for unbiased scores."""
-        if num < FEW and num not in self._warned:
-            self._warned.add(num)
-            log.warning(
-                "%d samples: distances and the Inception score are biased below %d; "
-                "published figures have 10,000 to 50,000", num, FEW,
-            )  # fmt: skip
-
-    def get(
-        self, name: str, extractor: Extractor, size: int, examples: Sequence[Example]
-    ) -> Reference:
-        """Returns the reference for samples of `size` pixels that belong to the examples.
-
-        Raises:
-          UserError: there are no reference images, or one cannot be read.
-        """
-        if self._statistics:
-            return self._statistics
-        if self._path is None and any(e.get("image") is None for e in examples):
-            raise UserError(
-                f"--metrics={name} needs --reference=FOLDER or FILE.npz, because the prompts come "
-                "without images"
-            )
-        if self._path is None:
-            images, how = [e["image"] for e in examples], "the examples' own images"
-        else:
-            images = references.ImageFolder(self._path, size)
-            how = f"images of a folder: center crop, Pillow bicubic to {size}x{size}"
-        network = extractor.network.name
-        key = content_sha256(images)
-        if self._last.get(network, (None,))[0] != key:
-            self._last[network] = key, references.of_images(extractor, images, how, self._cache)
-        return self._last[network][1]
-
-
 def _compare(
-    name: str, extractor: Extractor, source: _Source, protocol: dict[str, Any]
+    name: str, extractor: Extractor, source: Source, protocol: dict[str, Any]
 ) -> Callable[[np.ndarray, Sequence[np.ndarray], Sequence[Example]], Row]:
     """Returns the function that scores (features, images, examples)."""
     if name == "inception_score":
@@ -270,7 +205,7 @@ def _compare(
     return compare
 
 
-def _metric(name: str, extractor: Extractor, source: _Source) -> Metric:
+def _metric(name: str, extractor: Extractor, source: Source) -> Metric:
     spec, network = _SPECS[name], extractor.network
     protocol = {
         "network": network.name,
@@ -281,13 +216,18 @@ def _metric(name: str, extractor: Extractor, source: _Source) -> Metric:
         **spec.settings,
     }
     compare = _compare(name, extractor, source, protocol)
+    warned = set()
 
     def measure(images: Sequence[np.ndarray], examples: Sequence[Example]) -> Table:
         least = NEIGHBORS + 1 if name == "precision_recall" else 2
         if len(images) < least:
             raise UserError(f"--metrics={name} needs {least} samples or more; found {len(images)}")
-        if name != "clip_score":
-            source.warn_if_few(len(images))
+        if len(images) < FEW and len(images) not in warned and name not in UNBIASED:
+            warned.add(len(images))
+            log.warning(
+                "%s of %d samples depends on their number; published figures have 10,000 to 50,000",
+                name, len(images),
+            )  # fmt: skip
         row = compare(extractor(images), images, examples)
         return {"all": {**row, "num": len(images)}}
 

@@ -22,7 +22,8 @@ from imagen_jax.common.files import first_line, probe_folder, replacing, sha256
 from imagen_jax.common.pictures import to_rgb
 from imagen_jax.devices import processes
 from imagen_jax.evaluation.distances import Moments, in_blocks, moments
-from imagen_jax.evaluation.features import Extractor, content_sha256, pillow_bicubic
+from imagen_jax.evaluation.features import Extractor, Hashed, content_sha256, pillow_bicubic
+from imagen_jax.evaluation.networks.table import Network
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of these images, whatever their suffix
@@ -92,6 +93,85 @@ def image_files(folder: Path) -> list[Path]:
             f"--reference={folder} has {len(files)} images; needed: {LEAST} or more ({kinds})"
         )
     return files
+
+
+class Source:
+    """Where references come from: `path`, or without one the examples' own images."""
+
+    def __init__(self, path: Path | None, cache: Path | None = None):
+        """Checks the folder or reads the statistics.
+
+        Args:
+          path: a folder of images, or a .npz file.
+          cache: as for `of_images`.
+
+        Raises:
+          UserError: there is nothing usable at the path.
+        """
+        self._path, self._cache = path, cache
+        self._statistics: Reference | None = None
+        self._images: dict[int, ImageFolder] = {}
+        self._found: dict[tuple[str, str], Reference] = {}
+        if path is None:
+            return
+        if not path.exists():
+            raise UserError(f"--reference={path} does not exist; allowed: a folder or a .npz file")
+        if path.is_dir():
+            image_files(path)
+        else:
+            self._statistics = read_statistics(path)
+
+    def check(self, name: str, network: Network, full: bool) -> None:
+        """Checks that the reference can serve a metric.
+
+        Args:
+          name: the metric's, for messages.
+          network: whose features it compares.
+          full: whether it needs features, not only their moments.
+
+        Raises:
+          UserError: the statistics are of another network, or lack features.
+        """
+        if self._statistics is None:
+            return
+        dim = len(self._statistics.moments.mean)
+        if dim != network.dim:
+            raise UserError(
+                f"--reference={self._path} has {dim} features; {name} needs {network.dim}, of "
+                f"{network.name}"
+            )
+        if full and self._statistics.features is None:
+            raise UserError(
+                f"--reference={self._path} has only mu and sigma; {name} needs a folder of images"
+            )
+
+    def get(
+        self, name: str, extractor: Extractor, size: int, examples: Sequence[dict[str, Any]]
+    ) -> Reference:
+        """Returns the reference for samples of `size` pixels that belong to the examples.
+
+        Raises:
+          UserError: there are no reference images, or one cannot be read.
+        """
+        if self._statistics:
+            return self._statistics
+        if self._path is not None:
+            how = f"images of a folder: center crop, Pillow bicubic to {size}x{size}"
+            if size not in self._images:
+                self._images[size] = ImageFolder(self._path, size)
+            images = self._images[size]
+        else:
+            if any(example.get("image") is None for example in examples):
+                raise UserError(
+                    f"--metrics={name} needs --reference=FOLDER or FILE.npz, because the prompts "
+                    "come without images"
+                )
+            how = "the examples' own images"
+            images = Hashed([example["image"] for example in examples])
+        key = extractor.network.name, content_sha256(images)
+        if key not in self._found:
+            self._found[key] = of_images(extractor, images, how, self._cache)
+        return self._found[key]
 
 
 def of_images(

@@ -25,7 +25,7 @@ def precision_recall(x: np.ndarray, y: np.ndarray, k: int = 3) -> tuple[float, f
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
     """Returns the squared distance from each feature to its k-th nearest other."""
     rows = []
-    for i, block in enumerate(in_blocks(x)):
+    for i, block in enumerate(in_blocks(x, "neighbors")):
         squared = _to_all(block, x)
         own = np.arange(len(block))
         squared[own, i * BLOCK + own] = -1  # the feature itself sorts first
@@ -34,7 +34,8 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
 
 
 def _covered(points: np.ndarray, centers: np.ndarray, radii: np.ndarray) -> float:
-    inside = [(_to_all(block, centers) <= radii[None]).any(1) for block in in_blocks(points)]
+    blocks = in_blocks(points, "covered points")
+    inside = [(_to_all(block, centers) <= radii[None]).any(1) for block in blocks]
     return float(np.concatenate(inside).mean())
 
 

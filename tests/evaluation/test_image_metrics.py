@@ -185,6 +185,7 @@ def savez(path, **arrays):
     return path
 
 
+# What is wrong with a reference for KID.
 REFERENCES = [
     (lambda p: p / "none", "none does not exist; allowed: a folder or a .npz file"),
     (lambda p: save_folder(p / "few", images(2)), "few has 2 images; needed: 4 or more (.bmp,"),
