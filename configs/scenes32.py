@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.data.build = True
     config.data.num_train = 200_000
     config.data.in_memory = True
-    # Simple captions leave little open, so the shapes are learned sooner. The others are DrawBench's.
+    # Simple captions leave little open, so shapes are learned sooner. The others are DrawBench's.
     config.data.categories = (
         *("Colors", "Counting", "Positional", "Descriptions", "Text"),
         *("Conflicting", "Misspellings", "Simple"),

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Buckets are read and written through fsspec's gcsfs and s3fs, not through TensorFlow, and listed
+# again each time: TensorStore writes checkpoints without them. gcsfs needs no special requests for
+# buckets with folders.
+os.environ.setdefault("EPATH_USE_TF", "false")
+os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 
 def load(
     *workdirs: str | os.PathLike,

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from imagen_jax.common import cli
+from imagen_jax.common.buckets import is_remote, to_path
 from imagen_jax.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,9 +145,13 @@ def main(argv: Sequence[str]) -> None:
     from imagen_jax.devices import compilation
 
     compilation.use_cache(FLAGS.compilation_cache)
-    out = Path(FLAGS.out or Path(workdirs[-1]) / runs.EVALUATION).absolute()
+    out = to_path(FLAGS.out or to_path(workdirs[-1]) / runs.EVALUATION, absolute=True)
+    if is_remote(out):
+        raise UserError(
+            f"--out={out} is in a bucket; results go to a local folder, so set --out=DIR"
+        )
     evaluate(
-        [Path(w).absolute() for w in workdirs],
+        [to_path(w, absolute=True) for w in runs.stages_of(workdirs)],
         settings,
         suite=suite,
         scenes=FLAGS.prompts == SCENES,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from imagen_jax.common import cli, typed_config
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.errors import STOPPED, UserError
 from imagen_jax.common.files import check_folder
 from imagen_jax.training.startup import Startup, process_age
@@ -130,16 +131,17 @@ def check_flags() -> Path:
             "--workdir=DIR is needed with several processes; it must be a path that all hosts "
             "share (docs/launch.md)"
         )
-    if "://" in (FLAGS.workdir or ""):
+    scheme, separator, _ = (FLAGS.workdir or "").partition("://")
+    if separator and scheme != "gs":
         raise UserError(
-            f"--workdir is {FLAGS.workdir!r}; it must be a path that all hosts share, such as a "
-            "mounted bucket (docs/launch.md)"
+            f"--workdir is {FLAGS.workdir!r}; it must be a path that all hosts share, or "
+            "gs://BUCKET/FOLDER (docs/launch.md)"
         )
     from imagen_jax.runs.workdir import RUNS, check_trainable
 
     workdir = FLAGS.workdir or f"{RUNS}/{typed_config.run_name(FLAGS.config)}"
-    check_trainable(Path(workdir))
-    return Path(workdir).absolute()
+    check_trainable(to_path(workdir))
+    return to_path(workdir, absolute=True)
 
 
 def check_evals(config: Config) -> None:

@@ -11,11 +11,11 @@ Exit codes: 0 if all is whole; 65 if something is damaged; 2 for bad input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 from imagen_jax.common import cli
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.errors import DAMAGED, RunError
 
 FLAGS = flags.FLAGS
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     from imagen_jax.runs import verification
     from imagen_jax.runs import workdir as runs
 
-    workdir = Path(FLAGS.workdir or runs.only_run())
+    workdir = to_path(FLAGS.workdir or runs.only_run())
     runs.check_run(workdir)
     damaged = []
     for path, problem in verification.problems(workdir):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from imagen_jax.common import buckets
 from imagen_jax.common.errors import UserError
 
 P = TypeVar("P")
@@ -29,11 +30,11 @@ def replacing(path: P) -> Iterator[P]:
     Args:
       path: a pathlib.Path or an epath.Path.
     """
-    if "://" in os.fspath(path):
+    if buckets.is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
-            yield (temporary := type(path)(folder) / path.name)
-            with temporary.open("rb") as file, path.open("wb") as remote:
-                shutil.copyfileobj(file, remote)
+            yield (temporary := Path(folder) / path.name)
+            with buckets.as_os_errors(path), temporary.open("rb") as file, path.open("wb") as to:
+                shutil.copyfileobj(file, to)
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -78,6 +79,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def probe_folder(folder: Path) -> None:
     """Creates a folder if missing; raises OSError if it cannot be written."""
+    if buckets.is_remote(folder):
+        probe = folder / f".{uuid.uuid4().hex}.tmp"
+        with replacing(probe) as temporary:
+            temporary.touch()
+        probe.unlink()
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -100,7 +107,10 @@ def check_folder(folder: Path, flag: str) -> None:
       UserError: it cannot be written.
     """
     with _writing(folder, flag):
-        probe_folder(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
+        if buckets.is_remote(folder):
+            probe_folder(folder)
+        else:
+            probe_folder(next(p for p in (folder, *folder.absolute().parents) if p.exists()))
 
 
 def check_new_folder(folder: Path, flag: str) -> None:
@@ -144,7 +154,7 @@ def _writing(folder: Path, flag: str) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise UserError(f"--{flag}={folder} cannot be written: {e.strerror}") from e
+        raise UserError(f"--{flag}={folder} cannot be written: {e.strerror or e}") from e
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -154,9 +164,10 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: the file cannot be read, or does not hold a JSON object.
     """
     try:
-        fields = json.loads(path.read_bytes())
+        with buckets.as_os_errors(path):
+            fields = json.loads(path.read_bytes())
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+        raise UserError(f"{path}: cannot be read ({e.strerror or e})") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(fields, dict):

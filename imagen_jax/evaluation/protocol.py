@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import imagen_jax
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import read_json, sha256
 from imagen_jax.evaluation.metric import Example, Row, value_of
@@ -48,7 +49,7 @@ def stage_record(stage: TrainedStage, sampler: SamplerConfig) -> dict[str, Any]:
     from imagen_jax.runs.checksums import CHECKSUMS
 
     kept = runs.CHECKPOINTS if stage.ema is None else runs.SNAPSHOTS
-    sums = Path(stage.name) / kept / f"step_{stage.step}" / CHECKSUMS
+    sums = to_path(stage.name) / kept / f"step_{stage.step}" / CHECKSUMS
     decay = stage.stage.config.ema_decay
     settings = {k: v for k, v in dataclasses.asdict(sampler).items() if k not in NO_EFFECT}
     return {

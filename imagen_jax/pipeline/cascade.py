@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from imagen_jax.common import cli
+from imagen_jax.common.buckets import to_path
 from imagen_jax.diffusion.conditioning import pad_text, shrink, shrink_pixels
 from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.pipeline.images import read_inputs
@@ -327,7 +327,7 @@ def load(
         allowed = f"1, or one per stage ({len(workdirs)})"
         raise SettingError(f"ema has {len(widths)} values; allowed: {allowed}")
     stages = []
-    for i, workdir in enumerate(map(Path, workdirs)):
+    for i, workdir in enumerate(map(to_path, workdirs)):
         width = widths[i % len(widths)]
         newest = newest_step if width is None else newest_snapshot
         found = newest(workdir) if step is None else step

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from imagen_jax.common import buckets
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
 from imagen_jax.common.files import first_line
@@ -34,8 +35,8 @@ class Checkpoints:
     """The checkpoints of one run.
 
     A checkpoint appears only once it is complete, with the checksums of its files: Orbax writes a
-    temporary folder and renames it. Every checkpoint is compared with its checksums before it is
-    read.
+    temporary folder and renames it; in a bucket, it writes COMMITTED last. Every checkpoint is
+    compared with its checksums before it is read.
 
     Attributes:
       directory: the folder of the workdir that has the checkpoints.
@@ -57,7 +58,7 @@ class Checkpoints:
           folder: folder in the workdir.
         """
         self._writes, self._config = config is not None, config or CheckpointConfig()
-        self.directory = epath.Path(workdir).absolute() / folder
+        self.directory = epath.Path(buckets.to_path(workdir, absolute=True)) / folder
         self.damaged: list[int] = []
         self.scores: dict[int, float] = {}
         self._whole: set[int] = set()
@@ -84,17 +85,23 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Process 0 calls this when all files of a save are complete, before it is renamed."""
-        for folder in Path(self.directory).glob("step_*.orbax-checkpoint-tmp*"):
-            checksums.write(folder)
+        folder = buckets.to_path(self.directory)
+        saved = [self.path(self._saved)] if buckets.is_remote(folder) else None
+        for path in saved or folder.glob("step_*.orbax-checkpoint-tmp*"):
+            checksums.write(path)
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, damaged ones included, in ascending order."""
-        names = (re.fullmatch(r"step_(\d+)", p.name) for p in Path(self.directory).glob("step_*"))
-        return sorted(int(name[1]) for name in names if name)
+        folder = buckets.to_path(self.directory)
+        names = (re.fullmatch(r"step_(\d+)", p.name) for p in folder.glob("step_*"))
+        found = sorted(int(name[1]) for name in names if name)
+        if buckets.is_remote(folder):
+            return [step for step in found if (self.path(step) / checksums.COMMITTED).exists()]
+        return found
 
     def path(self, step: int) -> Path:
         """Returns the folder of a checkpoint."""
-        return Path(self.directory) / f"step_{step}"
+        return buckets.to_path(self.directory) / f"step_{step}"
 
     def newest_whole(self) -> int | None:
         """Returns the step of the newest checkpoint whose files are what was saved, or None.
@@ -165,10 +172,10 @@ class Checkpoints:
         """Moves a damaged checkpoint away: a run that trains will save this step again."""
         self.damaged.append(step)
         if self._writes and jax.process_index() == 0:
-            aside = Path(self.directory).parent / DAMAGED_CHECKPOINTS
-            aside.mkdir(exist_ok=True)
+            aside = self.path(step).parent.parent / DAMAGED_CHECKPOINTS
             number = sum(1 for _ in aside.glob(f"step_{step}*"))
-            self.path(step).rename(aside / (f"step_{step}" + (f".{number}" if number else "")))
+            to = aside / (f"step_{step}" + (f".{number}" if number else ""))
+            buckets.move_folder(self.path(step), to)
 
     def save(self, step: int, state: Any, position: dict[str, Any], identity: dict) -> None:
         """Saves a checkpoint in the background; a second save waits for the first.

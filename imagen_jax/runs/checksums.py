@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from imagen_jax.common import buckets
 from imagen_jax.common.files import write_json
 
 CHECKSUMS = "checksums.json"
@@ -24,10 +25,10 @@ COMMIT_TIME = "commit_timestamp_nsecs"
 def write(folder: Path) -> None:
     """Writes CHECKSUMS of all files in the folder, with their sizes."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in buckets.files_below(folder):
         name = path.relative_to(folder).as_posix()
         if name not in (CHECKSUMS, METADATA, COMMITTED):
-            files[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
+            files[name] = {"bytes": buckets.size(path), "crc32": crc32(path)}
     content = {"files": files, "metadata": _metadata(folder)}
     write_json(folder / CHECKSUMS, {"crc32": _own_crc32(content), **content})
 
@@ -57,13 +58,13 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str:
     for name, size, checksum in files[part::parts]:
         path = folder / name
         try:
-            found = path.stat().st_size
+            found = buckets.size(path)
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
             if crc32(path) != checksum:
                 return f"{name} has another checksum"
         except OSError as e:
-            return f"{name} cannot be read ({e.strerror})"
+            return f"{name} cannot be read ({e.strerror or e})"
     try:
         same = _metadata(folder) == metadata
     except (OSError, ValueError, AttributeError):

@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 
+from imagen_jax.common.buckets import is_remote
 from imagen_jax.common.cli import log
+from imagen_jax.common.files import write_text
 from imagen_jax.config import Config
 from imagen_jax.runs.workdir import STARTS
 
@@ -51,9 +53,13 @@ def record(workdir: Path, config: Config, step: int) -> None:
     now = json.loads(json.dumps(now))  # so that tuples compare with lists
     before = _last(text)
     now["changes"] = differences(before, now) if before else {}
-    with path.open("a") as file:
-        # A crash can have left half a line.
-        file.write("\n" * bool(text and not text.endswith(b"\n")) + json.dumps(now) + "\n")
+    # A crash can have left half a line.
+    line = "\n" * bool(text and not text.endswith(b"\n")) + json.dumps(now) + "\n"
+    if is_remote(path):
+        write_text(path, text.decode(errors="replace") + line)
+    else:
+        with path.open("a") as file:
+            file.write(line)
     for name, (old, new) in now["changes"].items():
         log.info("changed since the last start: %s was %r, is %r", name, old, new)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from imagen_jax.common import buckets
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import read_json
 from imagen_jax.runs import checksums, exported
@@ -35,15 +36,18 @@ def problems(workdir: Path) -> Iterator[tuple[Path, str]]:
         for folder in _checkpoints(workdir / name):
             yield folder, _checkpoint_problem(folder)
     for folder in (workdir / runs.SAMPLES, workdir / runs.EVALUATION):
-        for path in sorted(folder.rglob("*.png")):
+        found = buckets.files_below(folder)
+        for path in (p for p in found if p.suffix == ".png"):
             yield path, _picture_problem(path)
-        for path in sorted(folder.rglob("*.json")):
+        for path in (p for p in found if p.suffix == ".json"):
             yield path, _json_problem(path)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = folder.glob("step_*")
-    steps = {int(p.name[5:]): p for p in found if p.name[5:].isdecimal()}
+    found = [p for p in folder.glob("step_*") if p.name[5:].isdecimal()]
+    if buckets.is_remote(folder):
+        found = [p for p in found if (p / checksums.COMMITTED).exists()]
+    steps = {int(p.name[5:]): p for p in found}
     return [steps[step] for step in sorted(steps)]
 
 
@@ -72,7 +76,7 @@ def _json_problem(path: Path) -> str:
 
 def _picture_problem(path: Path) -> str:
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             image.load()
     except Exception as e:  # decoders raise anything on a broken file
         return f"not a readable image ({type(e).__name__})"

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from imagen_jax.common import buckets
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import WORKDIR_FAILED, RunError, UserError
 from imagen_jax.common.files import read_json, write_text
+from imagen_jax.runs.ownership import owned
 
 if TYPE_CHECKING:
     from imagen_jax.config import Config
@@ -74,11 +76,15 @@ def reporting_failures(workdir: Path) -> Iterator[None]:
 def locked(workdir: Path) -> Iterator[None]:
     """Keeps a second run out of a workdir, from other hosts too if the share has locks, like NFS.
 
-    The system releases the lock of a process that dies.
+    The system releases the lock of a process that dies. For a bucket, see runs.ownership.
 
     Raises:
       UserError: another process trains in this workdir.
     """
+    if buckets.is_remote(workdir):
+        with owned(workdir / LOCK):
+            yield
+        return
     with (workdir / LOCK).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,7 +104,9 @@ def locked(workdir: Path) -> Iterator[None]:
 
 def check_present(path: Path) -> None:
     """Raises RunError if the workdir of a run that trains, or a file in it, has disappeared."""
-    if not path.exists():
+    with buckets.as_os_errors(path):
+        exists = path.exists()
+    if not exists:
         message = f"{path} has disappeared: the workdir was removed or unmounted"
         raise RunError(WORKDIR_FAILED, f"{message}; {RESUMES}")
 

@@ -90,9 +90,9 @@ def train(
         startup.done("first batch")
         sizes = (config.num_steps, config.batch_size, experiment.stage.model_flops)
         startup.done("network")
-        profile = Profile(profiled, workdir / PROFILE)
         goodput = Goodput(workdir, startup, start, main)
         logger = metrics.MetricLogger(workdir, *sizes, reader, goodput, config.checkpoint.best_by)
+        profile = Profile(profiled, logger.folder / PROFILE)
         closing = contextlib.closing
         with closing(goodput), closing(logger), closing(profile):
             logger.resume_at(start, position.get("window", ()))

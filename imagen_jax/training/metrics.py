@@ -14,10 +14,12 @@ import numpy as np
 from clu import metric_writers, parameter_overview
 from etils import epath
 
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.cli import log
 from imagen_jax.common.files import write_text
 from imagen_jax.devices import topologies
 from imagen_jax.diffusion.loss import bucket_names
+from imagen_jax.runs.mirror import Mirror
 from imagen_jax.runs.workdir import BAD_RECORDS, METRICS, read_metrics
 from imagen_jax.training.goodput import Goodput
 from imagen_jax.training.reader import Reader
@@ -38,6 +40,7 @@ class MetricLogger:
       best_by: config.checkpoint.best_by.
 
     Attributes:
+      folder: where files grow: the workdir, or a local folder if the workdir is in a bucket.
       step_time: seconds per step, as of the last log line; infinite before the first.
       saving: seconds that the loop stood still to save, since the last log line.
       scores: the metric `best_by` by step, negated if the highest is the best.
@@ -54,14 +57,17 @@ class MetricLogger:
         goodput: Goodput | None = None,
         best_by: str = "",
     ):
-        self._path = epath.Path(workdir) / METRICS
+        self._main = jax.process_index() == 0
+        own = BAD_RECORDS.format(process=jax.process_index())
+        self._mirror = Mirror(to_path(workdir), [METRICS] * self._main + [own])
+        self.folder = self._mirror.folder
+        self._path = self.folder / METRICS
         self._num_steps, self._batch_size, self._reader = num_steps, batch_size, reader
         self._flops, self._goodput, self._best_by = flops_per_step, goodput, best_by
         self.saving, self.scores, self.written = 0.0, {}, set()
         self._peak = topologies.device_peak_flops() * jax.device_count()
-        self._main = jax.process_index() == 0
         self.writer = metric_writers.create_default_writer(
-            workdir, just_logging=not self._main, asynchronous=False
+            self.folder, just_logging=not self._main, asynchronous=False
         )
         self.step_time = math.inf
         self._window: list[dict[str, np.ndarray]] = []
@@ -164,6 +170,13 @@ class MetricLogger:
         if self._main:
             with self._path.open("a") as f:
                 f.write(json.dumps({"step": step, **scalars}) + "\n")
+        if self._mirror.due():
+            self.upload()
+
+    def upload(self) -> None:
+        """Uploads what was written so far, if the workdir is in a bucket."""
+        self.writer.flush()
+        self._mirror.upload()
 
     def _score(self, step: int, scalars: dict[str, float]) -> None:
         name = self._best_by.removeprefix("-")
@@ -173,6 +186,7 @@ class MetricLogger:
     def close(self) -> None:
         """Flushes the writers."""
         self.writer.close()
+        self._mirror.close()
 
 
 def _averages(steps: list[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from imagen_jax.common import pictures
+from imagen_jax.common.buckets import is_remote
 from imagen_jax.common.cli import log
 from imagen_jax.devices import processes
 from imagen_jax.diffusion.conditioning import shrink_pixels, stack_text
@@ -28,7 +29,7 @@ from imagen_jax.training.reader import Reader
 from imagen_jax.training.startup import Startup
 from imagen_jax.training.step import TrainState, all_finite
 
-WATCH_S = 1.0  # seconds between looks at the workdir
+WATCH_S, WATCH_BUCKET_S = 1.0, 60.0  # seconds between looks at the workdir
 
 Action = Callable[[int, TrainState], None]
 Evaluation = Callable[[Any], dict[str, float]]  # weights -> scalars to log
@@ -115,12 +116,14 @@ class Actions:
     def watch(self, step: int) -> None:
         """Raises RunError at once, not at the next save, if a save failed or the workdir is gone.
 
-        Reads the workdir once a second: on a network share that takes a millisecond.
+        Reads the workdir once a second: on a network share that takes a millisecond. A bucket takes
+        longer and is read once a minute.
         """
         self._checkpoints.check()
         self._run_state.beat(step)
         self.goodput.beat(step)
-        if time.monotonic() > self._watched + WATCH_S:
+        every = WATCH_BUCKET_S if is_remote(self._workdir) else WATCH_S
+        if time.monotonic() > self._watched + every:
             self._watched = time.monotonic()
             # Only process 0 has written into the workdir; others may see its files later.
             main = jax.process_index() == 0
@@ -198,6 +201,7 @@ class Actions:
             return
         position = {**self._position(step), "window": self._logger.window}
         begin = self._last_save = time.monotonic()
+        self._logger.upload()  # a run that resumes from this checkpoint needs the lines before it
         self._checkpoints.save(step, state, position, self._config.identity)
         self._logger.saving += time.monotonic() - begin
 

@@ -1,4 +1,4 @@
-"""Data in a bucket: fsspec's memory file system in place of s3://, without rename or append."""
+"""Data in a bucket: in memory, without rename or append, and from a server by HTTP."""
 
 import fsspec
 import numpy as np
@@ -6,9 +6,9 @@ import pytest
 from conftest import load_config, shrink
 from datasets import record, write, write_store
 from etils import epath
-from etils.epath import backend, gpath
-from fsspec.implementations.memory import MemoryFileSystem
+from fake_buckets import in_memory, serving, upload
 
+from data_pipelines.reading.order import Order
 from data_pipelines.reading.reader import Reader
 from data_pipelines.records import tars
 from data_pipelines.records.source import Bad, open_split
@@ -16,40 +16,10 @@ from imagen_jax.common.files import replacing, write_text
 from imagen_jax.config import parse
 
 
-class Bucket(MemoryFileSystem):
-    """s3:// in memory. Objects can be neither renamed nor appended to."""
-
-    protocol = "s3"
-    store: dict = {}  # noqa: RUF012 (as in the base class)
-    pseudo_dirs = [""]  # noqa: RUF012
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + path.removeprefix("s3://").strip("/")
-
-    def mv(self, *args, **kwargs):
-        raise OSError("a bucket has no rename")
-
-    def _open(self, path, mode="rb", **kwargs):
-        if "a" in mode:
-            raise OSError("a bucket has no append")
-        return super()._open(path, mode, **kwargs)
-
-
 @pytest.fixture
-def bucket(monkeypatch):
-    fsspec.register_implementation("s3", Bucket, clobber=True)
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    backend.fsspec_backend._get_filesystem.cache_clear()
-    Bucket.store.clear()
-    yield "s3://bucket"
-    Bucket.store.clear()
-
-
-def upload(folder, to):
-    for path in folder.rglob("*"):
-        if path.is_file():
-            fsspec.filesystem("s3").pipe(f"{to}/{path.relative_to(folder)}", path.read_bytes())
+def bucket():
+    with in_memory() as path:
+        yield path
 
 
 def batches(data_dir, store, **changes):
@@ -63,16 +33,48 @@ def batches(data_dir, store, **changes):
     return found
 
 
+@pytest.mark.parametrize("kind", [in_memory, serving])
 @pytest.mark.parametrize("window", [0, 16])
-def test_batches_from_a_bucket_equal_those_from_a_disk(tmp_path, bucket, window):
+def test_batches_from_a_bucket_equal_those_from_a_disk(tmp_path, kind, window):
     write(tmp_path / "data", "first", [record(i) for i in range(40)], offsets=window == 0)
     write_store(tmp_path / "store", [f"r {i}" for i in range(40)])
-    upload(tmp_path, bucket)
     local = batches(tmp_path / "data", tmp_path / "store", shuffle_window=window)
-    remote = batches(f"{bucket}/data", f"{bucket}/store", shuffle_window=window)
+    with kind() as bucket:
+        upload(tmp_path, bucket)
+        remote = batches(f"{bucket}/data", f"{bucket}/store", shuffle_window=window)
     for a, b in zip(local, remote, strict=True):
         for key, values in a.items():
             np.testing.assert_array_equal(b[key], values)
+
+
+def test_a_window_is_one_request_for_each_run_of_16_records(tmp_path):
+    """Counts what the server is asked for: ranges of records, not files and not single records."""
+    write(tmp_path / "data", "first", [record(i) for i in range(96)], shard=48)
+    with serving() as bucket:
+        import gcsfs
+
+        upload(tmp_path, bucket)
+        asked = []
+
+        class Counting(gcsfs.GCSFileSystem):
+            async def _cat_file(self, path, start=None, end=None, **kwargs):
+                found = await super()._cat_file(path, start=start, end=end, **kwargs)
+                asked.append((path.rpartition("/")[2], len(found)))
+                return found
+
+        fsspec.register_implementation("gs", Counting, clobber=True)
+        try:
+            source = open_split(f"{bucket}/data", "first", "train")
+            order = Order(len(source), seed=0, window=32)
+            runs = list(dict.fromkeys((order.index(np.arange(96)) // 16).tolist()))
+            found = [r for run in runs for r in source.read(16 * run, 16 * run + 16)]
+        finally:
+            fsspec.register_implementation("gs", gcsfs.GCSFileSystem, clobber=True)
+    assert sorted(int(r.id[1:]) for r in found) == list(range(96))
+    ranges = [size for name, size in asked if not name.endswith(".npy")]
+    assert len(ranges) == 6 and len(asked) - len(ranges) == 2  # an index for each file
+    files = [len(path.read_bytes()) for path in tmp_path.rglob("first-train*-of-00002")]
+    assert sum(ranges) == sum(files)
 
 
 def test_tars_in_a_bucket_are_indexed_and_read_there(tmp_path, bucket):

@@ -1,0 +1,103 @@
+"""Paths that may be in a bucket: gs://BUCKET/FOLDER, through etils and fsspec.
+
+A bucket has no renames, no appending, no locks and no folders. An object appears complete or not at
+all. Local paths are pathlib.Path, others epath.Path, which has most of its methods; the functions
+here are for the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from imagen_jax.common.errors import UserError
+
+# Scheme -> the package through which fsspec opens it, and the extra that installs it.
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Returns whether a path is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def to_path(path: str | os.PathLike, absolute: bool = False) -> Path:
+    """Returns a pathlib.Path, or an epath.Path for a path in a bucket.
+
+    Args:
+      absolute: make a local path absolute.
+
+    Raises:
+      UserError: the package for the bucket is not installed.
+    """
+    if not is_remote(path):
+        return Path(path).absolute() if absolute else Path(path)
+    from etils import epath
+
+    scheme = os.fspath(path).partition("://")[0]
+    if (package := PACKAGES.get(scheme)) and not find_spec(package):
+        raise UserError(
+            f"{os.fspath(path)} needs {package}; install it with: pip install {package}"
+        )
+    return epath.Path(path)
+
+
+@contextlib.contextmanager
+def as_os_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what the client of a bucket raises into an OSError that names `path`.
+
+    A missing object stays a FileNotFoundError, an existing one a FileExistsError.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, UserError):
+        raise
+    except Exception as e:
+        if not is_remote(path):
+            raise
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise OSError(errno.EIO, reason, os.fspath(path)) from e
+
+
+def create(path: Path, data: bytes) -> None:
+    """Writes an object in a bucket, unless it exists, as one atomic step.
+
+    Raises:
+      FileExistsError: it exists.
+    """
+    system, name = _open(path)
+    system.pipe_file(name, data, mode="create")
+
+
+def size(path: Path) -> int:
+    """Returns the bytes of a file."""
+    found = path.stat()
+    return found.length if is_remote(path) else found.st_size
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Returns all files in a folder and its subfolders, sorted; [] if there is no folder."""
+    if not is_remote(folder):
+        return sorted(p for p in folder.rglob("*") if p.is_file())
+    system, root = _open(folder)
+    return sorted(folder / name[len(root) + 1 :] for name in system.find(root))
+
+
+def move_folder(folder: Path, to: Path) -> None:
+    """Renames a folder; in a bucket, copies its objects and deletes them."""
+    if is_remote(folder):
+        system, name = _open(folder)
+        system.mv(name, _open(to)[1], recursive=True)
+        return
+    to.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(to)
+
+
+def _open(path: Path):
+    import fsspec
+
+    return fsspec.core.url_to_fs(os.fspath(path))
