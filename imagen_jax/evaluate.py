@@ -147,9 +147,7 @@ def main(argv: Sequence[str]) -> None:
     compilation.use_cache(FLAGS.compilation_cache)
     out = to_path(FLAGS.out or to_path(workdirs[-1]) / runs.EVALUATION, absolute=True)
     if is_remote(out):
-        raise UserError(
-            f"--out={out} is in a bucket; results go to a local folder, so set --out=DIR"
-        )
+        raise UserError(f"--out={out} is in a bucket; set --out=DIR, a local folder")
     evaluate(
         [to_path(w, absolute=True) for w in runs.stages_of(workdirs)],
         settings,

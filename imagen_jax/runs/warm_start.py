@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import Config
@@ -81,7 +82,7 @@ def check_source(init: InitConfig, workdir: Path) -> None:
     """
     other, _ = init.source
     own = any((workdir / CHECKPOINTS).glob("step_*"))
-    if not own and not (Path(other) / CONFIG).exists():
+    if not own and not (to_path(other) / CONFIG).exists():
         raise UserError(
             f"config.init.workdir is {init.workdir!r}, which holds no run ({CONFIG} is missing); "
             "allowed: the --workdir of a run, optionally with :STEP"
