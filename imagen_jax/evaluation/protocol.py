@@ -10,17 +10,16 @@ import dataclasses
 import hashlib
 import json
 import math
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import imagen_jax
 from imagen_jax.common.buckets import to_path
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import read_json, sha256
+from imagen_jax.common.version import code_version
 from imagen_jax.evaluation.metric import Example, Row, value_of
 from imagen_jax.runs import workdir as runs
 
@@ -63,22 +62,10 @@ def stage_record(stage: TrainedStage, sampler: SamplerConfig) -> dict[str, Any]:
 
 
 def code_record() -> dict[str, str]:
-    """Returns the versions of this code and of JAX, and the commit if git tracks this file."""
+    """Returns the versions of this code and of JAX."""
     import jax
 
-    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
-    commit = _git("describe", "--always", "--dirty", "--abbrev=12") if tracked else ""
-    return {"imagen_jax": imagen_jax.__version__, "commit": commit, "jax": jax.__version__}
-
-
-def _git(*arguments: str) -> str:
-    """Returns what git prints in the folder of this file; "" if it fails or is not installed."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return {"imagen_jax": code_version(), "jax": jax.__version__}
 
 
 def plain(value: Any) -> Any:

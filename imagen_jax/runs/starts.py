@@ -6,7 +6,6 @@ import dataclasses
 import json
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -19,11 +18,11 @@ import jax
 from imagen_jax.common.buckets import is_remote
 from imagen_jax.common.cli import log
 from imagen_jax.common.files import write_text
+from imagen_jax.common.version import code_version
 from imagen_jax.config import Config
 from imagen_jax.runs.workdir import STARTS
 
-PACKAGES = ("imagen_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def record(workdir: Path, config: Config, step: int) -> None:
@@ -42,7 +41,6 @@ def record(workdir: Path, config: Config, step: int) -> None:
         "command": sys.argv[1:],
         "python": platform.python_version(),
         "versions": _versions(),
-        "commit": commit(),
         "devices": {
             "count": jax.device_count(),
             "kind": jax.devices()[0].device_kind,
@@ -66,29 +64,15 @@ def record(workdir: Path, config: Config, step: int) -> None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Returns {dotted key: [before, now]} of what may explain another behavior of the run."""
-    keys = ("python", "versions", "commit", "devices", "config")
+    keys = ("python", "versions", "devices", "config")
     old, new = ({k: start.get(k) for k in keys} for start in (before, now))
     old, new = dict(_flatten(old)), dict(_flatten(new))
     names = sorted(old.keys() | new.keys())
     return {n: [old.get(n), new.get(n)] for n in names if old.get(n) != new.get(n)}
 
 
-def commit() -> str:
-    """Returns the git commit of this checkout, with "-dirty" if files differ; "" outside of git."""
-    if not (ROOT / ".git").exists():
-        return ""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(
-            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip()
-
-
 def _versions() -> dict[str, str]:
-    versions = {}
+    versions = {"imagen_jax": code_version()}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

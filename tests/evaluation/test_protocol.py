@@ -29,7 +29,7 @@ def result():
             "seeds": {"first": 0, "num": 4},
             "size": 64,
             "metric": {"check": "scenes"},
-            "code": {"commit": "1"},
+            "code": {"imagen_jax": "1"},
         },
         "columns": {
             "guidance 2": {
@@ -58,7 +58,7 @@ def test_equal_prompts_and_seeds_are_compared_in_pairs(compare):
     def better(other):
         other["columns"]["guidance 2"]["table"]["all"] = row([1, 1, 1, 1])
         other["columns"]["guidance 2"]["protocol"]["stages"][0].update(run="b", step=20)
-        other["protocol"]["code"]["commit"] = "2"
+        other["protocol"]["code"]["imagen_jax"] = "2"
 
     lines = compare(better)
     assert len(lines) == 2 and lines[0].startswith("guidance 2, all: fully 0.5000 and 1.0000")

@@ -5,6 +5,7 @@ import json
 
 from conftest import load_config, shrink
 
+from imagen_jax.common.version import code_version
 from imagen_jax.config import parse
 from imagen_jax.runs import starts
 
@@ -17,7 +18,7 @@ def test_a_start_names_versions_commit_devices_seed_and_config(tmp_path):
     config = parse(shrink(load_config("demo", "unet")))
     starts.record(tmp_path, config, 0)
     (line,) = lines(tmp_path)
-    assert line["versions"]["jax"] and line["commit"] == starts.commit()
+    assert line["versions"]["jax"] and line["versions"]["imagen_jax"] == code_version()
     assert line["devices"] == {"count": 8, "kind": "cpu", "processes": 1}
     assert line["seed"] == config.seed and line["changes"] == {}
     assert parse(line["config"]) == parse(json.loads(json.dumps(dataclasses.asdict(config))))
