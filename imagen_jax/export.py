@@ -151,32 +151,36 @@ def samplers_of(configs: Sequence[Config]) -> list[SamplerConfig]:
 
 def describe_data(config: Config) -> Data:
     """Returns what the datasets of a run, if they are on this machine, say about themselves."""
-    from etils import epath
-
     from data_pipelines.reading.check import dataset_of, rates_of
-    from data_pipelines.records import prepared
     from imagen_jax.exporting.card import Data
 
-    rows, risks = [], []
+    found = Data([], [])
     for task, rate in rates_of(config.data).items():
         name = dataset_of(task)
-        rows.append(("dataset", name if rate == 1 else f"{name}, weight {rate:g}"))
-        if not prepared.exists(config.data.dir, name):
-            rows.append(("", "not on the machine of the export, so nothing else is known"))
-            continue
-        info = prepared.dataset_info(config.data.dir, name)
-        rows += [(f"{split} records", f"{n:,}") for split, n in info.num_examples.items()]
-        path = epath.Path(prepared.find(config.data.dir, name))
-        if (manifest := path / prepared.MANIFEST).exists():
-            fields = read_json(manifest)
-            rows += [
-                ("prepared on", str(fields.get("date"))),
-                ("digest", str(fields.get("digest"))),
-            ]
-        if (found := path / "card.md").exists():
-            _, _, section = found.read_text().partition("## Known risks\n")
-            risks += [line[2:] for line in section.splitlines() if line.startswith("- ")]
-    return Data(rows, risks)
+        found.rows.append(("dataset", name if rate == 1 else f"{name}, weight {rate:g}"))
+        try:
+            _describe_dataset(found, config.data.dir, name)
+        except UserError as e:  # not on this machine, or damaged
+            found.rows.append(("", str(e).partition(";")[0]))
+    return found
+
+
+def _describe_dataset(data: Data, data_dir: str, name: str) -> None:
+    from etils import epath
+
+    from data_pipelines.records import prepared
+
+    if not prepared.exists(data_dir, name):
+        raise UserError("not on the machine of the export, so nothing else is known")
+    path = epath.Path(prepared.find(data_dir, name))
+    info = prepared.dataset_info(data_dir, name)
+    data.rows.extend((f"{split} records", f"{n:,}") for split, n in info.num_examples.items())
+    if (manifest := path / prepared.MANIFEST).exists():
+        fields = read_json(manifest)
+        data.rows.extend((key, str(fields[key])) for key in ("date", "digest") if key in fields)
+    if (card := path / "card.md").exists():
+        _, _, section = card.read_text().partition("## Known risks\n")
+        data.risks.extend(line[2:] for line in section.splitlines() if line.startswith("- "))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def sources():
 @functools.cache
 def files():
     """Every file of the project, relative to its root."""
-    folders = [ROOT / name for name in (*PACKAGES, "docs", "tests")]
+    folders = [ROOT / name for name in (*PACKAGES, "docs", "tests", "examples")]
     found = [*ROOT.iterdir(), *(p for folder in folders for p in folder.rglob("*"))]
     return {p.relative_to(ROOT).as_posix() for p in found}
 

@@ -41,7 +41,7 @@ def define_cascade_flags() -> None:
     flags.DEFINE_list(
         "workdir",
         None,
-        "Directory of a run of imagen_jax.train, or of several, in the order of the cascade "
+        "Directory of a run of imagen_jax.train or of an export; several, in order, are a cascade "
         "(default: the only run in runs/).",
     )
     flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
