@@ -54,7 +54,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
-        "test": ["httpx2>=2", "pytest>=8", "ruff>=0.14"],
+        "test": ["httpx2>=2", "hypothesis>=6.100", "pytest>=8", "ruff>=0.14"],
         # jax[tpu] installs the libtpu that matches JAX. Its compiler runs without a TPU.
         "plan": ["jax[tpu]>=0.10"],
         # The weights of a small ImageNet network, for a perceptual distance without a download.

@@ -55,12 +55,13 @@ def summary(workdir: Path, now: float) -> dict[str, str]:
     """
     try:
         config = json.loads((workdir / "config.json").read_bytes())
-        config["num_steps"], config["log_every"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if not has_numbers(config, "num_steps", "log_every"):
+            raise ValueError("no numbers of steps")
+    except (OSError, ValueError, AttributeError, RecursionError):
         fail(f"{workdir}/config.json is damaged; training writes it again when it resumes")
     lines = read_lines(workdir / "metrics.jsonl")
-    steps = [line for line in lines if "step_time" in line]
-    evals = [line for line in lines if "eval_loss" in line]
+    steps = [line for line in lines if has_numbers(line, "step", "step_time", "images_per_s")]
+    evals = [line for line in lines if has_numbers(line, "step", "eval_loss")]
     out = {"workdir": str(workdir)}
     if steps:
         age = now - (workdir / "metrics.jsonl").stat().st_mtime
@@ -82,7 +83,7 @@ def progress(last: dict, config: dict, age: float) -> dict[str, str]:
     step, end, seconds = last["step"], config["num_steps"], last["step_time"]
     out = {"step": f"{step:,} of {end:,} ({step / end:.1%}), written {duration(age)} ago"}
     rate = f"{1 / seconds:.3g} steps/s, {last['images_per_s']:.4g} images/s"
-    if "mfu" in last:
+    if has_numbers(last, "mfu"):
         rate += f", MFU {last['mfu']:.1%}"
     out["rate"] = rate
     if step >= end:
@@ -91,7 +92,9 @@ def progress(last: dict, config: dict, age: float) -> dict[str, str]:
         out["state"] = f"silent for {duration(age)}: stopped or stuck"
     else:
         out["state"] = f"running, {duration(seconds * (end - step))} left"
-    out["loss"] = f"{last['loss']:.4f}" if "loss" in last else "not finite, steps skipped"
+    out["loss"] = (
+        f"{last['loss']:.4f}" if has_numbers(last, "loss") else "not finite, steps skipped"
+    )
     return out
 
 
@@ -104,9 +107,9 @@ def recorded(path: Path, guess: str, now: float) -> dict[str, str]:
     """
     fields = read_object(path)
     try:
-        state, step = fields["state"], int(fields["step"])
-        host, age = str(fields["host"]), now - float(fields["heartbeat"])
-    except (KeyError, TypeError, ValueError):
+        state, step = str(fields["state"]), int(fields["step"])
+        host, age = str(fields["host"]), int(now - float(fields["heartbeat"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
         return {}
     if state != "running":
         reason = " ".join(str(fields.get("reason", "")).split())
@@ -126,7 +129,9 @@ def goodput(path: Path) -> dict[str, str]:
         seconds = {str(part): float(s) for part, s in fields["seconds"].items()}
         share = seconds["steps"] / sum(seconds.values())
         starts = len(fields["starts"])
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError):
+        if not all(0 <= s < 1e12 for s in seconds.values()):
+            return {}
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
         return {}
     parts = ", ".join(f"{p.replace('_', ' ')} {duration(s)}" for p, s in seconds.items() if s >= 1)
     whole = duration(sum(seconds.values()))
@@ -153,6 +158,12 @@ def read_lines(path: Path) -> list[dict]:
         if isinstance(fields, dict) and type(fields.get("step")) is int:
             lines.append(fields)
     return lines
+
+
+def has_numbers(line: dict, *names: str) -> bool:
+    """Returns whether these metrics are positive finite numbers."""
+    values = [line.get(name) for name in names]
+    return all(type(value) in (int, float) and 0 < value < 1e30 for value in values)
 
 
 def newest(folder: Path, suffix: str, now: float) -> str:

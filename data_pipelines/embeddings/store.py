@@ -32,6 +32,7 @@ from imagen_jax.common.files import first_line, write_json
 
 INDEX = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4")])
 _STORE = "store.json"
+_MOST = 2**31
 _HASHED = ("weights_sha256", "tokenizer", "tokenizer_sha256", "dtype")
 
 
@@ -178,10 +179,13 @@ def open_store(path: str) -> Store:
     try:
         dtype, num_shards = settings.pop("stored_dtype"), settings.pop("num_shards")
         store = Store(folder, settings, dtype, num_shards)
-        done = len(store.finished())
-        FORMS[dtype], store.dim
-    except (KeyError, TypeError) as e:
+        for name, number in (("dim", FORMS[dtype] and store.dim), ("num_shards", num_shards)):
+            if type(number) is not int or not 0 < number < _MOST:
+                raise ValueError(f"{name} is {number!r:.100}")
+    except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{folder / _STORE}: damaged: {e}") from e
+    # Listed: trying the names of all shards would take as long as a damaged number says.
+    done = sum(1 for _ in folder.glob(f"shard-*-of-{num_shards:05d}.json"))
     if done < num_shards:
         raise UserError(
             f"data.embeddings={path} has {done} of its {num_shards} shards; run the encode_text "
@@ -193,7 +197,7 @@ def open_store(path: str) -> Store:
 def _read_settings(folder: epath.Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / _STORE).read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{folder / _STORE}: not valid JSON ({e})") from e
     if not isinstance(settings, dict):
         raise UserError(f"{folder / _STORE}: not a JSON object")
@@ -213,6 +217,9 @@ def check_identity(
       encoder: config.text.encoder; `dim` and `max_tokens` are the keys of that name.
       where: location of the embeddings, for the message.
     """
+    numbers = [identity.get(key) for key in ("dim", "max_tokens")]
+    if type(identity.get("encoder")) is not str or any(type(n) is not int for n in numbers):
+        raise UserError(f"the embeddings of {where} are of an unknown encoder: damaged metadata")
     if identity["encoder"] != Path(encoder).name:
         from imagen_jax.text.encoder import find_encoder  # imports JAX, which --help does not need
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,6 +95,14 @@ def printable(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
+def is_path(name: str) -> bool:
+    """Returns whether a file can have this name; others make system calls raise ValueError."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
 def collapse(text: str) -> str:
     """Collapses white space."""
     return " ".join(text.split())
@@ -137,7 +146,7 @@ def find_scores(row: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
             try:
                 found[name] = float(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
     return {name: value for name, value in found.items() if value == value}  # drops NaN
 

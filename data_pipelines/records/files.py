@@ -12,6 +12,8 @@ import threading
 import numpy as np
 from etils import epath
 
+from imagen_jax.common.files import first_line
+
 # numpy parses a file's header with `ast`, whose recursion counter Python 3.11 shares among threads:
 # two that parse at the same moment can end in a SystemError.
 _PARSING = threading.Lock()
@@ -43,7 +45,9 @@ class Files:
         if "://" in path:
             return _read_remote(path, start, size)
         file = self._open(path)  # held, or a file that is not in the cache would close first
-        return os.pread(file.descriptor, size, start)
+        # Bounded, because a damaged index can ask for anything.
+        size = min(size, file.size - start)
+        return os.pread(file.descriptor, size, start) if size > 0 else b""
 
 
 class _LocalFile:
@@ -52,6 +56,7 @@ class _LocalFile:
     def __init__(self, path: str):
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.descriptor).st_size
 
     def __del__(self):
         if self.descriptor >= 0:
@@ -100,5 +105,10 @@ def load_array(path: str) -> np.ndarray:
 
 
 def _open_array(path: str | os.PathLike) -> np.ndarray:
-    with _PARSING:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        with _PARSING:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        raise
+    except Exception as e:  # a damaged header makes numpy raise nearly anything
+        raise ValueError(f"{path}: not an array ({first_line(e)})") from e

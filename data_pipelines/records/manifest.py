@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from data_pipelines.records.prepared import MANIFEST
+from data_pipelines.records.prepared import MANIFEST, reading
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_json
 
@@ -37,20 +37,23 @@ def read(folder: epath.Path) -> dict[str, Any]:
         stored = fields.pop("digest")
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from e
-    except (ValueError, KeyError, AttributeError) as e:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({type(e).__name__}: {e}); {_AGAIN}") from e
     if stored != digest(fields):
         raise UserError(f"{path}: edited since it was written; restore it, or {_AGAIN}")
-    for split in fields["splits"].values():
-        for shard in split["shards"]:
-            file = folder / shard["file"]
-            size = file.stat().length if file.exists() else None
-            if size != shard["bytes"]:
-                found = "missing" if size is None else f"{size} bytes"
-                raise UserError(
-                    f"{file}: {found}; {path.name} says {shard['bytes']} bytes. Restore it, or "
-                    f"{_AGAIN}"
-                )
+    with reading(path):
+        shards = [
+            (folder / shard["file"], shard["bytes"])
+            for split in fields["splits"].values()
+            for shard in split["shards"]
+        ]
+        sizes = [file.stat().length if file.exists() else None for file, _ in shards]
+    for (file, recorded), size in zip(shards, sizes, strict=True):
+        if size != recorded:
+            found = "missing" if size is None else f"{size} bytes"
+            raise UserError(
+                f"{file}: {found}; {path.name} says {recorded} bytes. Restore it, or {_AGAIN}"
+            )
     return fields
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import first_line
 
 VERSION = "1.0.0"
 INFO = "dataset_info.json"  # tfds writes it last, so a dataset without it does not exist
@@ -19,6 +22,12 @@ MANIFEST = "manifest.json"
 WORK = ".ingest"  # below a dataset's folder while ingest runs, and after an interruption
 COMMANDS = ("scenes", "emoji")  # write the datasets of their names; ingest writes all others
 STORE = "embeddings"  # the store of embeddings that ingest writes below a dataset's folder
+# Names of the files of a dataset, as tfds and this project write them; others could be any path.
+_NAME = r"[\w.-]+"
+_TEMPLATE = re.compile(
+    r"([\w.-]|\{(DATASET|SPLIT|FILEFORMAT|SHARD_X_OF_Y|SHARD_INDEX|NUM_SHARDS)\})+"
+)
+_MOST = 2**40  # records of a file
 TARS = "tars.json"  # names the tars of a dataset that data_pipelines.index_tars has indexed
 
 
@@ -88,16 +97,57 @@ def dataset_info(data_dir: str, name: str, **flags: Any) -> DatasetInfo:
     """
     path = find(data_dir, name, **flags)
     if path.name == TARS:
-        return DatasetInfo(json.loads(path.read_text())["splits"], None, {})
-    splits = json.loads((path / INFO).read_text())["splits"]
-    num_examples = {s["name"]: sum(map(int, s["shardLengths"])) for s in splits}
+        with reading(path):
+            return DatasetInfo(_checked_counts(_object(path)["splits"]), None, {})
+    with reading(path / INFO):
+        splits = _object(path / INFO)["splits"]
+        num_examples = {s["name"]: sum(_lengths(s)) for s in splits}
     metadata = read_metadata(path)
     return DatasetInfo(num_examples, metadata.get("text_identity"), metadata.get("settings") or {})
 
 
 def read_metadata(path: epath.Path) -> dict[str, Any]:
     """Reads the text_identity and settings stored with the records in `path`."""
-    return json.loads((path / METADATA).read_text())
+    with reading(path / METADATA):
+        metadata = _object(path / METADATA)
+        for key in ("text_identity", "settings"):
+            if not isinstance(metadata.get(key) or {}, dict):
+                raise ValueError(f"{key} is no object")
+        return metadata
+
+
+@contextlib.contextmanager
+def reading(path: epath.Path) -> Iterator[None]:
+    """Turns what a damaged file of metadata raises into a UserError that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        if isinstance(e, UserError):
+            raise
+        problem = f"{type(e).__name__}: {first_line(e)}"
+        raise UserError(f"{path}: damaged ({problem:.200}); prepare the dataset again") from e
+
+
+def _object(path: epath.Path) -> dict[str, Any]:
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
+def _checked_counts(counts: dict[str, Any]) -> dict[str, int]:
+    for count in counts.values():
+        if type(count) is not int or not 0 <= count < _MOST:
+            raise ValueError(f"a count is {count!r:.100}")
+    return counts
+
+
+def _lengths(split: dict[str, Any]) -> list[int]:
+    """Returns the number of records of each file of a split."""
+    lengths = [int(n) for n in split.get("shardLengths", [])]
+    if not all(0 <= n < _MOST for n in lengths) or len(lengths) >= 2**21:
+        raise ValueError("shardLengths are out of range")
+    return lengths
 
 
 def caption_sources(data_dir: str, name: str) -> dict[str, int] | None:
@@ -130,10 +180,15 @@ def split_files(path: epath.Path, split: str) -> tuple[Callable[[int], str], lis
     Args:
       path: the dataset's folder, from `find`.
     """
-    info = json.loads((path / INFO).read_text())
-    found = next(s for s in info["splits"] if s["name"] == split)
-    lengths = [int(n) for n in found.get("shardLengths", [])]
-    template = found.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    with reading(path / INFO):
+        info = _object(path / INFO)
+        (found,) = (s for s in info["splits"] if s["name"] == split)
+        lengths = _lengths(found)
+        template = found.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        names = (split, info["name"], info.get("fileFormat", "tfrecord"))
+        plain = all(re.fullmatch(_NAME, name) for name in names)
+        if not plain or not _TEMPLATE.fullmatch(template):
+            raise ValueError("names of files are not valid")
 
     def path_of(file: int) -> str:
         name = template.format(

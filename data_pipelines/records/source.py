@@ -155,7 +155,11 @@ class RecordFiles(Ranges):
     def _load_offsets(self, file: int) -> np.ndarray:
         path = self._path_of(file)
         try:
-            return self.files.array(offsets_path(path))
+            offsets = self.files.array(offsets_path(path))
+            whole = offsets.ndim == 1 and offsets.dtype.kind in "iu" and offsets[:1].tolist() == [0]
+            if not whole or not (offsets[1:] > offsets[:-1]).all():
+                raise ValueError(f"{offsets_path(path)} is damaged; delete it")
+            return offsets
         except FileNotFoundError:  # written by an earlier version, or by other programs
             return find_records(path)
         except OSError:  # of a remote file system
@@ -170,12 +174,18 @@ def offsets_path(path: str) -> str:
 
 
 def find_records(path: str) -> np.ndarray:
-    """Finds the records of a TFRecord file: int64 [n + 1], where each starts and the last ends."""
+    """Finds the records of a TFRecord file: int64 [n + 1], where each starts and the last ends.
+
+    Ends at a damaged header: nothing says where the next record starts.
+    """
     starts = [0]
+    size = epath.Path(path).stat().length
     with epath.Path(path).open("rb") as file:
-        while len(header := file.read(tfrecord.HEADER)) == tfrecord.HEADER:
+        while starts[-1] < size and tfrecord.is_header(header := file.read(tfrecord.HEADER)):
             starts.append(starts[-1] + tfrecord.length_of(header) + tfrecord.FRAME)
-            file.seek(starts[-1])
+            file.seek(min(starts[-1], size))
+    if starts[-1] > 2**62:  # no file is so long
+        starts.pop()
     return np.array(starts, np.int64)
 
 

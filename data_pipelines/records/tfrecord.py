@@ -6,6 +6,7 @@ imported when a record is encoded or decoded, because commands import this modul
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO
@@ -61,14 +62,22 @@ def read_frames(file: BinaryIO, name: str) -> Iterator[bytes]:
     Raises:
       UserError: the file is cut short or damaged.
     """
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
     while header := file.read(HEADER):
-        if len(header) < HEADER or checksum(header[: _LENGTH.size]) != header[_LENGTH.size :]:
+        if not is_header(header):
             raise UserError(f"{name}: damaged: a record has no valid header")
         size = length_of(header) + _CRC.size
-        rest = file.read(size)
+        rest = file.read(min(size, end))
         if len(rest) < size or checksum(rest[: -_CRC.size]) != rest[-_CRC.size :]:
             raise UserError(f"{name}: damaged: a record is cut short or has a wrong checksum")
         yield header + rest
+
+
+def is_header(header: bytes) -> bool:
+    """Returns whether the bytes are the header of a frame, by its checksum."""
+    whole = len(header) == HEADER
+    return whole and checksum(header[: _LENGTH.size]) == header[_LENGTH.size :]
 
 
 def length_of(header: bytes) -> int:

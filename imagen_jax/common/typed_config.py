@@ -54,13 +54,14 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     for override in (*(f"mesh.topology={t}" for t in topology), *overrides):
         key, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"--config.{key} has no value; write --config.{key}=VALUE")
+            shown = _shown(key)
+            raise UserError(f"--config.{shown} has no value; write --config.{shown}=VALUE")
         *sections, last = key.split(".")
         node = values
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise UserError(f"config.{section} has no key {last!r}")
+                raise UserError(f"config.{_shown(section)} has no key {last!r:.200}")
         node[last] = _literal(text)
     return values
 
@@ -103,6 +104,11 @@ def keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     return out
 
 
+def _shown(key: str) -> str:
+    """Returns a key for a message of one line."""
+    return key[:200] if key.isprintable() else repr(key)[:200]
+
+
 def _literal(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
@@ -133,7 +139,8 @@ def typed(cls: type[T], values: Mapping[str, Any], prefix: str = "", **extra: An
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             allowed = ", ".join(sorted(fields))
-            raise UserError(f"config.{prefix}{key} is not a known key{hint} (allowed: {allowed})")
+            shown = _shown(prefix + key)
+            raise UserError(f"config.{shown} is not a known key{hint} (allowed: {allowed})")
     kwargs = dict(extra)
     for name, field in fields.items():
         if name in values:

@@ -67,7 +67,7 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1) -> str:
             return f"{name} cannot be read ({e.strerror or e})"
     try:
         same = _metadata(folder) == metadata
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         same = False
     return "" if same else f"{METADATA} is missing or was changed"
 

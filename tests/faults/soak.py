@@ -37,12 +37,18 @@ from ml_collections import ConfigDict
 def get_config():
     return ConfigDict(json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()))
 """
-BATCHES = "SOAK_BATCHES"  # environment variable: the file that records what was read
+# Environment variables: files that record the batches and the examples that were read, and seconds
+# that each batch takes longer.
+BATCHES, EXAMPLES, DELAY = "SOAK_BATCHES", "SOAK_EXAMPLES", "SOAK_DELAY"
 TIMES = ("step_time", "images_per_s", "mfu", "data_wait", "goodput", "checkpoint_delay")
 
 
 def child(argv: Sequence[str]) -> None:
-    """Runs imagen_jax.train, and records the number and a hash of every batch that it takes."""
+    """Runs imagen_jax.train, and records every batch and every example that it takes.
+
+    A batch by its number and a hash, an example by its epoch, its position and its index.
+    """
+    from data_pipelines.reading.examples import Examples
     from data_pipelines.reading.reader import Reader
     from imagen_jax import train
     from imagen_jax.common import cli
@@ -58,9 +64,20 @@ def child(argv: Sequence[str]) -> None:
                 digest = hashlib.sha256(b"".join(batch[k].tobytes() for k in sorted(batch)))
                 file.write(f"{number} {digest.hexdigest()}\n")
                 file.flush()
+                time.sleep(float(os.environ.get(DELAY, 0)))
                 yield batch
 
     Reader.train_batches = recorded
+    if path := os.environ.get(EXAMPLES):
+        one = Examples.example
+
+        def example(self, index: int, epoch: int, position: int) -> Any:
+            if self.shuffle:
+                with open(path, "a") as file:
+                    file.write(f"{epoch} {position} {index}\n")
+            return one(self, index, epoch, position)
+
+        Examples.example = example
     sys.argv = [sys.argv[0], *argv]
     train.define_flags()
     cli.run(train.main)

@@ -58,11 +58,16 @@ def _read(path: epath.Path, columns: Columns, skipped: list[Skip], several: bool
         captions: dict[Any, dict[str, None]] = defaultdict(dict)
         for annotation in annotations:
             captions[annotation["image_id"]][items.collapse(annotation["caption"])] = None
-        licenses = {x["id"]: x.get("name", "") for x in content.get("licenses", [])}
-    except (ValueError, KeyError, TypeError) as e:
+        known = {x["id"]: str(x.get("name", "")) for x in content.get("licenses", [])}
+        licenses = {image["id"]: known.get(image.get("license"), "") for image in images}
+        for image in images:
+            if not items.is_path(image["file_name"]):
+                raise ValueError(f"file_name is {image['file_name']!r:.100}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        problem = items.collapse(f"{type(e).__name__}: {e}")[:200]
         raise UserError(
-            f"{path}: not COCO captions ({type(e).__name__}: {e}); needed: images with id and "
-            "file_name, annotations with image_id and caption"
+            f"{path}: not COCO captions ({problem}); needed: images with id and file_name, "
+            "annotations with image_id and caption"
         ) from e
     folder = _image_folder(path, images, columns)
     prefix = f"{path.stem}/" if several else ""
@@ -71,8 +76,7 @@ def _read(path: epath.Path, columns: Columns, skipped: list[Skip], several: bool
         name = prefix + items.printable(image["file_name"])
         texts = tuple(Caption(text) for text in captions.pop(key, {}) if text)
         if texts:
-            license = licenses.get(image.get("license"), "")
-            entries.append(Entry(name, str(folder / image["file_name"]), texts, {}, license))
+            entries.append(Entry(name, str(folder / image["file_name"]), texts, {}, licenses[key]))
         else:
             skipped.append(Skip(name, "missing caption"))
     skipped += [Skip(f"{path.name} image {key}", "caption without an image") for key in captions]

@@ -78,6 +78,8 @@ def read_list(
             skipped.append(Skip(where, "empty caption", items.printable(name)))
         elif any(items.printable(c.text) != c.text for c in captions):
             skipped.append(Skip(where, "caption not UTF-8", items.printable(name)))
+        elif not items.is_path(name):
+            skipped.append(Skip(where, "unreadable entry", items.printable(repr(name))[:100]))
         else:
             name = PurePath(os.path.normpath(name)).as_posix()
             before = found[name].captions if name in found else ()
@@ -85,9 +87,10 @@ def read_list(
             scores, license = items.find_scores(row), items.find_license(row)
             found[name] = Entry(items.printable(name), name, captions, scores, license)
     if skipped and not found and all(skip.reason == "unreadable entry" for skip in skipped):
+        shown = items.collapse(items.printable(", ".join(map(str, names))))[:500]
         raise UserError(
             f"{path}: no row has an image and a caption. Name the columns with --image_column and "
-            f"--caption_columns; it has: {items.printable(', '.join(map(str, names))) or 'none'}"
+            f"--caption_columns; it has: {shown or 'none'}"
         )
     return found, skipped
 
@@ -149,7 +152,7 @@ def _rows(path: epath.Path, label: str) -> Iterator[tuple[int, dict[str, Any]]]:
     elif suffix == ".json":
         try:
             values = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{path}: not valid JSON ({e})") from e
         if not isinstance(values, list):
             raise UserError(
@@ -162,7 +165,7 @@ def _rows(path: epath.Path, label: str) -> Iterator[tuple[int, dict[str, Any]]]:
             if line.strip():
                 try:
                     value = json.loads(line)
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     value = {"error": str(e)}
                 yield number, value if isinstance(value, dict) else {"value": value}
 
