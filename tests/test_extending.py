@@ -44,6 +44,28 @@ def test_the_dataset_is_written(recipe, tmp_path):
     assert info.num_examples == {"train": 96, "validation": 16}
 
 
+def test_the_source_format_is_ingested_and_reports_damage(recipe, tmp_path, monkeypatch):
+    import base64
+    import json
+
+    from making import encoded, ingest, picture, report, rows
+
+    from data_pipelines.ingestion import sources
+
+    monkeypatch.setitem(sources.KINDS, "embedded", recipe("def read_file").find)
+    images = [base64.b64encode(encoded(picture(i))).decode() for i in range(3)]
+    lines = [{"image": data, "caption": f"picture {i}"} for i, data in enumerate(images)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"image": images[0]}]))
+    folder = ingest(tmp_path / "data", f"embedded:{path}")
+    found = {name: row["caption"].decode() for name, row in rows(folder).items()}
+    assert found == {f"pairs/{i + 1:07d}": f"picture {i}" for i in range(3)}
+    assert [skip["reason"] for skip in report(folder)["skipped"]] == ["missing caption"]
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match=r"pairs\.jsonl: line 1 is damaged .* --skip_damaged"):
+        ingest(tmp_path / "other", f"embedded:{path}")
+
+
 def test_the_network_gives_zeros_at_the_start_and_checks_its_config(recipe, monkeypatch):
     r = recipe("class ConvNet(")
     entry = networks.Network(r.ConvNetConfig, r.ConvNet)

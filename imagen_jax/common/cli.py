@@ -19,6 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from imagen_jax.common import typed_config
+from imagen_jax.common.buckets import PACKAGES
 from imagen_jax.common.errors import BAD_INPUT, RunError, UserError
 
 # Logger of the project's own messages. Libraries use absl's, which shows only warnings.
@@ -209,6 +210,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             main(argv)
         except (UserError, RunError) as e:
             fail(str(e), e.code)
+        except ImportError as e:
+            # fsspec found no package for a path in a bucket, and says which one to install.
+            if getattr(e.__cause__, "name", None) not in PACKAGES.values():
+                raise
+            fail(f"{e}, with: pip install {e.__cause__.name}")
         except KeyboardInterrupt:
             with above_bars():
                 print("interrupted", file=sys.stderr)
