@@ -50,7 +50,8 @@ def stage_record(stage: TrainedStage, sampler: SamplerConfig) -> dict[str, Any]:
     kept = runs.CHECKPOINTS if stage.ema is None else runs.SNAPSHOTS
     sums = to_path(stage.name) / kept / f"step_{stage.step}" / CHECKSUMS
     decay = stage.stage.config.ema_decay
-    settings = {k: v for k, v in dataclasses.asdict(sampler).items() if k not in NO_EFFECT}
+    unused = NO_EFFECT if stage.low_res else (*NO_EFFECT, "aug_level")
+    settings = {k: v for k, v in dataclasses.asdict(sampler).items() if k not in unused}
     return {
         "run": Path(stage.name).name,
         "step": stage.step,
@@ -111,7 +112,7 @@ def compare(first: Path, second: Path) -> list[str]:
                 f"--compare: the protocols of {first} and {second} differ in {', '.join(found)}"
             )
         paired = full[0]["seeds"] == full[1]["seeds"]
-        lines += _lines(name, x["table"], y["table"], paired)
+        lines += _lines(name, a["metric"], x["table"], y["table"], paired)
     return lines
 
 
@@ -139,7 +140,9 @@ def _pairs(
     yield from ((k, a[k], b[k]) for k in common)
 
 
-def _lines(column: str, a: Mapping[str, Row], b: Mapping[str, Row], paired: bool) -> list[str]:
+def _lines(
+    column: str, metric: str, a: Mapping[str, Row], b: Mapping[str, Row], paired: bool
+) -> list[str]:
     lines = []
     for group in (g for g in a if g in b):
         key, x = value_of(a[group])
@@ -147,7 +150,8 @@ def _lines(column: str, a: Mapping[str, Row], b: Mapping[str, Row], paired: bool
         low, high, how = interval(a[group], b[group], paired)
         where = ", ".join(filter(None, (column, group)))
         bounds = f" ({low:+.4f} to {high:+.4f}; {how})" if math.isfinite(low) else f" ({how})"
-        lines.append(f"{where}: {key} {x:.4f} and {y:.4f}, difference {y - x:+.4f}{bounds}")
+        name = metric if key == "value" else key
+        lines.append(f"{where}: {name} {x:.4f} and {y:.4f}, difference {y - x:+.4f}{bounds}")
     return lines
 
 

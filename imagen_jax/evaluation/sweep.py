@@ -161,10 +161,11 @@ def _curves(
 ) -> list[Path]:
     """Draws each metric against the first one over guidance; a single metric against guidance."""
     lines: dict[str, list[tuple[str, str]]] = {}
+    several = {k for k, values in _values(columns).items() if len(set(values)) > 1}
     for name, point in columns.items():
         if "/" in (weight := point.get("guidance", "")) or not weight:
             continue
-        rest = {k: v for k, v in point.items() if k != "guidance"}
+        rest = {k: v for k, v in point.items() if k != "guidance" and k in several}
         label = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in rest.items()) or "samples"
         lines.setdefault(label, []).append((weight, name))
     if not any(len(line) > 1 for line in lines.values()):
@@ -189,10 +190,16 @@ def _curves(
     return paths
 
 
+def _values(columns: Mapping[str, Point]) -> dict[str, list[str]]:
+    """Returns the values of each name, in the order of the points."""
+    keys = next(iter(columns.values()), {})
+    return {key: [point[key] for point in columns.values()] for key in keys}
+
+
 def _label(results: Mapping[str, Mapping[str, Table]], metric: str) -> str:
     table = next(iter(results[metric].values()))
     key, _ = value_of(total(table))
-    return metric if key == metric else f"{metric}: {key}"
+    return metric if key == "value" else f"{metric}: {key}"
 
 
 def _bounds(row: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -220,10 +227,7 @@ def write_grid(
       images: column -> samples, uint8 [H, W, 3] each.
       captions: of the prompts.
     """
-    values: dict[str, list[str]] = {}
-    for point in columns.values():
-        for key, value in point.items():
-            values.setdefault(key, []).append(value)
+    values = _values(columns)
     several = [key for key in values if len(set(values[key])) > 1]
     if len(several) != 2:
         return None
