@@ -51,7 +51,7 @@ class Block(nnx.Module):
     ):
         hidden, options = channels * expansion, {"activation": jax.nn.relu6, "rngs": rngs}
         self.expand = ConvNorm(channels, hidden, **options) if expansion > 1 else None
-        self.depthwise = ConvNorm(hidden, hidden, (side, side), stride, groups=hidden, **options)
+        self.depthwise = ConvNorm(hidden, hidden, (side, side), stride, depthwise=True, **options)
         self.project = ConvNorm(hidden, width, activation=_identity, rngs=rngs)
         self.residual = stride == 1 and channels == width
 
