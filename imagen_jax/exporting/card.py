@@ -142,15 +142,25 @@ def _results(stage: TrainedStage) -> list[str]:
 
 
 def _figures(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yields the figures of a result: of all prompts at each guidance weight, or as they are."""
-    if isinstance(tables := found.get("guidance"), dict):
-        if "split" in found:
-            yield "captions", f"split `{found['split']}`"
-        for column, table in tables.items():
-            name = f"guidance {column}" if column[:1].isdigit() else column
-            yield name, _numbers(table.get("all", {}))
-    elif text := _numbers(found):
-        yield "", text
+    """Yields what a result was measured on, and the figures of all prompts in each column."""
+    if protocol := _protocol(found.get("protocol") or {"prompts": found}):
+        yield "protocol", protocol
+    columns, older = found.get("columns"), found.get("guidance")
+    tables = {name: column["table"] for name, column in columns.items()} if columns else older
+    for name, table in (tables or {}).items():
+        title = f"guidance {name}" if older and name[:1].isdigit() else name
+        yield title, _numbers(table.get("all", {}))
+
+
+def _protocol(fields: dict[str, Any]) -> str:
+    """Returns the main fields of a protocol in words; the file of the result has all of them."""
+    prompts, seeds = fields.get("prompts", {}), fields.get("seeds", {})
+    words = [f"{key} {prompts[key]}" for key in ("suite", "task", "split") if key in prompts]
+    words += [f"{prompts['num']} prompts"] if "num" in prompts else []
+    words += [f"prompts' SHA-256 {prompts['sha256'][:12]}"] if "sha256" in prompts else []
+    words += [f"seeds from {seeds['first']}"] if "first" in seeds else []
+    words += [f"{fields['size']} pixels"] if "size" in fields else []
+    return ", ".join(words)
 
 
 def _numbers(row: dict[str, Any]) -> str:

@@ -121,6 +121,19 @@ def check_has(workdir: epath.PathLike, step: int | None, raw: bool) -> None:
         raise UserError(f"--weights=raw is set, but {name} is exported already; name the run")
 
 
+def open_tensors(workdir: epath.PathLike) -> dict[str, FileTensor]:
+    """Returns the weights of an exported model by name, on disk, after comparing their hash.
+
+    Raises:
+      UserError: EXPORT cannot be read.
+      RunError: the weights are not what was exported.
+    """
+    folder = Path(workdir)
+    if damage := _damage(folder, TENSORS, read(folder)["sha256"]):
+        raise RunError(DAMAGED, f"{folder / TENSORS} is damaged: {damage}; get the model again")
+    return read_safetensors(folder / TENSORS)
+
+
 def restore(workdir: epath.PathLike, abstract_params: Any) -> Any:
     """Loads the weights of an exported model; a process reads only what its devices hold.
 
@@ -128,22 +141,28 @@ def restore(workdir: epath.PathLike, abstract_params: Any) -> Any:
       abstract_params: shapes, dtypes and shardings of the weights.
 
     Raises:
-      UserError: EXPORT cannot be read, or the weights are of another network.
-      RunError: the weights are not what was exported.
+      UserError: as for `open_tensors`, or the weights are of another network.
+      RunError: as for `open_tensors`.
     """
-    folder = Path(workdir)
-    if damage := _damage(folder, TENSORS, read(folder)["sha256"]):
-        raise RunError(DAMAGED, f"{folder / TENSORS} is damaged: {damage}; get the model again")
-    stored, wanted = read_safetensors(folder / TENSORS), flat_names(abstract_params)
+    stored, wanted = open_tensors(workdir), flat_names(abstract_params)
     for name in sorted(wanted.keys() | stored.keys()):
         have, want = (tree[name].shape if name in tree else None for tree in (stored, wanted))
         if have != want:
             raise UserError(
-                f"{folder / TENSORS}: {name} has the shape {have}, and the network of {CONFIG} "
-                f"wants {want}"
+                f"{Path(workdir) / TENSORS}: {name} has shape {have}; the network of {CONFIG} has "
+                f"{want}"
             )
-    leaves = [_put(stored[name], leaf) for name, leaf in wanted.items()]
+    leaves = [put(stored[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
+
+
+def put(tensor: FileTensor, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Copies a tensor to its devices, in the type of `like`."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        return tensor.read(index).astype(like.dtype, copy=False)
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
 
 
 def problems(workdir: Path) -> Iterator[tuple[Path, str]]:
@@ -164,12 +183,3 @@ def _damage(folder: Path, name: str, digest: str) -> str:
     except OSError as e:
         return f"cannot be read ({e.strerror})"
     return "" if same else f"its SHA-256 is not that of {EXPORT}"
-
-
-def _put(tensor: FileTensor, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Copies a tensor to its devices, in the type of `like`."""
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        return tensor.read(index).astype(like.dtype, copy=False)
-
-    return jax.make_array_from_callback(like.shape, like.sharding, part)

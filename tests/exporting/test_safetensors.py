@@ -19,6 +19,19 @@ from imagen_jax.runs import exported, verification, workdir
 from imagen_jax.runs.checkpoint import Checkpoints
 
 PROMPTS = ["a red circle", "two stars"]
+TABLE = {"all": {"fully": 0.6667, "num": 128, "scores": [0, 1]}}
+RESULTS = {
+    "alignment": {"split": "heldout", "guidance": {"1.0": TABLE}},
+    "fid": {
+        "metric": "fid",
+        "protocol": {
+            "prompts": {"suite": "drawbench", "num": 200, "sha256": "0123456789abcdef"},
+            "seeds": {"first": 7, "num": 200},
+            "size": 64,
+        },
+        "columns": {"guidance 2": {"protocol": {}, "table": TABLE}},
+    },
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +53,9 @@ def trained(tmp_path_factory):
     workdir.write_config(run, stage.config)
     lines = ('{"step": 4, "eval_loss": 0.25}', '{"step": 9, "eval_loss": 0.125}')
     (run / workdir.METRICS).write_text("".join(f"{line}\n" for line in lines))
-    figures = {"1.0": {"all": {"fully": 0.6667, "num": 128}}, "true images": {"all": {"fully": 1}}}
     (run / workdir.EVALUATION).mkdir()
-    result = json.dumps({"split": "heldout", "guidance": figures})
-    (run / workdir.EVALUATION / "alignment.json").write_text(result)
+    for name, result in RESULTS.items():
+        (run / workdir.EVALUATION / f"{name}.json").write_text(json.dumps(result))
     return run
 
 
@@ -93,7 +105,11 @@ def test_the_record_and_the_card_say_what_the_weights_are(trained, model):
         "| trained for | 5 steps of 8: 40 images |",
         "byte-tiny (up to 6 tokens)",
         "Held-out loss at step 4: 0.2500.",
+        "| protocol | split heldout |",
         "| guidance 1.0 | fully 0.6667, num 128 |",
+        "| protocol | suite drawbench, 200 prompts, prompts' SHA-256 0123456789ab, seeds from 7, "
+        "64 pixels |",
+        "| guidance 2 | fully 0.6667, num 128 |",
         "It saw only captions of: Simple.",
         "Its training had not ended: step 5 of 100.",
         "not on the machine of the export",
@@ -148,7 +164,7 @@ def test_the_weights_of_another_network_are_refused(model):
     fields = json.loads((model / "config.json").read_text())
     fields["model"]["mlp_ratio"] = 1.0
     (model / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.down\.kernel has the shape"):
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.down\.kernel has shape"):
         imagen_jax.load(model)
 
 
