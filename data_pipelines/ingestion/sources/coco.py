@@ -54,7 +54,7 @@ def _read(path: epath.Path, columns: Columns, skipped: list[Skip], several: bool
     try:
         content = json.loads(path.read_bytes())
         images, annotations = content["images"], content["annotations"]
-        names = {image["id"]: image for image in images}
+        names = {image["id"]: image | {"file_name": str(image["file_name"])} for image in images}
         captions: dict[Any, dict[str, None]] = defaultdict(dict)
         for annotation in annotations:
             captions[annotation["image_id"]][items.collapse(annotation["caption"])] = None

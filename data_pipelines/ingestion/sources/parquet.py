@@ -23,11 +23,11 @@ def find(paths: list[epath.Path], columns: Columns, part_size: int) -> Source:
     """Lists Parquet files, or those below a folder, in parts of about `part_size` rows.
 
     Raises:
-      UserError: a column is missing, or the files have different columns.
+      UserError: a column is missing or of another type, or the files have different columns.
     """
     files = list(items.files_below(paths[0], ".parquet")) if paths[0].is_dir() else paths
     root = paths[0] if paths[0].is_dir() else common_folder(paths)
-    parts, wanted = [], None
+    parts, wanted, first = [], None, {}
     for file in files:
         table, names = _open(str(file))
         wanted = wanted or _choose(file, names, columns)
@@ -35,6 +35,13 @@ def find(paths: list[epath.Path], columns: Columns, part_size: int) -> Source:
             raise UserError(
                 f"{file} has no column {missing[0]!r}, which {files[0]} has; the files of a source "
                 f"need the same columns (it has: {', '.join(names)})"
+            )
+        kinds = _kinds(file, table.schema_arrow, wanted)
+        first = first or kinds
+        if differing := [name for name in wanted if kinds[name] != first[name]]:
+            raise UserError(
+                f"{file}: the column {differing[0]!r} has {kinds[differing[0]]}, but "
+                f"{first[differing[0]]} in {files[0]}; the files of a source need the same columns"
             )
         stem = str(file.relative_to(root))[: -len(file.suffix)]
         rows, size = table.metadata.num_rows, file.stat().length
@@ -105,6 +112,36 @@ def _choose(file: epath.Path, names: Sequence[str], columns: Columns) -> list[st
     return [image, *(found if columns.captions else found[:1])]
 
 
+def _kinds(file: epath.Path, schema: Any, wanted: Sequence[str]) -> dict[str, str]:
+    """Returns what each wanted column has: "bytes", "text", "lists" or "structs".
+
+    Raises:
+      UserError: the first column has no images, or another no captions.
+    """
+    from pyarrow import types
+
+    tests = {
+        "text": (types.is_string, types.is_large_string, types.is_string_view),
+        "bytes": (types.is_binary, types.is_large_binary, types.is_binary_view),
+        "lists": (types.is_list, types.is_large_list),
+        "structs": (types.is_struct,),
+    }
+    found = {}
+    for name in wanted:
+        kind = schema.field(name).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        image = name == wanted[0]
+        allowed = ("bytes", "text", "structs") if image else ("text", "lists")
+        found[name] = next((k for k in allowed if any(test(kind) for test in tests[k])), "")
+        if not found[name]:
+            what, flag = ("images", "image_column") if image else ("captions", "caption_columns")
+            raise UserError(
+                f"{file}: the column {name!r} has {kind}, no {what}; allowed: "
+                f"{', '.join(allowed)}. Name another with --{flag}"
+            )
+    return found
+
+
 def _row_groups(metadata: Any, start: int, stop: int) -> tuple[int, list[int]]:
     """Returns the row groups with the rows `start` to `stop`, and the number of their first row."""
     first, row, groups = 0, 0, []
@@ -129,6 +166,6 @@ def _item(name: str, row: dict, image_column: str, columns: Columns, path: str) 
             image = (epath.Path(columns.folder or epath.Path(path).parent) / image).read_bytes()
         except OSError:
             return Skip(name, "missing image", items.printable(str(image)))
-    if not image:
+    if not image or not isinstance(image, bytes):
         return Skip(name, "missing image")
     return Item(name, image, captions, items.find_scores(row), items.find_license(row))

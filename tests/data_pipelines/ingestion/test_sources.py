@@ -270,6 +270,19 @@ def test_rows_of_one_image_add_up_and_columns_have_names(tmp_path):
         ({"x.json": b'{"a": 1}'}, "x.json", "holds a dict; it must be a list"),
         ({"x.json": b'{"images": [], "x": 1}'}, "x.json", "not COCO captions (KeyError"),
         (
+            {"x.json": b'{"images": [{"id": 1}], "annotations": []}'},
+            "x.json",
+            "(KeyError: 'file_na",
+        ),
+        (
+            {
+                "x.json": b'{"images": [{"id": 1, "file_name": "a"}], "annotations": '
+                b'[{"image_id": 1, "caption": null}]}'
+            },
+            "x.json",
+            "x.json: not COCO captions (AttributeError",
+        ),
+        (
             {"x.json": b'{"images": [{"id": 1, "file_name": "q.jpg"}], "annotations": []}'},
             "x.json",
             "its images are not in",
@@ -300,6 +313,20 @@ def test_bad_parquet_columns_are_refused_in_one_line(tmp_path):
     write("set-b.parquet", image=[b"x"], text=["x"])
     with pytest.raises(UserError, match=r"set-b.parquet has no column 'caption', which .*set-a"):
         read(f"{tmp_path}/set-*.parquet")
+    write("kind-a.parquet", image=[b"x"], caption=["x"])
+    write("kind-b.parquet", image=["x.jpg"], caption=["x"])
+    words = r"kind-b.parquet: the column 'image' has text, but bytes in .*kind-a.parquet; the files"
+    with pytest.raises(UserError, match=words):
+        read(f"{tmp_path}/kind-*.parquet")
+    write("number.parquet", image=[1], caption=["x"])
+    words = (
+        r"the column 'image' has int64, no images; allowed: bytes, text, structs\. .*image_column"
+    )
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / "number.parquet")
+    write("count.parquet", image=[b"x"], caption=[1])
+    with pytest.raises(UserError, match=r"'caption' has int64, no captions; .* --caption_columns"):
+        read(tmp_path / "count.parquet")
 
 
 def test_a_truncated_tar_stops_unless_damage_is_allowed(tmp_path):
