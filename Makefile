@@ -7,7 +7,7 @@ RUN ?= runs/demo
 # XLA takes fresh memory from the system at every step. On a CPU, huge pages save a sixth of the step.
 RUN_ON_CPU := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
-.PHONY: help setup demo demo-cascade test test-slow test-parity lint
+.PHONY: help setup demo demo-cascade test test-slow test-parity lint audit
 
 help:
 	@echo "make demo         train the demo, sample images of held-out captions, write a report"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-slow    run the tests that take minutes"
 	@echo "make test-parity  compare with PyTorch libraries; installs the parity extra"
 	@echo "make lint         run ruff"
+	@echo "make audit        look up known vulnerabilities of the installed packages; needs pypi.org"
 	@echo "make setup        only make the virtual environment, $(VENV); the others do so first"
 	@echo ""
 	@echo "PYTHON=python3.12 uses another Python, RUN=DIR another workdir than runs/demo"
@@ -61,3 +62,7 @@ test-parity: $(VENV)/.installed-parity
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+audit: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --local --skip-editable

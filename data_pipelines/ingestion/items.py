@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -83,11 +86,17 @@ class Columns(NamedTuple):
       captions: columns of captions. If there are several, a caption keeps its column's name.
       image: column of the image or of its path.
       folder: folder that relative paths start from.
+      outside: whether paths and links may lead out of that folder.
     """
 
     captions: tuple[str, ...] = ()
     image: str = ""
     folder: str = ""
+    outside: bool = False
+
+
+class OutsideError(OSError):
+    """A path or a link leads out of the folder of a source."""
 
 
 def printable(text: str) -> str:
@@ -101,6 +110,26 @@ def is_path(name: str) -> bool:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:
         return False
+
+
+def read_file(path: epath.PathLike, root: epath.PathLike, outside: bool) -> bytes:
+    """Reads a file of a source.
+
+    Args:
+      root: folder that the file must be in, after following links, unless `outside`.
+
+    Raises:
+      OutsideError: it is not in `root`.
+      OSError: it cannot be read, or is no regular file: a pipe would block.
+    """
+    if "://" in os.fspath(path):
+        return epath.Path(path).read_bytes()
+    real = os.path.realpath(path)
+    if not outside and not Path(real).is_relative_to(os.path.realpath(root)):
+        raise OutsideError(errno.EACCES, f"{real} is not in {root}; see --allow_outside")
+    if not stat.S_ISREG(os.stat(real).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return Path(real).read_bytes()
 
 
 def collapse(text: str) -> str:

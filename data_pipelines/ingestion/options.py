@@ -77,6 +77,11 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "images", "", "Folder that the paths in a list start from (default: the list's folder)."
     )
+    flags.DEFINE_bool(
+        "allow_outside",
+        False,
+        "Follow paths and links that lead out of the folder of a list or a source; else skip them.",
+    )
     flags.DEFINE_bool("overwrite", False, "Replace an existing dataset once the new one is whole.")
     flags.DEFINE_bool(
         "skip_damaged", False, "Take what can be read of a damaged tar or Parquet file, and go on."
@@ -167,7 +172,8 @@ def from_flags() -> Options:
 
 def columns_from_flags() -> Columns:
     """Returns the columns that the flags name."""
-    return Columns(tuple(FLAGS.caption_columns), FLAGS.image_column, FLAGS.images)
+    captions = tuple(FLAGS.caption_columns)
+    return Columns(captions, FLAGS.image_column, FLAGS.images, FLAGS.allow_outside)
 
 
 def today() -> str:

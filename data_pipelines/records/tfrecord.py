@@ -57,13 +57,14 @@ def frame(data: bytes) -> bytes:
 
 
 def read_frames(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """Yields the frames of a file.
+    """Yields the frames of a file, from where it is.
 
     Raises:
       UserError: the file is cut short or damaged.
     """
+    here = file.tell()
     end = file.seek(0, os.SEEK_END)
-    file.seek(0)
+    file.seek(here)
     while header := file.read(HEADER):
         if not is_header(header):
             raise UserError(f"{name}: damaged: a record has no valid header")

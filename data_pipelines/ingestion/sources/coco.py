@@ -45,12 +45,20 @@ def find(paths: list[epath.Path], columns: Columns, part_size: int) -> Source:
         )
     entries: list[Entry] = []
     skipped: list[Skip] = []
+    folders = []
     for file in files:
-        entries += _read(file, columns, skipped, several=len(files) > 1)
-    return Source("coco", str(paths[0]), parts_of("coco", entries, part_size), skipped)
+        found, folder = _read(file, columns, skipped, several=len(files) > 1)
+        entries += found
+        folders.append(folder / "_")
+    root = str(items.common_folder(folders))
+    parts = parts_of("coco", entries, part_size, root, columns.outside)
+    return Source("coco", str(paths[0]), parts, skipped)
 
 
-def _read(path: epath.Path, columns: Columns, skipped: list[Skip], several: bool) -> list[Entry]:
+def _read(
+    path: epath.Path, columns: Columns, skipped: list[Skip], several: bool
+) -> tuple[list[Entry], epath.Path]:
+    """Returns the images that an annotation file has captions for, and their folder."""
     try:
         content = json.loads(path.read_bytes())
         images, annotations = content["images"], content["annotations"]
@@ -80,7 +88,7 @@ def _read(path: epath.Path, columns: Columns, skipped: list[Skip], several: bool
         else:
             skipped.append(Skip(name, "missing caption"))
     skipped += [Skip(f"{path.name} image {key}", "caption without an image") for key in captions]
-    return entries
+    return entries, folder
 
 
 def _image_folder(path: epath.Path, images: list[dict], columns: Columns) -> epath.Path:

@@ -43,7 +43,10 @@ def find(paths: list[epath.Path], columns: Columns, part_size: int) -> Source:
     images = sorted(f for f in files if _is_image(f))
     for file in images:
         if file not in entries and _stem(file) in beside:
-            entries[file] = _from_text(root, file, beside[_stem(file)], files)
+            try:
+                entries[file] = _from_text(root, file, beside[_stem(file)], files, columns.outside)
+            except OSError as e:
+                skipped.append(Skip(items.printable(file), "unreadable file", str(e.strerror)))
     usable = []
     for file in images:
         entry = entries.get(file)
@@ -62,7 +65,8 @@ def find(paths: list[epath.Path], columns: Columns, part_size: int) -> Source:
                 skipped.append(Skip(items.printable(file), "caption without an image"))
         elif Path(file).name not in LISTS and not _beside(file, ".json", stems):
             skipped.append(Skip(items.printable(file), "unsupported file type"))
-    return Source("folder", str(root), parts_of("folder", usable, part_size), skipped)
+    parts = parts_of("folder", usable, part_size, str(root), columns.outside)
+    return Source("folder", str(root), parts, skipped)
 
 
 def _walk(root: epath.Path) -> tuple[set[str], list[Skip]]:
@@ -105,15 +109,18 @@ def _listed(
     return entries
 
 
-def _from_text(root: epath.Path, file: str, text_file: str, files: set[str]) -> Entry:
-    text = (root / text_file).read_bytes().decode("utf-8-sig", errors="surrogateescape")
+def _from_text(
+    root: epath.Path, file: str, text_file: str, files: set[str], outside: bool
+) -> Entry:
+    data = items.read_file(root / text_file, root, outside)
+    text = data.decode("utf-8-sig", errors="surrogateescape")
     lines = dict.fromkeys(items.collapse(line) for line in text.splitlines())
     captions = tuple(Caption(line) for line in lines if line)
     row = {}
     if (beside := _stem(file) + ".json") in files:
         try:
-            row = json.loads((root / beside).read_bytes())
-        except ValueError:
+            row = json.loads(items.read_file(root / beside, root, outside))
+        except (ValueError, RecursionError):
             row = {}
     row = row if isinstance(row, dict) else {}
     scores, license = items.find_scores(row), items.find_license(row)

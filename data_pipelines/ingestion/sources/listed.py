@@ -53,7 +53,9 @@ def find(paths: list[epath.Path], columns: Columns, part_size: int) -> Source:
         skipped += left_out
         for name, entry in found.items():
             entries.append(entry._replace(path=str(folder / name)))
-    return Source("list", str(paths[0]), parts_of("list", entries, part_size), skipped)
+    root = columns.folder or str(items.common_folder(paths))
+    parts = parts_of("list", entries, part_size, root, columns.outside)
+    return Source("list", str(paths[0]), parts, skipped)
 
 
 def read_list(
@@ -95,8 +97,10 @@ def read_list(
     return found, skipped
 
 
-def parts_of(kind: str, entries: Sequence[Entry], part_size: int) -> list[Part]:
-    """Divides entries into parts."""
+def parts_of(
+    kind: str, entries: Sequence[Entry], part_size: int, root: str, outside: bool
+) -> list[Part]:
+    """Divides entries into parts; `items.read_file` explains `root` and `outside`."""
     parts = []
     for start in range(0, len(entries), part_size):
         some = entries[start : start + part_size]
@@ -105,17 +109,20 @@ def parts_of(kind: str, entries: Sequence[Entry], part_size: int) -> list[Part]:
         for entry, size in zip(some, sizes, strict=True):
             digest.update(ascii((*entry, size)).encode())
         label = f"{kind} {some[0].id} to {some[-1].id}"
-        parts.append(Part(label, sum(sizes), digest.hexdigest(), partial(read_entries, some)))
+        read = partial(read_entries, some, root, outside)
+        parts.append(Part(label, sum(sizes), digest.hexdigest(), read))
     return parts
 
 
-def read_entries(entries: Iterable[Entry]) -> Iterator[Item | Skip]:
+def read_entries(entries: Iterable[Entry], root: str, outside: bool) -> Iterator[Item | Skip]:
     """Yields the items of listed images."""
     for entry in entries:
         try:
-            image = epath.Path(entry.path).read_bytes()
+            image = items.read_file(entry.path, root, outside)
         except FileNotFoundError:
             yield Skip(entry.id, "listed file missing")
+        except items.OutsideError as e:
+            yield Skip(entry.id, "outside of the folder", str(e.strerror))
         except OSError as e:
             yield Skip(entry.id, "unreadable file", str(e.strerror))
         else:
@@ -132,6 +139,8 @@ def _size(path: str) -> int:
 def _rows(path: epath.Path, label: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line, row); a line that cannot be parsed gives a row with only "error"."""
     suffix = path.suffix.lower()
+    if "://" not in str(path) and path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file")
     if suffix == ".parquet":
         yield from enumerate(_parquet_rows(path), 1)
         return

@@ -163,8 +163,11 @@ def _item(name: str, row: dict, image_column: str, columns: Columns, path: str) 
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str):
         try:
-            image = (epath.Path(columns.folder or epath.Path(path).parent) / image).read_bytes()
-        except OSError:
+            root = epath.Path(columns.folder or epath.Path(path).parent)
+            image = items.read_file(root / image, root, columns.outside)
+        except items.OutsideError as e:
+            return Skip(name, "outside of the folder", items.printable(str(e.strerror)))
+        except (OSError, ValueError):
             return Skip(name, "missing image", items.printable(str(image)))
     if not image or not isinstance(image, bytes):
         return Skip(name, "missing image")

@@ -1,6 +1,7 @@
 """Each format becomes the same records: recognized by what is there, or named."""
 
 import json
+import os
 
 import pyarrow as pa
 import pytest
@@ -339,3 +340,36 @@ def test_a_truncated_tar_stops_unless_damage_is_allowed(tmp_path):
     folder = ingest(tmp_path / "data", tmp_path / "t", skip_damaged=True)
     assert 1 <= len(rows(folder)) < 5
     assert report(folder)["skipped"][-1]["reason"] == "damaged source"
+
+
+def test_paths_and_links_out_of_the_folder_and_pipes_are_skipped_unless_allowed(tmp_path):
+    (tmp_path / "own").mkdir()
+    for name in ("secret.jpg", "own/a.jpg"):
+        (tmp_path / name).write_bytes(jpeg(0))
+    (tmp_path / "own/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "own/inner.jpg").symlink_to(tmp_path / "own/a.jpg")
+    (tmp_path / "own/dangling.jpg").symlink_to(tmp_path / "none.jpg")
+    os.mkfifo(tmp_path / "own/pipe.jpg")
+    names = ["a.jpg", "inner.jpg", "link.jpg", "../secret.jpg", str(tmp_path / "secret.jpg")]
+    lines = [{"file_name": n, "text": n} for n in [*names, "dangling.jpg", "pipe.jpg", "nul\0.jpg"]]
+    path = tmp_path / "own/list.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, taken, skipped = read(path)
+    assert list(taken) == ["a.jpg", "inner.jpg"]
+    assert skipped == {
+        **dict.fromkeys([*names[2:], "dangling.jpg"], "outside of the folder"),
+        "pipe.jpg": "unreadable file",
+        "list.jsonl:8": "unreadable entry",
+    }
+    _, taken, skipped = read(path, Columns(outside=True))
+    assert list(taken) == names and skipped["dangling.jpg"] == "listed file missing"
+
+    path.unlink()
+    for name in ("a", "inner", "link", "pipe"):
+        (tmp_path / f"own/{name}.txt").write_text(name)
+    (tmp_path / "own/a.txt").unlink()
+    (tmp_path / "own/a.txt").symlink_to(tmp_path / "secret.jpg")
+    _, taken, skipped = read(tmp_path / "own")
+    assert list(taken) == ["inner.jpg"]
+    assert skipped["link.jpg"] == "outside of the folder"
+    assert skipped["a.jpg"] == "missing caption", "its caption leads out of the folder"
