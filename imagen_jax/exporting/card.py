@@ -46,7 +46,7 @@ def of_stage(card: Card) -> str:
     parts += ["## Use", "", usage.of_stage(card.record["format"], stage), ""]
     parts += ["## Model", "", *_table(("", ""), _model(card)), ""]
     parts += ["## Training data", "", *_table(("", ""), card.data.rows), ""]
-    parts += ["## Results", "", *(_results(stage) or [NO_RESULTS]), ""]
+    parts += ["## Results", "", *(_results(card) or [NO_RESULTS]), ""]
     parts += ["## Limits", "", *(f"- {limit}" for limit in _limits(card)), ""]
     parts += ["## Configuration", "", f"`{runs.CONFIG}` has every key. Sampling defaults:", ""]
     sampling = card.config.sampling
@@ -122,8 +122,9 @@ def _limits(card: Card) -> list[str]:
     return limits + card.data.risks
 
 
-def _results(stage: TrainedStage) -> list[str]:
-    """Returns the figures in the evaluation of the folder that the weights come from."""
+def _results(card: Card) -> list[str]:
+    """Returns the figures of these weights in the evaluation of the folder that they come from."""
+    stage = card.stage
     folder, parts = Path(stage.name), []
     losses = [m for m in runs.read_metrics(folder) if "eval_loss" in m and m["step"] <= stage.step]
     if losses:
@@ -135,21 +136,36 @@ def _results(stage: TrainedStage) -> list[str]:
         except UserError as e:
             log.warning("the model card leaves out %s", e)
             continue
-        rows = list(_figures(found))
+        rows = list(_figures(found, card))
         if rows:
             parts += [f"### {path.stem}", "", *_table(("", "figures"), rows), ""]
     return parts[:-1]
 
 
-def _figures(found: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yields what a result was measured on, and the figures of all prompts in each column."""
-    if protocol := _protocol(found.get("protocol") or {"prompts": found}):
-        yield "protocol", protocol
-    columns, older = found.get("columns"), found.get("guidance")
-    tables = {name: column["table"] for name, column in columns.items()} if columns else older
-    for name, table in (tables or {}).items():
-        title = f"guidance {name}" if older and name[:1].isdigit() else name
-        yield title, _numbers(table.get("all", {}))
+def _figures(found: dict[str, Any], card: Card) -> list[tuple[str, str]]:
+    """Returns what a result was measured on, and the figures of all prompts in each column.
+
+    Columns of another step or average are left out. Results of earlier versions, which have no
+    protocol, do not say which they are of.
+    """
+    columns = found.get("columns") or {
+        f"guidance {name}" if name[:1].isdigit() else name: {"table": table}
+        for name, table in found.get("guidance", {}).items()
+    }
+    rows = [
+        (name, _numbers(column["table"].get("all", {})))
+        for name, column in columns.items()
+        if _is_of(column.get("protocol", {}).get("stages", []), card)
+    ]
+    protocol = _protocol(found.get("protocol") or {"prompts": found})
+    return [("protocol", protocol), *rows] if rows else []
+
+
+def _is_of(stages: Iterable[dict[str, Any]], card: Card) -> bool:
+    """Returns whether the stages of a result, if they include this one, have these weights."""
+    own = (card.record["step"], card.record["average"])
+    name = Path(card.stage.name).name
+    return all((s["step"], s["weights"]) == own for s in stages if s["run"] == name)
 
 
 def _protocol(fields: dict[str, Any]) -> str:

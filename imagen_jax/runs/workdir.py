@@ -153,10 +153,14 @@ def stages_of(workdirs: Iterable[epath.PathLike]) -> list[epath.PathLike]:
             continue
         names = read_json(path).get("stages")
         listed = isinstance(names, list) and bool(names)
-        if not listed or not all(isinstance(n, str) and n == Path(n).name for n in names):
+        if not listed or not all(isinstance(n, str) and _is_name(n) for n in names):
             raise UserError(f"{path}: stages is {names!r}; it must list folders beside this file")
         found += [type(path)(workdir) / name for name in names]
     return found
+
+
+def _is_name(text: str) -> bool:
+    return text == Path(text).name and text not in ("", "..")
 
 
 def check_trainable(workdir: Path) -> None:

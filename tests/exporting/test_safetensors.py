@@ -29,7 +29,14 @@ RESULTS = {
             "seeds": {"first": 7, "num": 200},
             "size": 64,
         },
-        "columns": {"guidance 2": {"protocol": {}, "table": TABLE}},
+        "columns": {
+            name: {"protocol": {"stages": [{"run": "trained", **of}]}, "table": TABLE}
+            for name, of in {
+                "guidance 2": {"step": 5, "weights": "EMA, decay 0.995"},
+                "another step": {"step": 4, "weights": "EMA, decay 0.995"},
+                "another average": {"step": 5, "weights": "EMA, width 0.1"},
+            }.items()
+        },
     },
 }
 
@@ -42,7 +49,8 @@ def fake_encoder(monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run with an evaluation; its EMA and its weights differ."""
-    run = tmp_path_factory.mktemp("trained")
+    run = tmp_path_factory.mktemp("run") / "trained"
+    run.mkdir()
     stage = stages.Stage(parse(shrink_transformer(load_config("demo"))))
     ema = random_params(stage)
     params = jax.tree.map(lambda x: x + 1, ema)
@@ -116,6 +124,7 @@ def test_the_record_and_the_card_say_what_the_weights_are(trained, model):
         record["sha256"],
     ):
         assert words in card, words
+    assert "another" not in card.partition("## Results")[2].partition("## Limits")[0]
 
 
 def test_bfloat16_is_rounded_and_loads_as_float32(trained, command):
@@ -192,7 +201,7 @@ def test_another_record_is_a_one_line_error(model, change, message):
         imagen_jax.load(model)
 
 
-@pytest.mark.parametrize("stages", ["[]", '["../a"]', "3", "[1]"])
+@pytest.mark.parametrize("stages", ["[]", '["../a"]', '[".."]', '[""]', "3", "[1]"])
 def test_a_cascade_names_only_folders_beside_it(tmp_path, stages):
     (tmp_path / workdir.CASCADE).write_text(f'{{"stages": {stages}}}')
     with pytest.raises(UserError, match="it must list folders beside this file"):
