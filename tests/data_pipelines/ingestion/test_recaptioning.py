@@ -50,6 +50,10 @@ def test_both_captions_are_kept_by_name(data_dir):
         assert (row["image"] == before[name]["image"]).all()
     fields = manifest(folder)
     assert fields["counts"]["recaption"] == {"no rewritten caption": 1, "rewritten": 9}
+    assert fields["captions"]["sources"] == {"caption": 10, "rewritten": 9}
+    names = prepared.caption_sources(str(data_dir), "loud")
+    assert names == {"caption": 10, "rewritten": 9}
+    assert prepared.caption_sources(str(data_dir), "folder") == {}
     assert fields["sources"][0]["sha256"] == manifest(data_dir / "folder/1.0.0")["digest"]
     card = (folder / "card.md").read_text()
     assert "## Sources" in card and "| picture number 0 | PICTURE NUMBER 0 |" in card
