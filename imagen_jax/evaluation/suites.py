@@ -222,7 +222,7 @@ def _geneval2(rows: list[dict], where: str) -> list[Example]:
             counts = f"{len(row['vqa_list'])} questions and {len(row['skills'])} skills"
             raise UserError(f"{where}: line {i + 1} has {counts}; their numbers must be equal")
         asked = tuple(Question(str(q), str(a)) for q, a in row["vqa_list"])
-        atoms = f"{row['atom_count']} atoms"
+        atoms = f"{row['atom_count']} atom{'s' * (row['atom_count'] != 1)}"
         examples.append(_example(str(i), row["prompt"], atoms, questions=asked))
     return examples
 

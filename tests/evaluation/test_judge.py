@@ -4,13 +4,13 @@ import base64
 import io
 import json
 import sys
-import threading
 import types
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
+from serving import serving
 
 from imagen_jax.common import endpoint
 from imagen_jax.common.errors import UserError
@@ -42,12 +42,8 @@ class Stub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
-    server = HTTPServer(("127.0.0.1", 0), Stub)
-    server.asked, server.status = [], 200
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Stub, asked=[], status=200) as server:
+        yield server
 
 
 def example(category, *questions):

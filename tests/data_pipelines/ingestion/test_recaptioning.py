@@ -4,13 +4,13 @@ import base64
 import io
 import json
 import sys
-import threading
 import types
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from making import DATE, files, ingest, manifest, rows, write_tars
 from PIL import Image
+from serving import serving
 
 from data_pipelines.ingestion import recaptioning, rewriters
 from data_pipelines.records import prepared
@@ -113,12 +113,8 @@ class Stub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
-    server = HTTPServer(("127.0.0.1", 0), Stub)
-    server.requests, server.status, server.good = [], 503, True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Stub, requests=[], status=503, good=True) as server:
+        yield server
 
 
 def test_an_endpoint_of_openais_kind(server, monkeypatch):
