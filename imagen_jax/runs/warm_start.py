@@ -24,6 +24,7 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import Config
 from imagen_jax.devices import sharding
+from imagen_jax.runs import exported
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.workdir import CHECKPOINTS, CONFIG, read_config
 from imagen_jax.sections import InitConfig
@@ -55,13 +56,20 @@ class Weights:
 
 @contextlib.contextmanager
 def open_weights(init: InitConfig) -> Iterator[Weights]:
-    """Opens the weights that config.init names.
+    """Opens the weights that config.init names, of a run or an exported model.
 
     Raises:
       UserError: the workdir has no run, or no such checkpoint.
       RunError: the checkpoint is damaged.
     """
     workdir, step = init.source
+    if exported.is_exported(workdir):
+        exported.check_has(workdir, step, raw=False)
+        if init.weights != "ema":
+            allowed = f"ema, because {workdir} is an exported model"
+            raise UserError(f"config.init.weights is {init.weights!r}; allowed: {allowed}")
+        yield _open_exported(workdir)
+        return
     config, part = read_config(workdir), "ema" if init.weights == "ema" else "params"
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         step = checkpoints.existing_step(step)
@@ -72,6 +80,16 @@ def open_weights(init: InitConfig) -> Iterator[Weights]:
 
         shapes = {name: tuple(leaf.shape) for name, leaf in _flatten(saved).items()}
         yield Weights(config, step, shapes, read)
+
+
+def _open_exported(workdir: str) -> Weights:
+    tensors = exported.open_tensors(workdir)
+
+    def read(targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        return {name: exported.put(tensors[name], like) for name, like in targets.items()}
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Weights(read_config(workdir), exported.read(workdir)["step"], shapes, read)
 
 
 def check_source(init: InitConfig, workdir: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import exports
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,17 @@ def test_the_same_network_starts_from_the_ema_or_the_raw_weights(source, step, w
     assert params.keys() == saved.keys()
     for name, value in saved.items():
         np.testing.assert_array_equal(params[name], value + shift)
+
+
+def test_an_exported_model_is_a_source(source, tmp_path):
+    workdir, saved = source
+    with exports.defined_flags():
+        out = exports.call(tmp_path / "out", f"--workdir={workdir}")
+    params = started(tiny(), workdir=str(out))
+    for name, value in saved.items():
+        np.testing.assert_array_equal(params[name], value)
+    with pytest.raises(UserError, match=r"^config.init.weights is 'raw'; allowed: ema, because"):
+        started(tiny(), workdir=str(out), weights="raw")
 
 
 def test_arrays_of_another_shape_stay_random_and_are_listed(source, caplog):
