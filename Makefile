@@ -29,7 +29,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,gcs]'
 	@touch $@
 
 # Some platforms have no PyTorch build. There the parity tests are skipped, so ignore the error.
