@@ -29,6 +29,7 @@ from imagen_jax.common import cli, pictures, typed_config
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_text
 from imagen_jax.config import NOT_WEIGHTS, Config, parse
+from imagen_jax.stage import Params, Stage
 from imagen_jax.training import experiment
 
 FLAGS = flags.FLAGS
@@ -95,13 +96,18 @@ def with_network(config: Config, name: str, network: Any) -> Config:
 
 
 class Run:
-    """Trains one network and records its points: (step, seconds, held-out loss)."""
+    """Trains one network and records its points: (step, seconds, held-out loss).
 
-    def __init__(self, config: Config):
+    Args:
+      judge: computes the held-out loss (default: the stage that is trained).
+    """
+
+    def __init__(self, config: Config, judge: Stage | None = None):
         with cli.quiet_imports():
             from data_pipelines.reading.reader import Reader
 
         self.experiment, reader = experiment.build(config), Reader(config)
+        self._judge = judge or self.experiment.stage
         self._state = self.experiment.init()
         self._batches = reader.train_batches(0)
         self._held_out = reader.eval_batches()
@@ -121,7 +127,12 @@ class Run:
         self.points.append((self._steps, self._seconds, self._held_out_loss()))
 
     def _held_out_loss(self) -> float:
-        return self.experiment.stage.held_out_losses(self._state.ema, self._held_out)["eval_loss"]
+        return self._judge.held_out_losses(self.ema, self._held_out)["eval_loss"]
+
+    @property
+    def ema(self) -> Params:
+        """The EMA of the weights."""
+        return self._state.ema
 
 
 def sooner(slow: Run, fast: Run) -> float | None:
