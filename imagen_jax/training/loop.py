@@ -245,12 +245,14 @@ def run_loop(
                 fetch(logger, actions, pending, config.log_every, keep=1)
             actions.watch(step)
             stopping = stop(step)
-            due = [actions.save] if stopping else actions.due(step)
+            # The next start catches up on what a stop leaves out. After the last step, none does.
+            last = step == config.num_steps
+            due = [actions.save] if stopping and not last else actions.due(step)
             if due or guard.decides(step):
                 fetch(logger, actions, pending, config.log_every)
                 if guard.diverged and not stopping:
                     return step
-                if (stopping or step == config.num_steps) and step % config.log_every:
+                if (stopping or last) and step % config.log_every:
                     logger.flush(step)
                 with logger.pause():
                     for action in due:
@@ -260,7 +262,7 @@ def run_loop(
             if stopping:
                 saved = "from there" if guard.steady else "from the last checkpoint"
                 log.info("stopped at step %d; the same command resumes %s", step, saved)
-                return FINISHED if step == config.num_steps else STOPPED
+                return FINISHED if last else STOPPED
     return FINISHED
 
 

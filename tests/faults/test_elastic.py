@@ -43,6 +43,7 @@ def config(tmp_path_factory):
     values = json.loads(path.with_suffix(".json").read_text())
     values.update(batch_size=BATCH, microbatches=1, log_every=1, checkpoint_every=2)
     values.update(eval_every=0, sample_every=0, mesh={"data": 1, "fsdp": -1})
+    values["checkpoint"] = {"every_s": 0.1}  # all processes must agree when to save
     path.with_suffix(".json").write_text(json.dumps(values))
     path.write_text(CONFIG)
     return path
