@@ -162,8 +162,8 @@ class Evaluation:
     def _with_weights(self, pipe: Cascade, widths: list[float | None]) -> Cascade:
         """Returns the cascade with averages of other widths; its compiled programs stay."""
         stages = []
-        for i, (stage, workdir) in enumerate(zip(pipe.stages, self.workdirs, strict=True)):
-            width = widths[i % len(widths)]
+        for i, stage in enumerate(pipe.stages):
+            workdir, width = Path(stage.name), widths[i % len(widths)]
             if width != stage.ema:
                 newest = newest_step if width is None else newest_snapshot
                 step = newest(workdir) if self.step is None else self.step
