@@ -13,7 +13,6 @@ import io
 import json
 import os
 import resource
-import struct
 import tempfile
 import time
 from pathlib import Path
@@ -92,7 +91,7 @@ def write(folder: Path, shards: int, records: int) -> None:
     features = {k: Feature(bytes_list=BytesList(value=[v])) for k, v in values.items()}
     features["text_tokens"] = Feature(int64_list=Int64List(value=[2]))
     data = Example(features=Features(feature=features)).SerializeToString()
-    framed = struct.pack("<Q", len(data)) + bytes(4) + data + crc(data)
+    framed = frame(data)
     path = folder / "folder" / "1.0.0"
     path.mkdir(parents=True)
     name = "folder-train.tfrecord-{:05d}-of-" + f"{shards:05d}"
@@ -110,14 +109,14 @@ def write(folder: Path, shards: int, records: int) -> None:
     (path / "metadata.json").write_text(json.dumps(metadata))
 
 
-def crc(data: bytes) -> bytes:
-    """Returns the checksum of a record, by TensorFlow's own writer."""
+def frame(data: bytes) -> bytes:
+    """Returns a record with its length and checksums, by TensorFlow's own writer."""
     import tensorflow as tf
 
     with tempfile.NamedTemporaryFile() as file:
         with tf.io.TFRecordWriter(file.name) as writer:
             writer.write(data)
-        return Path(file.name).read_bytes()[-4:]
+        return Path(file.name).read_bytes()
 
 
 def config_of(folder: str, window: int, batch_size: int) -> Config:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -146,6 +147,8 @@ class RecordFiles(Ranges):
             offsets = self._offsets(file)[first : until + 1].tolist()
             if len(offsets) <= until - first:
                 raise ValueError("the file has fewer records than its metadata say")
+            if any(a >= b for a, b in itertools.pairwise(offsets)):
+                raise ValueError(f"{offsets_path(path)} is damaged; delete it")
             data = self.files.read(path, offsets[0], offsets[-1] - offsets[0])
         except (OSError, ValueError) as e:
             return [Bad("unreadable file", first_line(e), name) for name in names]
@@ -156,8 +159,7 @@ class RecordFiles(Ranges):
         path = self._path_of(file)
         try:
             offsets = self.files.array(offsets_path(path))
-            whole = offsets.ndim == 1 and offsets.dtype.kind in "iu" and offsets[:1].tolist() == [0]
-            if not whole or not (offsets[1:] > offsets[:-1]).all():
+            if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or offsets[:1].tolist() != [0]:
                 raise ValueError(f"{offsets_path(path)} is damaged; delete it")
             return offsets
         except FileNotFoundError:  # written by an earlier version, or by other programs

@@ -97,7 +97,7 @@ def test_evaluation_batches_and_prompts_repeat(config):
     assert len(first) == config.eval_batches and all(map(same, first, again))
     rows = Reader(config).examples("heldout", 3)
     assert [set(r) for r in rows] == [
-        {"caption", "category", "scene", "image", "text", "text_mask"}
+        {"id", "caption", "category", "scene", "image", "text", "text_mask"}
     ] * 3
     assert rows[0]["caption"] == Reader(config).examples("heldout", 1)[0]["caption"]
 
