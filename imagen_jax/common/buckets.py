@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -38,6 +39,8 @@ def to_path(path: str | os.PathLike, absolute: bool = False) -> Path:
         return Path(path).absolute() if absolute else Path(path)
     from etils import epath
 
+    # Callers report errors in one line; gcsfs would also log a stack trace.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     scheme = os.fspath(path).partition("://")[0]
     if (package := PACKAGES.get(scheme)) and not find_spec(package):
         raise UserError(

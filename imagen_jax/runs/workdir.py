@@ -124,7 +124,7 @@ def read_config(workdir: epath.PathLike) -> Config:
       UserError: the workdir has no run, its config cannot be read, or a key is not valid.
     """
     check_run(workdir)
-    if (epath.Path(workdir) / CASCADE).exists():
+    if _has(workdir, CASCADE):
         stages = ", ".join(map(os.fspath, stages_of([workdir])))
         raise UserError(f"--workdir={os.fspath(workdir)} is a cascade; choose one of: {stages}")
     from imagen_jax.config import parse
@@ -132,10 +132,23 @@ def read_config(workdir: epath.PathLike) -> Config:
     return parse(read_json(epath.Path(workdir) / CONFIG))
 
 
+def _has(workdir: epath.PathLike, name: str) -> bool:
+    """Returns whether the workdir has a file.
+
+    Raises:
+      UserError: the workdir is in a bucket that cannot be read.
+    """
+    try:
+        with buckets.as_os_errors(workdir):
+            return (buckets.to_path(workdir) / name).exists()
+    except OSError as e:
+        raise UserError(f"--workdir={os.fspath(workdir)} cannot be read: {e.strerror}") from e
+
+
 def check_run(workdir: epath.PathLike) -> None:
     """Raises UserError if the workdir has no run and no exported model."""
     for folder in stages_of([workdir]):
-        if not (epath.Path(folder) / CONFIG).exists():
+        if not _has(folder, CONFIG):
             raise UserError(f"--workdir={os.fspath(folder)} holds no run: {CONFIG} is missing")
 
 
@@ -148,7 +161,7 @@ def stages_of(workdirs: Iterable[epath.PathLike]) -> list[epath.PathLike]:
     found: list[epath.PathLike] = []
     for workdir in workdirs:
         path = epath.Path(workdir) / CASCADE
-        if not path.exists():
+        if not _has(workdir, CASCADE):
             found.append(workdir)
             continue
         names = read_json(path).get("stages")
@@ -165,7 +178,7 @@ def _is_name(text: str) -> bool:
 
 def check_trainable(workdir: Path) -> None:
     """Raises UserError if the workdir is an exported model, which has no training state."""
-    if any((workdir / name).exists() for name in (EXPORT, CASCADE)):
+    if any(_has(workdir, name) for name in (EXPORT, CASCADE)):
         raise UserError(
             f"--workdir={workdir} is an exported model, which cannot be trained further; train in "
             "another folder"
