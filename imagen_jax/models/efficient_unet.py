@@ -27,7 +27,7 @@ from imagen_jax.models.denoiser import (
     is_positive,
     with_low_res,
 )
-from imagen_jax.models.layers import NORMS, Attention, Conditioning, dropout, zeros_init
+from imagen_jax.models.layers import Attention, Conditioning, GroupNorm, dropout, zeros_init
 from imagen_jax.models.resampling import Upsample
 
 SKIP = ("concat", "add")
@@ -64,9 +64,6 @@ class EfficientUNetConfig(NetworkConfig):
         blocks in both encoder and decoder. Queries, keys and values have twice the level's width.
       self_attention: whether pixels attend to pixels as well as to text; if False, they attend to
         text only (sr1024).
-      norm: normalization before convolutions and attention. "group" is the paper's GroupNorm. Its
-        statistics are of all pixels, so whole images can differ from the crops it was trained on.
-        "rms" divides each pixel by the root mean square of its channels, at any size.
       scan_blocks: compile the equal blocks of a level once and loop over them. The parameters are
         the same. Compile time then does not grow with the number of blocks, but a step takes a
         third longer on a TPU, which fills and empties the loop's buffers. On a CPU it takes many
@@ -81,7 +78,6 @@ class EfficientUNetConfig(NetworkConfig):
     skip: str = "concat"
     num_heads: int = 8
     self_attention: bool = True
-    norm: str = "group"
     scan_blocks: bool = False
 
     @property
@@ -107,7 +103,6 @@ class EfficientUNetConfig(NetworkConfig):
         factor = 2**levels
         self._check("image_size", self.image_size % factor == 0, f"a multiple of {factor}")
         self._check("skip", self.skip in SKIP, " | ".join(SKIP))
-        self._check("norm", self.norm in NORMS, " | ".join(NORMS))
         for part, width in (("attention", 2 * self.widths[-1]), ("text", self.emb_width)):
             fits = f"a divisor of the {width} channels of the {part}"
             self._check("num_heads", width % self.num_heads == 0, fits)
@@ -128,10 +123,9 @@ class ResNetBlock(nnx.Module):
         self.concat = decodes and config.skip == "concat"
         self.dropout_rate = config.dropout
         in_channels = 2 * channels if self.concat else channels
-        norm = NORMS[config.norm]
-        self.norm1 = norm(in_channels, dtype=dtype)
+        self.norm1 = GroupNorm(in_channels, dtype=dtype)
         self.conv1 = nnx.Conv(in_channels, channels, (3, 3), **kw)
-        self.norm2 = norm(channels, dtype=dtype)
+        self.norm2 = GroupNorm(channels, dtype=dtype)
         self.conv2 = nnx.Conv(channels, channels, (3, 3), kernel_init=zeros_init, **kw)
         self.shortcut = nnx.Linear(in_channels, channels, **kw)
 
@@ -237,7 +231,6 @@ class Level(nnx.Module):
             hidden=2 * width,
             self_attention=config.self_attention,
             text_norm=config.sequence == "cross_attention_layernorm",
-            norm=config.norm,
             **kw,
         )
         attends = index == len(config.widths) - 1 and (config.self_attention or reads_text)

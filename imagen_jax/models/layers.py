@@ -94,23 +94,6 @@ class GroupNorm(nnx.Module):
         return (x * scale_bc[:, None, None, :] + shift_bc[:, None, None, :]).astype(self.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """Division by the root mean square of the last axis, then a learned scale, in float32."""
-
-    def __init__(self, channels: int, *, dtype: Any = jnp.float32):
-        self.dtype = dtype
-        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        mean_square = checkpoint_name(jnp.square(x).mean(-1, keepdims=True), "statistics")
-        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
-        return (x * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(self.dtype)
-
-
-NORMS = {"group": GroupNorm, "rms": RMSNorm}
-
-
 class ScalarEmbedding(nnx.Module):
     """Embedding of numbers in [0, 1], [B] -> [B, width]: sinusoids, then an MLP.
 
@@ -177,9 +160,8 @@ class Attention(nnx.Module):
 
     text_width=0 removes the text keys; self_attention=False removes the pixel keys, and then an
     example without text tokens passes unchanged. Queries, keys and values have `hidden` channels,
-    by default as many as the pixels. `norm` is a key of NORMS. `text_norm` adds a LayerNorm on the
-    text embeddings, which the paper found to help (section 2.5). The output projection starts at
-    zero.
+    by default as many as the pixels. `text_norm` adds a LayerNorm on the text embeddings, which the
+    paper found to help (section 2.5). The output projection starts at zero.
     """
 
     def __init__(
@@ -191,7 +173,6 @@ class Attention(nnx.Module):
         hidden: int | None = None,
         self_attention: bool = True,
         text_norm: bool,
-        norm: str = "group",
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -200,7 +181,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.self_attention = self_attention
         self.use_text = text_width > 0
-        self.norm = NORMS[norm](channels, dtype=dtype)
+        self.norm = GroupNorm(channels, dtype=dtype)
         # Separate matrices: splitting one fused product costs a TPU a relayout.
         self.q = nnx.Linear(channels, hidden, **kw)
         if self_attention:

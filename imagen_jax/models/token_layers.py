@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from imagen_jax.models.layers import RMSNorm, dropout, sinusoidal_embedding, zeros_init
+from imagen_jax.models.layers import dropout, sinusoidal_embedding, zeros_init
 from imagen_jax.models.products import Linear
 
 
@@ -58,6 +58,19 @@ def rotate(x_bshd: jax.Array, rotation_bs2d: jax.Array) -> jax.Array:
 def product(linear: nnx.Linear, x: jax.Array) -> jax.Array:
     """Returns linear(x), named for the policies that save matrix products."""
     return checkpoint_name(linear(x), "product")
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square of the last axis, then a learned scale, in float32."""
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        mean_square = checkpoint_name(jnp.square(x).mean(-1, keepdims=True), "statistics")
+        scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+        return x * jax.lax.rsqrt(mean_square + 1e-6) * scale
 
 
 class Modulation(nnx.Module):
