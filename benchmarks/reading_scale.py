@@ -81,7 +81,7 @@ def write(folder: Path, shards: int, records: int) -> None:
     """Writes the dataset "folder": equal records, one file under `shards` names."""
     from tensorflow.train import BytesList, Example, Feature, Features, Int64List
 
-    from data_pipelines.records.source import write_offsets
+    from data_pipelines.records.record_files import write_offsets
 
     image = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)

@@ -13,7 +13,7 @@ from data_pipelines.embeddings import encoding
 from data_pipelines.embeddings.caption_lists import Found
 from data_pipelines.embeddings.shards import finish
 from data_pipelines.embeddings.store import create_store
-from data_pipelines.records.source import write_offsets
+from data_pipelines.records.record_files import write_offsets
 from imagen_jax.text.encoder import Batch
 
 

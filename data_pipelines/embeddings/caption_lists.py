@@ -10,7 +10,8 @@ from typing import NamedTuple
 from etils import epath
 
 from data_pipelines.records import prepared
-from data_pipelines.records.source import open_split, records
+from data_pipelines.records.opening import open_split
+from data_pipelines.records.source import records
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import matching
 

@@ -8,7 +8,8 @@ from data_pipelines.common import caption_key
 from data_pipelines.embeddings.store import FORMS, open_store
 from data_pipelines.records import tfrecord
 from data_pipelines.records.files import Files
-from data_pipelines.records.source import Bad, unframe
+from data_pipelines.records.record_files import unframe
+from data_pipelines.records.source import Bad
 from imagen_jax.common.files import first_line
 
 

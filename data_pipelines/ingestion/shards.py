@@ -17,7 +17,7 @@ from etils import epath
 from data_pipelines.ingestion.layout import Piece, Shard
 from data_pipelines.ingestion.stage import Progress
 from data_pipelines.records import tfrecord
-from data_pipelines.records.source import offsets_path
+from data_pipelines.records.record_files import offsets_path
 from imagen_jax.common.files import replacing, write_text
 
 

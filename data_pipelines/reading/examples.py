@@ -19,7 +19,8 @@ from data_pipelines.reading import check, images
 from data_pipelines.reading.bad import BadRecords
 from data_pipelines.reading.order import RUN, Order
 from data_pipelines.records import prepared
-from data_pipelines.records.source import Bad, Record, open_split, records
+from data_pipelines.records.opening import open_split
+from data_pipelines.records.source import Bad, Record, records
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import Config
 

@@ -33,7 +33,8 @@ from data_pipelines.embeddings.lookup import Lookup
 from data_pipelines.reading import check, images
 from data_pipelines.reading.order import Order
 from data_pipelines.records import prepared
-from data_pipelines.records.source import Bad, Record, open_split
+from data_pipelines.records.opening import open_split
+from data_pipelines.records.source import Bad, Record
 from imagen_jax.common.errors import UserError
 
 _POSITIONS = 64  # computed at once

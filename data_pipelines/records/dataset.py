@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data_pipelines.common import Skip, summary
 from data_pipelines.records import prepared
-from data_pipelines.records.source import write_offsets
+from data_pipelines.records.record_files import write_offsets
 from imagen_jax.common.errors import UserError
 
 REPORT = "report.json"  # beside the records: every changed or skipped candidate, with the reason

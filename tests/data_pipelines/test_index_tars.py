@@ -15,7 +15,8 @@ from etils import epath
 from data_pipelines.embeddings import caption_lists
 from data_pipelines.reading.reader import Reader
 from data_pipelines.records import tars
-from data_pipelines.records.source import Bad, open_split
+from data_pipelines.records.opening import open_split
+from data_pipelines.records.source import Bad
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
 

@@ -28,7 +28,8 @@ def _example(**changes: Any) -> bytes:
 
 def records() -> Target:
     from data_pipelines.records import tfrecord
-    from data_pipelines.records.source import Bad, Record, RecordFiles
+    from data_pipelines.records.record_files import RecordFiles
+    from data_pipelines.records.source import Bad, Record
 
     examples = [
         _example(),
@@ -61,7 +62,8 @@ def records() -> Target:
 
 def offsets() -> Target:
     from data_pipelines.records import tfrecord
-    from data_pipelines.records.source import Bad, RecordFiles, find_records
+    from data_pipelines.records.record_files import RecordFiles, find_records
+    from data_pipelines.records.source import Bad
 
     data = b"".join([tfrecord.frame(_example())] * 3)
     buffer = io.BytesIO()
@@ -89,7 +91,7 @@ def offsets() -> Target:
 
 def dataset() -> Target:
     from data_pipelines.records import prepared
-    from data_pipelines.records.source import open_split
+    from data_pipelines.records.opening import open_split
 
     splits = [{"name": "train", "shardLengths": ["1"], "filepathTemplate": "{SHARD_X_OF_Y}.x"}]
     info = {"name": "x", "fileFormat": "tfrecord", "splits": splits}

@@ -11,7 +11,8 @@ from fake_buckets import in_memory, serving, upload
 from data_pipelines.reading.order import Order
 from data_pipelines.reading.reader import Reader
 from data_pipelines.records import tars
-from data_pipelines.records.source import Bad, open_split
+from data_pipelines.records.opening import open_split
+from data_pipelines.records.source import Bad
 from imagen_jax.common.files import replacing, write_text
 from imagen_jax.config import parse
 
