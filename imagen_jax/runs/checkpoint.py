@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -272,8 +273,8 @@ class Checkpoints:
         try:
             yield
         except Exception as e:
-            system = re.search(r"([^:]+) \[os_error_code=", str(e))  # as TensorStore writes it
-            known = system[1].strip() if system else getattr(e, "strerror", None)
+            code = re.search(r"os_error_code='?(\d+)", str(e))  # as TensorStore writes it
+            known = os.strerror(int(code[1])) if code else getattr(e, "strerror", None)
             cause = known or first_line(e)
             raise RunError(
                 WORKDIR_FAILED,

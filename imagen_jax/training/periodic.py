@@ -40,9 +40,9 @@ def _spends(part: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
     def decorate(act: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(act)
-        def counted(self: Actions, step: int, state: TrainState) -> None:
+        def counted(self: Actions, *args: Any) -> None:
             with self.goodput.spending(part):
-                act(self, step, state)
+                act(self, *args)
 
         return counted
 

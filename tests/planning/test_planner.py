@@ -124,7 +124,7 @@ def test_the_step_compiles_for_two_slices_of_a_tpu(tmp_path):
     found = Planner(config, topologies.lookup("v4-8", 2), True, tmp_path).plan(config)
     step = found["step"]
     assert found["memory"]["fits"] and step["step_s"] > 0 and step["unknown_loops"] == 0
-    # Each chip exchanges its shard of the gradients with the other slice.
+    # Each chip exchanges its shard of the gradients with the other slice; small arrays are padded.
     gradients = found["parameters"] / 4 * 4
-    assert 0.5 * gradients < step["collectives"]["between-slices"]["bytes"] < 1.5 * gradients
+    assert 0.5 * gradients < step["collectives"]["between-slices"]["bytes"] < 2 * gradients
     assert step["host_bytes"] > 0 and {"network", "host"} <= set(step["bounds"])
