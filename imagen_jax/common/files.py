@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -188,4 +189,5 @@ def sha256(files: Iterable[Path], more: bytes = b"") -> str:
 
 def first_line(error: Exception) -> str:
     """Returns the first line of an error message, without locations in the library's source."""
-    return (str(error).splitlines() or [type(error).__name__])[0].partition(" [source loc")[0]
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.split(r" \[(?:source loc|tensorstore_spec)", first)[0]

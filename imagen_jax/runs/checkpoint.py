@@ -18,6 +18,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imagen_jax.common import buckets
+from imagen_jax.common.buckets import is_remote
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
 from imagen_jax.common.files import first_line
@@ -275,7 +276,8 @@ class Checkpoints:
         except Exception as e:
             code = re.search(r"os_error_code='?(\d+)", str(e))  # as TensorStore writes it
             known = os.strerror(int(code[1])) if code else getattr(e, "strerror", None)
-            cause = known or first_line(e)
+            gone = not is_remote(self.directory) and not self.directory.exists()
+            cause = "it has disappeared" if gone else known or first_line(e)
             raise RunError(
                 WORKDIR_FAILED,
                 f"the checkpoint of step {self._saved} was not saved in {self.directory}: {cause}; "

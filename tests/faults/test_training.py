@@ -176,6 +176,6 @@ def test_a_workdir_that_is_removed_ends_the_run_at_once(experiment, tmp_path, mo
         assert step < 5
         return False
 
-    with pytest.raises(RunError, match=r"has disappeared|No such file") as e:
+    with pytest.raises(RunError, match=r"has disappeared|No such file|NOT_FOUND") as e:
         train(experiment, tmp_path / "run", stop=stop)
     assert e.value.code == WORKDIR_FAILED and "\n" not in str(e.value)
