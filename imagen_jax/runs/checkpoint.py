@@ -277,7 +277,7 @@ class Checkpoints:
             code = re.search(r"os_error_code='?(\d+)", str(e))  # as TensorStore writes it
             known = os.strerror(int(code[1])) if code else getattr(e, "strerror", None)
             gone = not is_remote(self.directory) and not self.directory.exists()
-            cause = "it has disappeared" if gone else known or first_line(e)
+            cause = known or ("it has disappeared" if gone else first_line(e))
             raise RunError(
                 WORKDIR_FAILED,
                 f"the checkpoint of step {self._saved} was not saved in {self.directory}: {cause}; "
