@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
 
 
 def read_recipes(texts: list[str]) -> dict[str, Config]:
-    """Returns the config of each recipe, with the data and the text of the first.
+    """Returns the config of each recipe, with the data of the first.
 
     Raises:
       UserError: a recipe is not NAME: CONFIG, or its config is not valid.

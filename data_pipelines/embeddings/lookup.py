@@ -10,7 +10,7 @@ from data_pipelines.records import tfrecord
 from data_pipelines.records.files import Files
 from data_pipelines.records.record_files import unframe
 from data_pipelines.records.source import Bad
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import first_line
 
 
 class Lookup:

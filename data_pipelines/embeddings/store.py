@@ -27,8 +27,8 @@ import numpy as np
 from etils import epath
 
 from data_pipelines.records.files import load_array
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line, write_json
+from imagen_jax.common.errors import UserError, first_line
+from imagen_jax.common.files import write_json
 
 INDEX = np.dtype([("key", "S16"), ("offset", "<i8"), ("tokens", "<i4")])
 _STORE = "store.json"

@@ -12,7 +12,7 @@ import tensorflow as tf
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines.records.source import Bad
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import first_line
 from imagen_jax.common.pictures import to_rgb
 
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size if that leaves so many pixels a side for each

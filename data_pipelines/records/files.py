@@ -12,7 +12,7 @@ import threading
 import numpy as np
 from etils import epath
 
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import first_line
 
 # numpy parses a file's header with `ast`, whose recursion counter Python 3.11 shares among threads:
 # two that parse at the same moment can end in a SystemError.

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import UserError, first_line
 
 VERSION = "1.0.0"
 INFO = "dataset_info.json"  # tfds writes it last, so a dataset without it does not exist

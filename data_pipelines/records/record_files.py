@@ -18,7 +18,7 @@ from etils import epath
 from data_pipelines.records import tfrecord
 from data_pipelines.records.files import Files
 from data_pipelines.records.source import Bad, Ranges, Record
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import first_line
 
 _CHECKS = google_crc32c.implementation == "c"  # in Python, a checksum takes longer than the rest
 

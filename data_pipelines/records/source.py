@@ -14,7 +14,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from data_pipelines.records.files import Files
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import first_line
 
 _CHUNK = 256  # records read at a time when all are
 

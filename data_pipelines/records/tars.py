@@ -27,8 +27,8 @@ from etils import epath
 from data_pipelines.records.files import Files
 from data_pipelines.records.prepared import TARS
 from data_pipelines.records.source import Bad, Ranges, Record
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line, replacing, write_json
+from imagen_jax.common.errors import UserError, first_line
+from imagen_jax.common.files import replacing, write_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTIONS = ("txt", "json")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from imagen_jax.common.errors import UserError
+from imagen_jax.common.errors import UserError, first_line
 
 # Scheme -> the package through which fsspec opens it, and the extra that installs it.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
@@ -62,8 +62,7 @@ def as_os_errors(path: str | os.PathLike) -> Iterator[None]:
     except Exception as e:
         if not is_remote(path):
             raise
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise OSError(errno.EIO, reason, os.fspath(path)) from e
+        raise OSError(errno.EIO, first_line(e), os.fspath(path)) from e
 
 
 def create(path: Path, data: bytes) -> None:

@@ -1,5 +1,7 @@
 """The exceptions that end a command with one line, and its exit codes."""
 
+import re
+
 # Exit codes of every command, beyond 0; docs/launch.md says what a supervisor does with each.
 BAD_INPUT = 2
 # Codes of sysexits.h: "data format error", "internal software error", "input/output error" and
@@ -28,3 +30,9 @@ class RunError(RuntimeError):
     def __init__(self, code: int, message: str):
         super().__init__(message)
         self.code = code
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error message, without locations in the library's source."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.split(r" \[(?:source loc|tensorstore_spec)", first)[0]

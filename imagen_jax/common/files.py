@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -129,20 +128,23 @@ def check_new_folder(folder: Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, flag: str) -> Iterator[Path]:
+def new_folder(folder: Path, flag: str, mode: int = 0o777) -> Iterator[Path]:
     """Yields a temporary folder next to `folder`; renames it at the end, or deletes it.
 
-    The block should do no more than write to it: an OSError is taken as a failure to write.
+    Check `folder` first, before slow work. The block should do no more than write to the temporary
+    folder: an OSError is taken as a failure to write.
+
+    Args:
+      mode: permissions of the folder.
 
     Raises:
       UserError: `folder` is not empty, or cannot be written.
     """
-    check_new_folder(folder, flag)
     folder = folder.absolute()
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         with _writing(folder, flag):
-            temporary.mkdir(parents=True)
+            temporary.mkdir(mode, parents=True)
             yield temporary
             temporary.replace(folder)  # an empty folder of this name is replaced
     except BaseException:
@@ -185,9 +187,3 @@ def sha256(files: Iterable[Path], more: bytes = b"") -> str:
                 digest.update(chunk)
     digest.update(more)
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error message, without locations in the library's source."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.split(r" \[(?:source loc|tensorstore_spec)", first)[0]

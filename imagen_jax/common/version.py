@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from pathlib import Path
 
 import imagen_jax
 
 
+@functools.cache
 def code_version() -> str:
     """Returns the package's version; in a git checkout also the commit, and whether it is changed.
 

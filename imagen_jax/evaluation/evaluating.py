@@ -14,6 +14,7 @@ from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_json
 from imagen_jax.evaluation import losses, protocol, samples, sweep
+from imagen_jax.evaluation.features import Hashed
 from imagen_jax.evaluation.metric import Example, Metric, Table
 from imagen_jax.evaluation.protocol import TRUE
 from imagen_jax.evaluation.suites import Suite
@@ -132,7 +133,7 @@ class Evaluation:
                 folder=self.out / "samples",
                 name=name,
             )
-            found[name] = Column(images, protocol.plain(record), point)
+            found[name] = Column(Hashed(images), protocol.plain(record), point)
         return found
 
     def _samplers(self, pipe: Cascade, point: sweep.Point) -> list[Any]:

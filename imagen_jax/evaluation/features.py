@@ -108,7 +108,7 @@ class Hashed(Sequence):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int | slice) -> np.ndarray:
         return self.images[index]
 
     @functools.cached_property

@@ -25,7 +25,7 @@ from imagen_jax.runs import workdir as runs
 
 if TYPE_CHECKING:
     from imagen_jax.diffusion.sampler import SamplerConfig
-    from imagen_jax.pipeline.cascade import TrainedStage
+    from imagen_jax.pipeline.trained import TrainedStage
 
 TRUE = "true images"  # the column of the examples' own images
 # What two results may differ in: the model that is compared, and what changes no figure.
@@ -45,30 +45,27 @@ def prompts_record(examples: Sequence[Example], record: Mapping[str, Any]) -> di
 
 def stage_record(stage: TrainedStage, sampler: SamplerConfig) -> dict[str, Any]:
     """Returns the record of a stage: its weights, and how it samples."""
-    weights, digest = _weights_of(stage)
     unused = NO_EFFECT if stage.low_res else (*NO_EFFECT, "aug_level")
     settings = {k: v for k, v in dataclasses.asdict(sampler).items() if k not in unused}
     return {
         "run": Path(stage.name).name,
         "step": stage.step,
-        "checksums_sha256": digest,
-        "weights": weights,
+        "checksums_sha256": _digest(stage),
+        "weights": stage.average,
         "size": stage.size,
         "sampling": settings,
     }
 
 
-def _weights_of(stage: TrainedStage) -> tuple[str, str]:
-    """Returns which average the weights are, and the hash of their file or its checksums."""
+def _digest(stage: TrainedStage) -> str:
+    """Returns the hash of the weights' file, or of the checksums of their checkpoint."""
     from imagen_jax.runs.checksums import CHECKSUMS
 
     if stage.exported:
-        return stage.exported["average"], stage.exported["sha256"]
+        return stage.exported["sha256"]
     kept = runs.CHECKPOINTS if stage.ema is None else runs.SNAPSHOTS
     sums = to_path(stage.name) / kept / f"step_{stage.step}" / CHECKSUMS
-    decay = stage.stage.config.ema_decay
-    weights = f"EMA, decay {decay:g}" if stage.ema is None else f"EMA, width {stage.ema:g}"
-    return weights, sha256([sums]) if sums.exists() else ""
+    return sha256([sums]) if sums.exists() else ""
 
 
 def code_record() -> dict[str, str]:

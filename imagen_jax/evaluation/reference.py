@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from imagen_jax.common.cli import log
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line, probe_folder, replacing, sha256
+from imagen_jax.common.errors import UserError, first_line
+from imagen_jax.common.files import probe_folder, replacing, sha256
 from imagen_jax.common.pictures import to_rgb
 from imagen_jax.devices import processes
 from imagen_jax.evaluation.distances import Moments, in_blocks, moments
@@ -112,6 +112,7 @@ class Source:
         self._statistics: Reference | None = None
         self._images: dict[int, ImageFolder] = {}
         self._found: dict[tuple[str, str], Reference] = {}
+        self._own: tuple[Sequence[Any], Hashed] | None = None
         if path is None:
             return
         if not path.exists():
@@ -167,11 +168,17 @@ class Source:
                     "come without images"
                 )
             how = "the examples' own images"
-            images = Hashed([example["image"] for example in examples])
+            images = self._own_images(examples)
         key = extractor.network.name, content_sha256(images)
         if key not in self._found:
             self._found[key] = of_images(extractor, images, how, self._cache)
         return self._found[key]
+
+    def _own_images(self, examples: Sequence[dict[str, Any]]) -> Hashed:
+        """Returns the images of the examples, read and hashed once for all metrics and columns."""
+        if self._own is None or self._own[0] is not examples:
+            self._own = examples, Hashed([example["image"] for example in examples])
+        return self._own[1]
 
 
 def of_images(

@@ -21,8 +21,9 @@ from imagen_jax.common.files import replacing, write_json
 from imagen_jax.diffusion.conditioning import shrink_pixels
 from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.evaluation.metric import Example
-from imagen_jax.pipeline.cascade import Cascade, Job, TrainedStage
+from imagen_jax.pipeline.cascade import Cascade, Job
 from imagen_jax.pipeline.prompts import Request
+from imagen_jax.pipeline.trained import TrainedStage
 from imagen_jax.stage import batch_size
 from imagen_jax.text import load_encoder
 

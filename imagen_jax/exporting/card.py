@@ -15,7 +15,7 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import read_json
 from imagen_jax.config import Config
 from imagen_jax.exporting import usage
-from imagen_jax.pipeline.cascade import TrainedStage
+from imagen_jax.pipeline.trained import TrainedStage
 from imagen_jax.runs import workdir as runs
 
 BUNDLED = ("byte-tiny",)  # text encoders that need no download

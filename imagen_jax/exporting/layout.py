@@ -12,7 +12,7 @@ from imagen_jax.common.version import code_version
 from imagen_jax.config import Config
 from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.exporting import card
-from imagen_jax.pipeline.cascade import TrainedStage
+from imagen_jax.pipeline.trained import TrainedStage
 from imagen_jax.runs import exported
 from imagen_jax.runs import workdir as runs
 
@@ -61,13 +61,7 @@ def write(folder: Path, export: Export) -> None:
 
 def average_of(stage: TrainedStage, raw: bool) -> str:
     """Returns in words which average the weights of a stage are."""
-    if stage.exported:
-        return stage.exported["average"]
-    if raw:
-        return "none"
-    if stage.ema is not None:
-        return f"EMA, width {stage.ema:g}"
-    return f"EMA, decay {stage.stage.config.ema_decay:g}"
+    return "none" if raw and not stage.exported else stage.average
 
 
 def _complete(config: Config) -> Config:

@@ -12,7 +12,7 @@ import numpy as np
 from imagen_jax.common.cli import quiet_imports
 from imagen_jax.common.errors import UserError
 from imagen_jax.exporting import programs
-from imagen_jax.pipeline.cascade import TrainedStage
+from imagen_jax.pipeline.trained import TrainedStage
 from imagen_jax.runs import exported
 
 MODEL = "denoise.onnx"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.exporting import programs
-from imagen_jax.pipeline.cascade import TrainedStage
+from imagen_jax.pipeline.trained import TrainedStage
 from imagen_jax.runs import exported
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imagen_jax.pipeline.cascade import TrainedStage
+from imagen_jax.pipeline.trained import TrainedStage
 
 _SAFETENSORS = """\
 ```

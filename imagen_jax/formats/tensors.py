@@ -16,8 +16,7 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import UserError, first_line
 
 _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

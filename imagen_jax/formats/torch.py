@@ -19,8 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import UserError, first_line
 from imagen_jax.formats.tensors import MOST_AXES, FileTensor
 
 _STORAGES = {

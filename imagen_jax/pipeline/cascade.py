@@ -24,44 +24,14 @@ from imagen_jax.diffusion.sampler import SamplerConfig
 from imagen_jax.pipeline.images import read_inputs
 from imagen_jax.pipeline.prompts import Request, make_requests
 from imagen_jax.pipeline.settings import SettingError, Settings, samplers
+from imagen_jax.pipeline.trained import TrainedStage
 from imagen_jax.runs import exported
 from imagen_jax.runs import workdir as runs
 from imagen_jax.runs.checkpoint import newest_step
 from imagen_jax.runs.posthoc import newest_snapshot
-from imagen_jax.stage import Params, Stage, batch_size
+from imagen_jax.stage import batch_size
 from imagen_jax.stage import load as load_stage
 from imagen_jax.text import TextEncoder, load_encoder
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedStage:
-    """A stage with its EMA weights.
-
-    Attributes:
-      name: name in progress bars and messages, usually the workdir; unique in a cascade.
-      step: checkpoint step of the weights.
-      stage: the stage.
-      params: the weights.
-      ema: width of the average that the weights are; None for the EMA that training keeps.
-      exported: what `runs.exported.read` says about an exported model; empty for a run.
-    """
-
-    name: str
-    step: int
-    stage: Stage
-    params: Params
-    ema: float | None = None
-    exported: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Side of the images it samples, pixels."""
-        return self.stage.config.full_size
-
-    @property
-    def low_res(self) -> int:
-        """Side of the images it enlarges, pixels; 0 for a base model."""
-        return self.size // self.stage.config.upscale if self.stage.config.unet.low_res else 0
 
 
 @dataclasses.dataclass(frozen=True)

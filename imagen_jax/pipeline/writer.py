@@ -14,8 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from imagen_jax.common import cli, pictures
 from imagen_jax.common.files import make_folder, write_json
-from imagen_jax.pipeline.cascade import Cascade, Job, TrainedStage
+from imagen_jax.pipeline.cascade import Cascade, Job
 from imagen_jax.pipeline.prompts import Request
+from imagen_jax.pipeline.trained import TrainedStage
 
 
 def write_samples(

@@ -18,10 +18,8 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imagen_jax.common import buckets
-from imagen_jax.common.buckets import is_remote
 from imagen_jax.common.cli import log
-from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
-from imagen_jax.common.files import first_line
+from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError, first_line
 from imagen_jax.devices import processes
 from imagen_jax.runs import checksums, exported
 from imagen_jax.runs.workdir import CHECKPOINTS, DAMAGED_CHECKPOINTS, check_run
@@ -276,7 +274,7 @@ class Checkpoints:
         except Exception as e:
             code = re.search(r"os_error_code='?(\d+)", str(e))  # as TensorStore writes it
             known = os.strerror(int(code[1])) if code else getattr(e, "strerror", None)
-            gone = not is_remote(self.directory) and not self.directory.exists()
+            gone = not buckets.is_remote(self.directory) and not self.directory.exists()
             cause = known or ("it has disappeared" if gone else first_line(e))
             raise RunError(
                 WORKDIR_FAILED,

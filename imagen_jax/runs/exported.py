@@ -31,8 +31,8 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from etils import epath
 
-from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError
-from imagen_jax.common.files import first_line, read_json, sha256, write_json
+from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError, first_line
+from imagen_jax.common.files import read_json, sha256, write_json
 from imagen_jax.formats.tensors import FileTensor, read_safetensors
 from imagen_jax.runs.workdir import CARD, CONFIG, EXPORT, PARAMS, TENSORS
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import jax
 
-from imagen_jax.common.buckets import is_remote
 from imagen_jax.common.cli import log
-from imagen_jax.common.files import write_text
+from imagen_jax.common.files import replacing
 from imagen_jax.common.version import code_version
 from imagen_jax.config import Config
 from imagen_jax.runs.workdir import STARTS
@@ -53,11 +52,8 @@ def record(workdir: Path, config: Config, step: int) -> None:
     now["changes"] = differences(before, now) if before else {}
     # A crash can have left half a line.
     line = "\n" * bool(text and not text.endswith(b"\n")) + json.dumps(now) + "\n"
-    if is_remote(path):
-        write_text(path, text.decode(errors="replace") + line)
-    else:
-        with path.open("a") as file:
-            file.write(line)
+    with replacing(path) as temporary:  # whole, because a bucket cannot append
+        temporary.write_bytes(text + line.encode())
     for name, (old, new) in now["changes"].items():
         log.info("changed since the last start: %s was %r, is %r", name, old, new)
 

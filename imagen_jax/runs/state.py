@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from imagen_jax.common.files import first_line, write_json
+from imagen_jax.common.errors import first_line
+from imagen_jax.common.files import write_json
 from imagen_jax.runs.workdir import STATE
 
 HEARTBEAT_S = 30.0  # seconds between heartbeats

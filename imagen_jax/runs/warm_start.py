@@ -76,9 +76,9 @@ def open_weights(init: InitConfig) -> Iterator[Weights]:
         saved = checkpoints.saved_shapes(step)[part]
 
         def read(targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-            return _flatten(checkpoints.restore_part(step, {part: _nest(targets)})[part])
+            return exported.flat_names(checkpoints.restore_part(step, {part: _nest(targets)})[part])
 
-        shapes = {name: tuple(leaf.shape) for name, leaf in _flatten(saved).items()}
+        shapes = {name: tuple(leaf.shape) for name, leaf in exported.flat_names(saved).items()}
         yield Weights(config, step, shapes, read)
 
 
@@ -118,7 +118,7 @@ def load(config: Config, params: Any) -> Any:
     Raises:
       UserError: no array fits, or as `open_weights`.
     """
-    here = _flatten(params)
+    here = exported.flat_names(params)
     with open_weights(config.init) as source:
         ratio = (source.config.unet.in_channels, config.unet.in_channels)
         rows = {
@@ -231,16 +231,6 @@ def table(
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) if math.prod(shape) != 1 or shape else "scalar"
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> {dotted name: leaf}."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return out
 
 
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ import numpy as np
 import tensorstore
 from flax import serialization, traverse_util
 
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line, read_json
+from imagen_jax.common.errors import UserError, first_line
+from imagen_jax.common.files import read_json
 from imagen_jax.formats.tensors import MOST_AXES, StoredTensor
 from imagen_jax.text.families import MOST_LAYERS, namer
 from imagen_jax.text.loading import Checkpoint

@@ -14,8 +14,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
-from imagen_jax.common.errors import UserError
-from imagen_jax.common.files import first_line, read_json, sha256
+from imagen_jax.common.errors import UserError, first_line
+from imagen_jax.common.files import read_json, sha256
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 PAD_ID = 0

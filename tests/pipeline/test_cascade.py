@@ -25,7 +25,8 @@ from imagen_jax.diffusion.conditioning import (
     training_condition,
 )
 from imagen_jax.pipeline import cascade
-from imagen_jax.pipeline.cascade import Cascade, TrainedStage
+from imagen_jax.pipeline.cascade import Cascade
+from imagen_jax.pipeline.trained import TrainedStage
 from imagen_jax.stage import Stage, load
 
 

@@ -13,7 +13,7 @@ from saved_runs import random_params
 
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
-from imagen_jax.runs import warm_start
+from imagen_jax.runs import exported, warm_start
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.workdir import write_config
 from imagen_jax.sections import InitConfig
@@ -38,7 +38,7 @@ def source(tmp_path_factory):
             state = {"ema": ema, "params": raw if step == 2 else ema}
             checkpoints.save(step, state, {"examples": 0}, config.identity)
     write_config(workdir, config)
-    return workdir, warm_start._flatten(ema)
+    return workdir, exported.flat_names(ema)
 
 
 def started(config, **init):
@@ -46,7 +46,7 @@ def started(config, **init):
     config = dataclasses.replace(config, init=InitConfig(**init))
     shapes = Stage(config).abstract_params
     fresh = jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype, device=x.sharding), shapes)
-    return warm_start._flatten(warm_start.load(config, fresh))
+    return exported.flat_names(warm_start.load(config, fresh))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_run_starts_from_its_own_checkpoint_else_from_the_other_run(source, tm
     state = loop.initial_state(experiment)
     assert state.step == 0
     for tree in (state.params, state.ema):
-        jax.tree.map(np.testing.assert_array_equal, warm_start._flatten(tree), saved)
+        jax.tree.map(np.testing.assert_array_equal, exported.flat_names(tree), saved)
     own = experiment.init()
     with contextlib.closing(Checkpoints(tmp_path, config.checkpoint)) as checkpoints:
         checkpoints.save(3, own, {"examples": 24}, config.identity)

@@ -9,12 +9,9 @@ The copies have no metadata: samples carry the names of their checkpoints.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import random
 import secrets
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imagen_jax.common.errors import UserError
+from imagen_jax.common.files import new_folder
 from imagen_jax.common.pictures import FORMATS, MOST_PIXELS, to_rgb
 from imagen_jax.evaluation.rating import folders, protocols
 from imagen_jax.evaluation.rating.folders import Folder
@@ -95,7 +93,9 @@ def create(
         "seed": seed,
         "results": secrets.token_urlsafe(12),
     }
-    with _publishing(study) as folder:
+    if study.exists() and (not study.is_dir() or any(study.iterdir())):
+        raise UserError(f"--study={study} exists and holds no study; name another folder")
+    with new_folder(study, "study", 0o700) as folder:  # the links are secrets
         shown, settings["pixelated"] = _copy(trials, folder / PICTURES)
         rows = [
             trial._asdict() | {"sides": [[shown[p] for p in side] for side in trial.sides]}
@@ -123,22 +123,6 @@ def _flag(i: int) -> str:
 def _size_of(folder: Folder) -> int:
     file = next(iter(folder.pictures.values()))[0]
     return min(_decode(file).size)
-
-
-@contextlib.contextmanager
-def _publishing(study: Path) -> Iterator[Path]:
-    """Yields a new folder that gets its name at the end, or is deleted."""
-    if study.exists() and (not study.is_dir() or any(study.iterdir())):
-        raise UserError(f"--study={study} exists and holds no study; name another folder")
-    folder = study.with_name(f".{study.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        folder.mkdir(mode=0o700, parents=True)  # the links are secrets
-        yield folder
-        folder.replace(study)
-    except OSError as e:
-        raise UserError(f"--study={study} cannot be written: {e.strerror}") from e
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _copy(trials: list[Trial], folder: Path) -> tuple[dict[Picture, str], bool]:
