@@ -128,7 +128,12 @@ class Config:
         }
         network = NETWORKS[name].config
         fields = {field.name for field in dataclasses.fields(network)}
-        return typed(network, values, "model.", **{k: v for k, v in derived.items() if k in fields})
+        derived = {key: value for key, value in derived.items() if key in fields}
+        config, prediction = typed(network, values, "model.", **derived), self.diffusion.prediction
+        fits = prediction == "x" or not config.low_res_skip
+        allowed = f'False unless diffusion.prediction is "x"; it is "{prediction}"'
+        require(fits, "model.low_res_skip", config.low_res_skip, allowed)
+        return config
 
     @functools.cached_property
     def evaluations(self) -> dict[str, EvalConfig]:

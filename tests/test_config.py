@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from conftest import load_config
 
+from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
 
 
@@ -21,3 +22,13 @@ def test_the_loss_axis_names_the_weighting_and_the_prediction(prediction, weight
     changes = {"prediction": prediction, "weighting": weighting}
     config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, **changes))
     assert config.loss_label == label
+
+
+def test_the_low_resolution_skip_needs_a_network_that_predicts_x():
+    config = load_config("demo_sr")
+    config.model.low_res_skip = True
+    assert parse(config).unet.low_res_skip
+    config.diffusion.prediction = "eps"
+    config.diffusion.weighting = "eps"
+    with pytest.raises(UserError, match="False unless"):
+        parse(config).unet  # noqa: B018

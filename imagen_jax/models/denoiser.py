@@ -49,6 +49,9 @@ class NetworkConfig:
       channels: channels of the images, in and out.
       low_res: height and width of the low-resolution training images, pixels; 0 for a network that
         does no super-resolution.
+      low_res_skip: add the enlarged low-resolution image to the output (`add_low_res`), for
+        diffusion.prediction="x": the network then learns only what the image lacks, so areas of
+        one color stay even.
       cond_width: channels of the time embedding and of the text tokens; 0 means 4 times the
         channels of a U-Net's first level, or the width of a transformer.
       text_dim: width of the text encoder's embeddings.
@@ -63,6 +66,7 @@ class NetworkConfig:
     image_size: int = 64
     channels: int = 3
     low_res: int = 0
+    low_res_skip: bool = False
     cond_width: int = 0
     text_dim: int = 4096
     text_parts: tuple[tuple[int, int], ...] = ()
@@ -103,6 +107,8 @@ class NetworkConfig:
         self._check("dropout", ok, "a number in [0, 1)")
         fits = self.low_res == 0 or self.image_size % self.low_res == 0
         self._check("low_res", fits, f"0 or a divisor of image_size, {self.image_size}")
+        fits = "True only with low_res above 0"
+        self._check("low_res_skip", not self.low_res_skip or self.low_res > 0, fits)
 
     def _check(self, key: str, ok: bool, allowed: str):
         if not ok:
@@ -118,9 +124,28 @@ def with_low_res(
     """
     if not config.low_res:
         return z_bhwc
-    shape = (*z_bhwc.shape[:3], config.channels)
-    enlarged = jax.image.resize(cond["low_res"].astype(z_bhwc.dtype), shape, "bilinear")
-    return jnp.concatenate([z_bhwc, enlarged], axis=-1)
+    return jnp.concatenate([z_bhwc, _enlarged(z_bhwc, cond, config)], axis=-1)
+
+
+def add_low_res(
+    out_bhwc: jax.Array, cond: Mapping[str, jax.Array], config: NetworkConfig
+) -> jax.Array:
+    """Adds the enlarged low-resolution image to a network's output, as config.low_res_skip asks.
+
+    The image holds noise of aug_level a: alpha x + sigma eps with alpha = cos(pi a / 2) and sigma =
+    sin(pi a / 2). It is scaled by alpha s^2 / (alpha^2 s^2 + sigma^2), s = 0.5, which makes it the
+    linear estimate of x with the least error if pixels have standard deviation s, as EDM assumes
+    (arXiv:2206.00364). At level 0 it is x, at level 1 it is 0.
+    """
+    angle_b111 = cond["aug_level"].astype(jnp.float32)[:, None, None, None] * (jnp.pi / 2)
+    alpha, sigma = jnp.cos(angle_b111), jnp.sin(angle_b111)
+    scale = alpha / (alpha**2 + 4 * sigma**2)
+    return out_bhwc + scale * _enlarged(out_bhwc, cond, config)
+
+
+def _enlarged(x_bhwc: jax.Array, cond: Mapping[str, jax.Array], config: NetworkConfig) -> jax.Array:
+    shape = (*x_bhwc.shape[:3], config.channels)
+    return jax.image.resize(cond["low_res"].astype(x_bhwc.dtype), shape, "bilinear")
 
 
 class Conditioner(nnx.Module):

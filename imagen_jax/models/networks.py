@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from imagen_jax.models.denoiser import NetworkConfig
+from imagen_jax.models.denoiser import NetworkConfig, add_low_res
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
 from imagen_jax.models.transformer import Transformer, TransformerConfig
 from imagen_jax.models.unet import UNet, UNetConfig
@@ -71,9 +71,14 @@ def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
 
 
 def build(config: NetworkConfig) -> Functional:
-    """Builds the network of a config."""
+    """Builds the network of a config, with the low-resolution image in its output if it says so."""
     module = next(n.module for n in NETWORKS.values() if n.config is type(config))
-    return functional(lambda rngs: module(config, rngs=rngs))
+    network = functional(lambda rngs: module(config, rngs=rngs))
+
+    def apply(params: Params, z: Any, log_snr_b: Any, cond: Any, **kwargs: Any) -> Any:
+        return add_low_res(network.apply(params, z, log_snr_b, cond, **kwargs), cond, config)
+
+    return Functional(network.init, apply) if config.low_res_skip else network
 
 
 def without_scan(config: NetworkConfig) -> NetworkConfig:

@@ -17,9 +17,9 @@ from networks import BATCH, abstract, compiled, count, inputs, jit, make, random
 from imagen_jax.common.errors import UserError
 from imagen_jax.config import parse
 from imagen_jax.diffusion import process
-from imagen_jax.models.denoiser import with_low_res
+from imagen_jax.models.denoiser import add_low_res, with_low_res
 from imagen_jax.models.layers import GroupNorm, dropout, num_groups
-from imagen_jax.models.networks import functional
+from imagen_jax.models.networks import build, functional
 from imagen_jax.models.unet import UNet, UNetConfig, plan_blocks
 
 TINY = UNetConfig(
@@ -167,6 +167,28 @@ def test_a_constant_low_resolution_image_stays_constant_when_enlarged():
     assert with_low_res(z, {}, TINY) is z
 
 
+def test_the_low_resolution_skip_is_the_best_linear_estimate_at_every_noise_level():
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(0, 0.5, (3, 200, 200, 3)), rng.normal(0, 1, (3, 200, 200, 3))
+    levels = np.array([0.0, 0.3, 1.0])
+    angles = levels[:, None, None, None] * np.pi / 2
+    noised = jnp.asarray(np.cos(angles) * x + np.sin(angles) * noise, jnp.float32)
+    cond = {"low_res": noised, "aug_level": jnp.asarray(levels, jnp.float32)}
+    skip = add_low_res(jnp.zeros(x.shape), cond, tiny(low_res=4, low_res_skip=True))
+    for i in range(3):
+        [[best]] = np.linalg.lstsq(np.ravel(noised[i])[:, None], np.ravel(x[i])[:, None])[0]
+        np.testing.assert_allclose(skip[i], best * noised[i], atol=0.02)
+
+
+def test_a_new_network_with_the_skip_returns_the_low_resolution_image():
+    network = build(tiny(low_res=4, low_res_skip=True))
+    z, log_snr, cond = inputs(tiny(low_res=4))
+    cond["aug_level"] = jnp.zeros(len(z))
+    out = jax.jit(lambda key: network.apply(network.init(key), z, log_snr, cond))(jax.random.key(0))
+    enlarged = jax.image.resize(cond["low_res"], z.shape, "bilinear")
+    np.testing.assert_allclose(out, enlarged, atol=1e-6)
+
+
 def test_examples_of_a_batch_are_independent():
     state = random_state(TINY)
     z, log_snr, cond = inputs(TINY)
@@ -295,6 +317,10 @@ def test_the_paper_config_has_two_billion_parameters():
         (
             {"use_scale_shift_norm": "no"},
             "config.model.use_scale_shift_norm is 'no'; allowed: True | False",
+        ),
+        (
+            {"low_res_skip": True},
+            "config.model.low_res_skip is True; allowed: True only with low_res above 0",
         ),
         ({"low_res": 3}, "config.model.low_res is 3; allowed: 0 or a divisor of image_size, 8"),
         ({"cond_width": -1}, "config.model.cond_width is -1; allowed: 0 or a positive integer"),
