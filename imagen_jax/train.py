@@ -108,8 +108,9 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS.workdir:
         cli.log.info("workdir: %s (--workdir chooses another)", workdir)
 
-    from imagen_jax.devices import compilation, processes
+    from imagen_jax.devices import compilation, host_memory, processes
 
+    host_memory.keep_freed_memory()
     startup.done("imports")
     start_processes({"workdir": str(workdir), "config": dataclasses.asdict(config)})
     compilation.use_cache(FLAGS.compilation_cache)
