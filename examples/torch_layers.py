@@ -62,10 +62,19 @@ def unfold(x: Tensor, size: int) -> Tensor:
 
 def with_low_res(z: Tensor, low_res: Tensor | None) -> Tensor:
     """Appends the low-resolution image, enlarged to the size of z, to the channels of z."""
-    if low_res is None:
-        return z
-    enlarged = F.interpolate(low_res, size=z.shape[2:], mode="bilinear", align_corners=False)
-    return torch.cat([z, enlarged], dim=1)
+    return z if low_res is None else torch.cat([z, enlarged(low_res, z)], dim=1)
+
+
+def add_low_res(out: Tensor, low_res: Tensor, aug_level: Tensor) -> Tensor:
+    """Adds the enlarged low-resolution image, less the more noise it has (model.low_res_skip)."""
+    angle = (math.pi / 2 * aug_level)[:, None, None, None]
+    alpha, sigma = torch.cos(angle), torch.sin(angle)
+    return out + alpha / (alpha**2 + 4 * sigma**2) * enlarged(low_res, out)
+
+
+def enlarged(low_res: Tensor, z: Tensor) -> Tensor:
+    """Enlarges the low-resolution image to the size of z."""
+    return F.interpolate(low_res, size=z.shape[2:], mode="bilinear", align_corners=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_dim: int) -> Tensor:

@@ -9,6 +9,7 @@ output = network(z, log_snr, text, text_mask)
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_layers import Conditioner, fold, load, show, sinusoids, unfold, with_low_res
+from torch_layers import (
+    Conditioner,
+    add_low_res,
+    fold,
+    load,
+    show,
+    sinusoids,
+    unfold,
+    with_low_res,
+)
 
 TIME_DIM = 256
 
@@ -123,15 +133,22 @@ class PatchEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Text [B, T, emb_width] -> tokens [B, T, width]."""
+    """Text [B, T, emb_width] and its mask -> tokens [B, S, width], one for `patch`, and theirs."""
 
-    def __init__(self, emb_width: int, width: int, norm: bool):
+    def __init__(self, emb_width: int, width: int, norm: bool, patch: int):
         super().__init__()
         self.norm = nn.LayerNorm(emb_width, eps=1e-6) if norm else nn.Identity()
-        self.out = nn.Linear(emb_width, width)
+        self.patch = patch
+        self.out = nn.Linear(patch * emb_width, width)
 
-    def forward(self, text: Tensor) -> Tensor:
-        return self.out(self.norm(text))
+    def forward(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        text = self.norm(text)
+        if self.patch > 1:
+            pad = -text.shape[1] % self.patch
+            text = F.pad(text * mask[..., None], (0, 0, 0, pad))
+            text = text.unflatten(1, (-1, self.patch)).flatten(2)
+            mask = F.pad(mask, (0, pad)).unflatten(1, (-1, self.patch)).any(-1)
+        return self.out(text), mask
 
 
 class Head(nn.Module):
@@ -161,7 +178,8 @@ class Transformer(nn.Module):
         self.conditioner = Conditioner(config, TIME_DIM, emb_width, head_dim)
         self.patches = PatchEmbedding(self.model)
         normed = sequence == "cross_attention_layernorm"
-        self.text = TextEmbedding(emb_width, width, normed) if sequence != "none" else None
+        embed = functools.partial(TextEmbedding, emb_width, width, normed)
+        self.text = embed(self.model["text_patch_size"]) if sequence != "none" else None
         blocks = (Block(self.model, emb_width, text_keys) for _ in range(self.model["depth"]))
         self.blocks = nn.ModuleList(blocks)
         self.head = Head(self.model, emb_width)
@@ -190,7 +208,8 @@ class Transformer(nn.Module):
         mask = torch.ones(h.shape[:2], dtype=torch.bool)
         cos, sin = rotations(*patches.shape[2:], self.model["head_dim"])
         if self.text is not None:
-            tokens, mask = self.text(tokens), torch.cat([mask, text_mask], dim=1)
+            tokens, text_mask = self.text(tokens, text_mask)
+            mask = torch.cat([mask, text_mask], dim=1)
             if self.model["text_tokens"] == "sequence":  # tokens without a rotation
                 h = torch.cat([h, tokens], dim=1)
                 none = torch.ones(tokens.shape[1], cos.shape[1])
@@ -201,7 +220,8 @@ class Transformer(nn.Module):
             h = block(h, emb, (cos, sin), tokens, mask)
         out = self.head(h[:, :num_patches], emb)
         out = out.transpose(1, 2).unflatten(2, patches.shape[2:])
-        return unfold(out, self.model["patch_size"])
+        out = unfold(out, self.model["patch_size"])
+        return add_low_res(out, low_res, aug_level) if self.model["low_res_skip"] else out
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch_layers import Conditioner, attend, fold, load, show, unfold, with_low_res
+from torch_layers import Conditioner, add_low_res, attend, fold, load, show, unfold, with_low_res
 
 RESAMPLE = {
     None: lambda x: x,
@@ -164,6 +164,7 @@ class UNet(nn.Module):
         self.conditioner = Conditioner(config, width, emb_width, model["per_head_channels"])
         pixels = 3 * self.patch**2
         inputs = (2 if model["low_res"] else 1) * pixels
+        self.adds_low_res = model["low_res_skip"]
         self.stem = nn.Conv2d(inputs, width, 3, padding=1)
         self.blocks = nn.ModuleList(Block(spec, config, emb_width) for spec in self.specs)
         last = self.specs[-1].outputs
@@ -196,7 +197,8 @@ class UNet(nn.Module):
             h = block(h, emb, text, text_mask)
             if spec.saves_skip:
                 skips.append(h)
-        return unfold(self.head(h), self.patch)
+        out = unfold(self.head(h), self.patch)
+        return add_low_res(out, low_res, aug_level) if self.adds_low_res else out
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ NOT_WEIGHTS = (
     *("text_dim", "text_parts", "pooling", "sequence", "head"),
 )
 
+# Fields that are newer than some checkpoints, which were written with their defaults.
+NEWER_FIELDS = ("low_res_skip", "text_patch_size")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -196,6 +199,9 @@ class Config:
             identity["diffusion.schedule_shift"] = d.schedule_shift
         if self.ema.widths:
             identity["ema.widths"] = self.ema.widths
+        for field in dataclasses.fields(self.unet):
+            if field.name in NEWER_FIELDS and getattr(self.unet, field.name) == field.default:
+                del identity[f"model.{field.name}"]
         return identity
 
 

@@ -66,6 +66,8 @@ class TransformerConfig(NetworkConfig):
       text_tokens: how tokens enter attention, unless text.sequence is "none". "sequence": as tokens
         of the sequence, which every block updates. "keys": as keys and values only, which costs
         less for long texts.
+      text_patch_size: consecutive text tokens that are joined to one. A word has about 5 bytes, so
+        with a byte-level encoder 4 makes attention and its keys cheaper and loses little.
       scan_blocks: compile one block and loop over it, so that compile time does not grow with the
         depth. The parameters are the same, but each step stacks them, and on a CPU products in a
         loop are slower.
@@ -78,6 +80,7 @@ class TransformerConfig(NetworkConfig):
     mlp_ratio: float = 3.0
     bottleneck: int = 0
     text_tokens: str = "sequence"
+    text_patch_size: int = 1
     scan_blocks: bool = False
 
     @property
@@ -189,7 +192,9 @@ class PatchEmbedding(nnx.Module):
 
 
 class TextEmbedding(nnx.Module):
-    """Text [B, T, emb_width] -> tokens [B, T, width].
+    """Text [B, T, emb_width] and its mask [B, T] -> tokens [B, S, width] and theirs [B, S].
+
+    S is T / text_patch_size, rounded up. Padding within a patch is zero.
 
     The bias tells text from image. It starts at random so that the tokens of the null prompt, which
     are zero before it, are never the zero vector, where norms have a steep gradient.
@@ -199,10 +204,19 @@ class TextEmbedding(nnx.Module):
         width, kw = config.emb_width, {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         normed = config.sequence == "cross_attention_layernorm"
         self.norm = nnx.LayerNorm(width, **kw) if normed else None
-        self.out = Linear(width, config.width, bias_init=nnx.initializers.normal(0.02), **kw)
+        self.patch = config.text_patch_size
+        bias_init = nnx.initializers.normal(0.02)
+        self.out = Linear(self.patch * width, config.width, bias_init=bias_init, **kw)
 
-    def __call__(self, text_bte: jax.Array) -> jax.Array:
-        return self.out(text_bte if self.norm is None else self.norm(text_bte))
+    def __call__(self, text_bte: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        text = text_bte if self.norm is None else self.norm(text_bte)
+        if self.patch > 1:
+            b, tokens, width = text.shape
+            pad = -tokens % self.patch
+            text = jnp.pad(text * mask_bt[..., None], ((0, 0), (0, pad), (0, 0)))
+            text = text.reshape(b, -1, self.patch * width)
+            mask_bt = jnp.pad(mask_bt, ((0, 0), (0, pad))).reshape(b, -1, self.patch).any(-1)
+        return self.out(text), mask_bt
 
 
 class Head(nnx.Module):
@@ -249,8 +263,9 @@ class Transformer(nnx.Module):
         patches = space_to_depth(with_low_res(z_bhwc, cond, self.config), patch)
         conditioning = run_block(self.conditioner, log_snr_b, cond)
         h = run_block(self.patches, patches)
-        text = None if self.text is None else run_block(self.text, conditioning.text)
-        h, tokens = self._sequence(h, patches.shape[1:3], text, conditioning.text_mask)
+        text, mask = conditioning.text, conditioning.text_mask
+        text, mask = (None, None) if self.text is None else run_block(self.text, text, mask)
+        h, tokens = self._sequence(h, patches.shape[1:3], text, mask)
         h = self._blocks(h, tokens, conditioning.emb, run_block, dropout_key)
         b, height, width, _ = patches.shape
         out = run_block(self.head, h[:, : height * width], conditioning.emb)

@@ -49,6 +49,7 @@ VARIANTS = [
     {"bottleneck": 6, "depth": 2},
     {"text_tokens": "keys", "cond_width": 24, "low_res": 4},
     {"sequence": "cross_attention", "pooling": "none"},
+    {"text_tokens": "keys", "text_patch_size": 2},
     {"sequence": "none", "pooling": "mean"},
 ]
 
@@ -127,7 +128,9 @@ def reference(config, state, z, log_snr, cond):
                     text.var(-1, keepdims=True) + 1e-6
                 )
                 text = text * w["norm"]["scale"] + w["norm"]["bias"]
-            text = dense(w["out"], text)
+            filled = np.zeros((-len(text) % config.text_patch_size, text.shape[-1]))
+            text = np.concatenate([text, filled])
+            text = dense(w["out"], text.reshape(-1, config.text_patch_size * text.shape[-1]))
             extra = text if config.text_tokens == "keys" else None
             h = h if config.text_tokens == "keys" else np.concatenate([h, text])
         emb = silu(np.float64(conditioning.emb[b]))
@@ -193,7 +196,7 @@ def test_each_input_affects_only_the_output_of_its_own_example(changes):
         np.testing.assert_array_equal(out[1], changed[1])
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("changes", VARIANTS[:4], ids=str)
 def test_without_text_tokens_the_text_is_not_read(changes):
     config = tiny(**changes)
     state, (z, log_snr, cond) = random_state(config), inputs(config)
@@ -203,7 +206,7 @@ def test_without_text_tokens_the_text_is_not_read(changes):
     assert all(np.isfinite(leaf).all() for leaf in [out, *jax.tree.leaves(grads)])
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:3], ids=str)
+@pytest.mark.parametrize("changes", VARIANTS[:4], ids=str)
 def test_the_null_prompt_trains_its_tokens_and_not_the_projection(changes):
     config = tiny(**changes)
     z, log_snr, cond = inputs(config)
@@ -354,7 +357,7 @@ def test_bfloat16_is_close_to_float32():
 
 
 def test_dropout_differs_by_key():
-    config = tiny(**VARIANTS[3])
+    config = tiny(**VARIANTS[4])
     graphdef, _ = abstract(dataclasses.replace(config, dropout=0.5))
     state, args = random_state(config), inputs(config)
     run = jit(lambda key, *args: nnx.merge(graphdef, state)(*args, dropout_key=key))

@@ -25,11 +25,14 @@ CASES = {
     "demo": (Transformer, shrink_transformer, {}),
     "sequence": (Transformer, shrink_transformer, {"model.text_tokens": "sequence"}),
     "enlarges": (Transformer, shrink_transformer, {"model.low_res": 8, "model.bottleneck": 6}),
+    "adds": (Transformer, shrink_transformer, {"model.low_res": 8, "model.low_res_skip": True}),
+    "text_patches": (Transformer, shrink_transformer, {"model.text_patch_size": 4}),
     "attention": (Transformer, shrink_transformer, {"text.pooling": "attention"}),
     "no_text": (Transformer, shrink_transformer, {"text.pooling": "none", "text.sequence": "none"}),
     "unet": (UNet, shrink, {}),
     "unet_eps": (UNet, shrink, {"diffusion.prediction": "eps", "model.decoder_extra_block": True}),
     "unet_enlarges": (UNet, shrink, {"model.low_res": 16, "model.use_scale_shift_norm": False}),
+    "unet_adds": (UNet, shrink, {"model.low_res": 16, "model.low_res_skip": True}),
     "unet_plain": (UNet, shrink, {"text.sequence": "cross_attention", "text.pooling": "attention"}),
 }
 
