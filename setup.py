@@ -20,6 +20,7 @@ setup(
         "imagen_jax.web": ["page.html"],
         "imagen_jax.evaluation": ["published.json"],
         "imagen_jax.evaluation.rating": ["page.html"],
+        "imagen_jax.released": ["*/*", "*/*/*"],
     },
     install_requires=[
         "absl-py>=2.1",

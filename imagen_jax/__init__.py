@@ -1,6 +1,6 @@
 """Imagen in JAX: a text-to-image diffusion cascade trained on TPU pods, one GPU or a laptop.
 
-pipe = imagen_jax.load("runs/demo")
+pipe = imagen_jax.load()  # the released model; imagen_jax.load("runs/demo") loads a run
 images = pipe(["a red circle"], guidance=3, seed=0)
 """
 
@@ -29,10 +29,11 @@ def load(
     step: int | None = None,
     ema: float | Sequence[float] | None = None,
 ) -> Cascade:
-    """Loads trained runs as a pipeline from prompts to images; see docs/api.md.
+    """Loads trained runs or exported models as a pipeline from prompts to images; see docs/api.md.
 
     Args:
-      workdirs: a run, or the runs of a cascade in order; a folder of imagen_jax.export does too.
+      workdirs: a run, or the runs of a cascade in order; a folder of imagen_jax.export does too
+        (default: the model that ships with the package, which draws scenes).
       step: checkpoint step to load (default: the newest of each run).
       ema: width of the weights' average to rebuild from each run's snapshots, or one width per run
         (default: the EMA that training keeps).

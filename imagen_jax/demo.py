@@ -1,5 +1,6 @@
-"""Serves a web page that draws prompts with a trained run, or with a cascade of several.
+"""Serves a web page that draws prompts with the released model, or with trained runs.
 
+    python -m imagen_jax.demo
     python -m imagen_jax.demo --workdir=runs/demo
     python -m imagen_jax.demo --workdir=runs/demo,runs/demo_sr --port=8000
 
@@ -44,7 +45,11 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Checks the flags, loads the model and serves the page."""
     del argv
-    workdirs = find_runs(FLAGS.workdir)
+    from imagen_jax.runs import workdir as runs
+
+    workdirs = FLAGS.workdir or []
+    for workdir in workdirs:
+        runs.check_run(workdir)
 
     bound = network.listen(FLAGS.host, FLAGS.port)  # before the slow part, loading
 
@@ -57,21 +62,11 @@ def main(argv: Sequence[str]) -> None:
     server.serve(model, bound, FLAGS.host)
 
 
-def find_runs(workdirs: Sequence[str] | None) -> list[str | Path]:
-    """Returns the runs that the page draws with: those of --workdir, or the only one in runs/.
-
-    Raises:
-      UserError: a workdir holds no run, or without --workdir there is not exactly one run.
-    """
-    from imagen_jax.runs import workdir as runs
-
-    for workdir in workdirs or ():
-        runs.check_run(workdir)
-    return list(workdirs or [runs.only_run()])
-
-
 def open_model(workdirs: Sequence[str | Path], step: int | None) -> Model:
     """Loads the runs, with example prompts and, for scenes, the check of claims.
+
+    Args:
+      workdirs: as for imagen_jax.load; none loads the released model.
 
     Raises:
       UserError: as for imagen_jax.load.
@@ -80,9 +75,9 @@ def open_model(workdirs: Sequence[str | Path], step: int | None) -> Model:
     from imagen_jax.web.drawing import Model
 
     pipe = cascade.load(*workdirs, step=step)
-    names = ",".join(map(str, workdirs))
-    arguments = [f"--workdir={names}", *([] if step is None else [f"--step={step}"])]
-    title = " + ".join(Path(w).name for w in workdirs)
+    arguments = [f"--workdir={','.join(map(str, workdirs))}"] if workdirs else []
+    arguments += [] if step is None else [f"--step={step}"]
+    title = " + ".join(Path(w).name for w in workdirs) or "scenes"
     if not pipe.stages[0].stage.config.data.task.startswith("scenes"):
         return Model(pipe, title, arguments, functools.cache(lambda: captions(pipe)))
     prompts, check = scenes(pipe)

@@ -1,6 +1,7 @@
-"""Samples prompts with a trained run, or with a cascade of several.
+"""Samples prompts with the released model, a trained run, or a cascade of several.
 
-    python -m imagen_jax.sample --workdir=runs/demo --prompts="a red circle;two blue stars"
+    python -m imagen_jax.sample --prompts="a red circle;two blue stars"
+    python -m imagen_jax.sample --workdir=runs/demo --prompts="a red circle"
     python -m imagen_jax.sample --workdir=runs/base64,runs/sr256,runs/sr1024 --prompts_file=p.txt
 
 Flags marked "per stage" take one value, or one per workdir: --guidance=7,8,8. Run an interrupted
@@ -99,10 +100,7 @@ def main(argv: Sequence[str]) -> None:
     """Reads the flags, samples the prompts and writes the images."""
     del argv
     # Imported here so that --help and bad input answer at once.
-    from imagen_jax.runs import workdir as runs
-
     ema = cli.parse_numbers("ema", FLAGS.ema) if FLAGS.ema else None
-    workdirs = FLAGS.workdir or [runs.only_run()]
     check_folder(Path(FLAGS.out), "out")
 
     from imagen_jax.devices import compilation
@@ -119,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         settings = Settings(**values)
         requests = prompts.make_requests(texts, settings)  # before the slow part, loading
-        pipe = cascade.load(*workdirs, step=FLAGS.step, ema=ema)
+        pipe = cascade.load(*(FLAGS.workdir or ()), step=FLAGS.step, ema=ema)
         job = pipe.prepare(requests, settings)
         columns = settings.frames or settings.num
         writer.write_samples(

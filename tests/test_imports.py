@@ -36,7 +36,7 @@ LAYERS = {
         {"config"},
         {"sections"},
         {"diffusion", "models", "text", "formats", "devices", "optim", "ema"},
-        {"common"},
+        {"common", "released"},
     ),
     "data_pipelines": (
         COMMANDS["data_pipelines"],

@@ -1,8 +1,8 @@
 """The sampling command: images with their settings, resumption, cascades, clear errors."""
 
 import json
-import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,20 +198,13 @@ def test_nothing_changes_outside_the_mask(cascade_runs, command, tmp_path):
     np.testing.assert_array_equal(read(out / "00000.png")[:, 16:], pixels[:, 16:])
 
 
-def test_the_only_run_is_the_default(cascade_runs, command, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("imagen_jax"), "propagate", True)
-    caplog.set_level(logging.INFO, "imagen_jax")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^--workdir is not set, and runs/ has no run; train one"):
-        command("--prompts=a")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(cascade_runs[0])
-    (tmp_path / "runs" / "notes").mkdir()
-    assert (command("--prompts=a", "--num=1") / "00000.png").exists()
-    assert "workdir: runs/demo, the only run (--workdir chooses another)" in caplog.messages
-    (tmp_path / "runs" / "sr").symlink_to(cascade_runs[1])
-    with pytest.raises(UserError, match=r"several runs; choose one of: runs/demo, runs/sr$"):
-        command("--prompts=a")
+def test_the_released_model_is_the_default(command):
+    """With its own text encoder, which `command` replaces otherwise."""
+    args = ["--prompts=a large red circle on a white background", "--num=1", "--steps=2"]
+    out = command(*args)
+    assert Image.open(out / "00000.png").size == (256, 256)
+    stages = json.loads((out / "samples.json").read_text())[0]["stages"]
+    assert [Path(name).parent.name for name in stages] == ["scenes", "scenes"]
 
 
 @pytest.mark.parametrize(

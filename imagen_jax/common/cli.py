@@ -43,7 +43,7 @@ def define_cascade_flags() -> None:
         "workdir",
         None,
         "Directory of a run of imagen_jax.train or of an export; several, in order, are a cascade "
-        "(default: the only run in runs/).",
+        "(default: the model that ships with the package).",
     )
     flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
 

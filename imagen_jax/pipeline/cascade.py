@@ -25,6 +25,7 @@ from imagen_jax.pipeline.images import read_inputs
 from imagen_jax.pipeline.prompts import Request, make_requests
 from imagen_jax.pipeline.settings import SettingError, Settings, samplers
 from imagen_jax.pipeline.trained import TrainedStage
+from imagen_jax.released import SCENES
 from imagen_jax.runs import exported
 from imagen_jax.runs import workdir as runs
 from imagen_jax.runs.checkpoint import newest_step
@@ -281,7 +282,8 @@ def load(
     """Loads trained runs or exported models as a cascade.
 
     Args:
-      workdirs: a run, or the runs of a cascade in order; an exported cascade counts as its stages.
+      workdirs: a run, or the runs of a cascade in order; an exported cascade counts as its stages
+        (default: the released cascade of scenes).
       step: checkpoint step to load (default: the newest of each run).
       ema: width of the average to rebuild, or one per run, see `stage.load`.
       raw: load the weights themselves instead of their EMA.
@@ -289,9 +291,7 @@ def load(
     Raises:
       UserError: a workdir holds no run or no such checkpoint, or the runs do not form a cascade.
     """
-    if not workdirs:
-        raise SettingError("workdir is missing; give the directory of a run")
-    workdirs = tuple(runs.stages_of(workdirs))
+    workdirs = tuple(runs.stages_of(workdirs or [SCENES]))
     widths = list(ema) if isinstance(ema, Sequence) else [ema]
     if len(widths) not in (1, len(workdirs)):
         allowed = f"1, or one per stage ({len(workdirs)})"
