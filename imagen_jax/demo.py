@@ -34,7 +34,7 @@ EXAMPLES = 24
 
 def define_flags() -> None:
     """Defines the flags; a function, so that importing this module defines none."""
-    cli.define_cascade_flags()
+    cli.define_cascade_flags(default="the model that ships with the package")
     flags.DEFINE_string("host", "127.0.0.1", "Address to serve the page at; 0.0.0.0 is all.")
     flags.DEFINE_integer(
         "port", 7860, "Port of the page; 0 takes a free one.", lower_bound=0, upper_bound=65535

@@ -46,7 +46,7 @@ STAGE_FLAGS = {
 
 def define_flags() -> None:
     """Defines the flags; a function, so that importing this module defines none."""
-    cli.define_cascade_flags()
+    cli.define_cascade_flags(default="the model that ships with the package")
     flags.DEFINE_list(
         "ema",
         None,

@@ -37,13 +37,17 @@ def define_config_flags(default: str | None, help_text: str) -> None:
     )
 
 
-def define_cascade_flags() -> None:
-    """Defines --workdir and --step, the arguments of cascade.load."""
+def define_cascade_flags(default: str = "the only run in runs/") -> None:
+    """Defines --workdir and --step, the arguments of cascade.load.
+
+    Args:
+      default: what the command reads without --workdir, in words.
+    """
     flags.DEFINE_list(
         "workdir",
         None,
         "Directory of a run of imagen_jax.train or of an export; several, in order, are a cascade "
-        "(default: the model that ships with the package).",
+        f"(default: {default}).",
     )
     flags.DEFINE_integer("step", None, "Checkpoint step to load (default: the newest).")
 
