@@ -250,6 +250,10 @@ class CheckpointConfig:
       keep_best: also keep this many checkpoints, those with the best `best_by`.
       best_by: a metric that training logs at the steps of checkpoints, the lowest being the best;
         "-" before the name makes it the highest.
+      local_dir: folder on a local disk of each host, for local checkpoints: each process saves its
+        own shards there, and a restart takes them if they are newer than the checkpoints in the
+        workdir. "" turns this off.
+      local_every: steps between local checkpoints; each checkpoint in the workdir adds one.
     """
 
     every_s: float = 0.0
@@ -257,11 +261,16 @@ class CheckpointConfig:
     keep_every: int = 0
     keep_best: int = 0
     best_by: str = "eval_loss"
+    local_dir: str = ""
+    local_every: int = 100
 
     def __post_init__(self):
         require(self.max_to_keep > 0, "checkpoint.max_to_keep", self.max_to_keep, "1 or more")
         for key in ("every_s", "keep_every", "keep_best"):
             require(getattr(self, key) >= 0, f"checkpoint.{key}", getattr(self, key), "0 or more")
+        require(self.local_every > 0, "checkpoint.local_every", self.local_every, "1 or more")
+        local = "://" not in self.local_dir
+        require(local, "checkpoint.local_dir", self.local_dir, "a folder on a local disk, or ''")
         named = bool(self.best_by.removeprefix("-"))
         require(named, "checkpoint.best_by", self.best_by, "the name of a metric, or - and a name")
 

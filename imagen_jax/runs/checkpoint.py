@@ -300,15 +300,7 @@ class Checkpoints:
 
     def _check_identity(self, step: int, identity: dict) -> None:
         saved = self._read(step, identity=ocp.args.JsonRestore())["identity"]
-        # A round trip through JSON makes tuples lists, as in the checkpoint.
-        wanted = json.loads(json.dumps(identity))
-        for key in sorted(saved.keys() | wanted.keys()):
-            if saved.get(key) != wanted.get(key):
-                raise UserError(
-                    f"checkpoint {self.directory} step {step} belongs to another model: "
-                    f"config.{key} is {wanted.get(key)!r}, the checkpoint has "
-                    f"{saved.get(key)!r}; restore the config, or choose another --workdir"
-                )
+        check_identity(saved, identity, f"{self.directory} step {step}")
 
     def _check_complete(self, step: int, restored: Any) -> None:
         """Raises UserError for a missing array, which Orbax leaves as a ShapeDtypeStruct."""
@@ -332,6 +324,19 @@ class _Best(policies.PreservationPolicy):
         scored = [(scores[c.step], c.step) for c in checkpoints if c.step in scores]
         best = {step for _, step in sorted(scored)[: self._count]}
         return [c.step in best for c in checkpoints]
+
+
+def check_identity(saved: dict, identity: dict, checkpoint: str) -> None:
+    """Raises UserError if a checkpoint, saved with another identity, belongs to another model."""
+    # A round trip through JSON makes tuples lists, as in the checkpoint.
+    wanted = json.loads(json.dumps(identity))
+    for key in sorted(saved.keys() | wanted.keys()):
+        if saved.get(key) != wanted.get(key):
+            raise UserError(
+                f"checkpoint {checkpoint} belongs to another model: config.{key} is "
+                f"{wanted.get(key)!r}, the checkpoint has {saved.get(key)!r}; restore the config, "
+                "or choose another --workdir"
+            )
 
 
 def newest_step(workdir: epath.PathLike) -> int:

@@ -86,5 +86,7 @@ def _own_crc32(content: dict[str, Any]) -> int:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
+    if not (folder / METADATA).exists():  # only Orbax's checkpoints have it
+        return {}
     found = json.loads((folder / METADATA).read_bytes())
     return {key: value for key, value in found.items() if key != COMMIT_TIME}

@@ -24,17 +24,19 @@ from imagen_jax.runs.workdir import STARTS
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def record(workdir: Path, config: Config, step: int) -> None:
+def record(workdir: Path, config: Config, step: int, restored: str = "") -> None:
     """Appends this start to STARTS; logs what differs from the start before it.
 
     Args:
       step: the step that training begins after.
+      restored: where its state is from: "workdir", "local_dir", or "" for a new run.
     """
     path = workdir / STARTS
     text = path.read_bytes() if path.exists() else b""
     now = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
+        "restored": restored,
         "seed": config.seed,
         "host": socket.gethostname(),
         "command": sys.argv[1:],

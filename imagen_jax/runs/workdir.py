@@ -43,6 +43,7 @@ STARTS = "starts.jsonl"  # versions, commit, devices and config of every start
 STATE = "state.json"  # whether the run is running or how it ended, by process 0
 GOODPUT = "goodput.json"  # where the wall time goes, over all starts
 METRICS = "metrics.jsonl"  # one JSON object per line
+RUN_ID = "run_id"  # what names this run on the local disks of its hosts
 CHECKPOINTS = "checkpoints"  # training state and data position, by Orbax
 SNAPSHOTS = "snapshots"  # averages of the weights for post-hoc EMA, by Orbax
 BAD_RECORDS = "bad_records_{process}.jsonl"  # records that could not be used, with the reason

@@ -13,8 +13,9 @@ import jax
 from imagen_jax.common.cli import log
 from imagen_jax.common.files import make_folder
 from imagen_jax.devices.compilation import compile_ahead
-from imagen_jax.runs import starts, warm_start
+from imagen_jax.runs import starts
 from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.runs.local_checkpoints import LocalCheckpoints
 from imagen_jax.runs.posthoc import open_snapshots
 from imagen_jax.runs.state import recording
 from imagen_jax.runs.workdir import PROFILE, locked, reporting_failures, write_config
@@ -25,6 +26,7 @@ from imagen_jax.training.guard import Guard
 from imagen_jax.training.periodic import Actions, Evaluation
 from imagen_jax.training.profiling import Profile
 from imagen_jax.training.reader import Batch, Reader
+from imagen_jax.training.resume import go_back, initial_state, start_or_resume
 from imagen_jax.training.startup import Startup
 from imagen_jax.training.step import TrainState
 
@@ -70,17 +72,21 @@ def train(
         locked(workdir) if main else contextlib.nullcontext(),
         recording(workdir, config.num_steps, main) as run_state,
         contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints,
+        contextlib.closing(LocalCheckpoints(workdir, config.checkpoint)) as local,
         open_snapshots(workdir, config) as snapshots,
     ):
-        state, position = jax.block_until_ready(start_or_resume(experiment, checkpoints))
+        state, position = jax.block_until_ready(start_or_resume(experiment, checkpoints, local))
         start = int(state.step)
+        local.discard_after(start)
         if main:
             write_config(workdir, config)
-            starts.record(workdir, config, start)
+            source = "local_dir" if local.restored else "workdir" if start else ""
+            starts.record(workdir, config, start, source)
         startup.done("restore" if start else "init")
         if start >= config.num_steps:
             log.info("already trained for %d steps: %s", start, workdir)
             run_state.end("finished", start)
+            local.remove()
             return True
         if snapshots:
             snapshots.discard_after(start)
@@ -100,7 +106,7 @@ def train(
                 logger.write(start, {"checkpoint/damaged_step": step})
             offset = position["examples"] - start * config.batch_size
             guard = Guard(config.guard, MOST_AHEAD)
-            parts = (checkpoints, snapshots, logger, profile, startup, guard, run_state)
+            parts = (checkpoints, local, snapshots, logger, profile, startup, guard, run_state)
             actions = Actions(experiment, reader, workdir, *parts, goodput, offset, evals)
             startup.done("data opening")
             actions.catch_up(start, state)
@@ -109,10 +115,12 @@ def train(
             startup.done("compile")
             while (end := run_loop(experiment, state, start, batches, logger, actions, stop)) > 0:
                 with goodput.spending("checkpoints"):
-                    state, start = go_back(experiment, checkpoints, logger, actions, end)
+                    state, start = go_back(experiment, checkpoints, local, logger, actions, end)
                 goodput.rewind(start)
             with goodput.spending("checkpoints"):
                 checkpoints.wait()
+        if end == FINISHED:
+            local.remove()
         run_state.end("finished" if end == FINISHED else "preempted")
         return end == FINISHED
 
@@ -130,56 +138,6 @@ def _log_setup(experiment: Experiment, start: int) -> None:
 def _compile(experiment: Experiment) -> None:
     shapes = (experiment.abstract_state, experiment.stage.abstract_batch)
     log.info(compile_ahead(experiment.step.lower(*shapes)))
-
-
-def start_or_resume(
-    experiment: Experiment, checkpoints: Checkpoints
-) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the state and the data position to start from. The first that exists wins:
-
-    1. the newest checkpoint of this workdir that is not damaged, and its data position;
-    2. the weights of config.init, and the first example;
-    3. random weights, and the first example.
-    """
-    step = checkpoints.newest_whole()
-    if step is None:
-        return initial_state(experiment), {"examples": 0}
-    identity = experiment.config.identity
-    state, position = checkpoints.restore(experiment.abstract_state, identity, step)
-    log.info("resuming from step %d in %s", int(state.step), checkpoints.directory)
-    return state, position
-
-
-def initial_state(experiment: Experiment) -> TrainState:
-    """Returns the state at step 0, with the weights of config.init as far as they fit."""
-    state = experiment.init()
-    if not experiment.config.init.workdir:
-        return state
-    return experiment.start_from(warm_start.load(experiment.config, state.params))
-
-
-def go_back(
-    experiment: Experiment,
-    checkpoints: Checkpoints,
-    logger: metrics.MetricLogger,
-    actions: Actions,
-    step: int,
-) -> tuple[TrainState, int]:
-    """Returns the state to start from, and its step, after training has diverged at `step`.
-
-    The data go on after those of `step`. A run that is killed after this repeats it.
-
-    Raises:
-      RunError: the run has gone back to this checkpoint too often.
-    """
-    checkpoints.wait()
-    state, position = start_or_resume(experiment, checkpoints)
-    start = int(state.step)
-    count = actions.guard.go_back(step, start)
-    actions.offset += (step - start) * experiment.config.batch_size
-    logger.resume_at(start, position.get("window", ()))
-    logger.write(start + 1, {"rollback/from_step": step, "rollback/count": count})
-    return state, start
 
 
 def replay(experiment: Experiment, reader: Reader, workdir: Path, step: int) -> dict[str, Any]:
@@ -259,6 +217,12 @@ def run_loop(
                         action(step, state)
                 if guard.diverged and not stopping:
                     return step
+            if actions.local_due(step, due):
+                # Unlike what is due, this does not end the loop if it shows a divergence: with and
+                # without local checkpoints, a run goes back at the same step.
+                fetch(logger, actions, pending, config.log_every)
+                with logger.pause():
+                    actions.save_local(step, state)
             if stopping:
                 saved = "from there" if guard.steady else "from the last checkpoint"
                 log.info("stopped at step %d; the same command resumes %s", step, saved)

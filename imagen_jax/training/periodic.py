@@ -17,6 +17,7 @@ from imagen_jax.common.cli import log
 from imagen_jax.devices import processes
 from imagen_jax.diffusion.conditioning import shrink_pixels, stack_text
 from imagen_jax.runs.checkpoint import Checkpoints
+from imagen_jax.runs.local_checkpoints import LocalCheckpoints
 from imagen_jax.runs.state import RunState
 from imagen_jax.runs.workdir import CONFIG, SAMPLES, check_present
 from imagen_jax.stage import batch_size
@@ -58,6 +59,7 @@ class Actions:
         reader: Reader,
         workdir: Path,
         checkpoints: Checkpoints,
+        local: LocalCheckpoints,
         snapshots: Checkpoints | None,
         logger: MetricLogger,
         profile: Profile,
@@ -79,7 +81,8 @@ class Actions:
         config = experiment.config
         self._evals = evals
         self._config, self._stage, self._workdir = config, experiment.stage, workdir
-        self._checkpoints, self._snapshots = checkpoints, snapshots
+        self._checkpoints, self._local, self._snapshots = checkpoints, local, snapshots
+        self._saved_offset = offset
         self._logger, self.goodput, self.offset = logger, goodput, offset
         self.guard, self._run_state = guard, run_state
         self._last_save = time.monotonic()
@@ -199,10 +202,37 @@ class Actions:
             log.warning("step %d  no checkpoint: the state is not finite", step)
             self.guard.diverge(step)
             return
+        self._last_save, self._saved_offset = time.monotonic(), self.offset
+        self._save_in(self._checkpoints, step, state)
+
+    def local_due(self, step: int, due: list[Action]) -> bool:
+        """Returns whether to save a local checkpoint after `step`, if these actions are due.
+
+        None at the last step: the run is then complete in the workdir.
+        """
+        local = self._local
+        on = local.directory and step < self._config.num_steps
+        return bool(on and (local.due(step) or self.save in due))
+
+    @_spends("checkpoints")
+    def save_local(self, step: int, state: TrainState) -> None:
+        """Saves a local checkpoint, unless a step was skipped or the state is not finite.
+
+        A run that has gone back saves none before its next checkpoint: a killed run then goes back
+        the same way again, with or without local checkpoints.
+        """
+        gone_back = self.offset != self._saved_offset
+        if gone_back or not self.guard.steady or not jax.device_get(self._all_finite(state)):
+            return
+        if self._snapshots:
+            self._snapshots.wait()  # a run that resumes here does not save them again
+        self._save_in(self._local, step, state)
+
+    def _save_in(self, to: Checkpoints | LocalCheckpoints, step: int, state: TrainState) -> None:
         position = {**self._position(step), "window": self._logger.window}
-        begin = self._last_save = time.monotonic()
+        begin = time.monotonic()
         self._logger.upload()  # a run that resumes from this checkpoint needs the lines before it
-        self._checkpoints.save(step, state, position, self._config.identity)
+        to.save(step, state, position, self._config.identity)
         self._logger.saving += time.monotonic() - begin
 
     @_spends("checkpoints")

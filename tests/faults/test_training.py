@@ -179,3 +179,100 @@ def test_a_workdir_that_is_removed_ends_the_run_at_once(experiment, tmp_path, mo
     with pytest.raises(RunError, match=r"has disappeared|No such file|NOT_FOUND") as e:
         train(experiment, tmp_path / "run", stop=stop)
     assert e.value.code == WORKDIR_FAILED and "\n" not in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def sparse(experiment):
+    """The experiment with a checkpoint and a line of metrics every 4 steps."""
+    changed = copy.copy(experiment)
+    changed.config = dataclasses.replace(experiment.config, checkpoint_every=4, log_every=4)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def alone(sparse, tmp_path_factory):
+    """The metrics of a run that is not killed and saves no local checkpoints."""
+    workdir = tmp_path_factory.mktemp("alone")
+    assert train(sparse, workdir)
+    return metrics(workdir)
+
+
+def with_local(experiment, disk, every):
+    changed = copy.copy(experiment)
+    section = dataclasses.replace(
+        experiment.config.checkpoint, local_dir=str(disk), local_every=every
+    )
+    changed.config = dataclasses.replace(experiment.config, checkpoint=section)
+    return changed
+
+
+def kill_at(step, seen=None):
+    def stop(now):
+        if seen is not None:
+            seen.append(now)
+        if now == step:
+            raise Killed
+        return False
+
+    return stop
+
+
+def damage(folder):
+    """Flips a bit of the largest file of each checkpoint in a folder."""
+    for checkpoint in [p for p in folder.rglob("step_*") if p.is_dir()]:
+        path = max(checkpoint.rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "restored", "steps"),
+    [
+        ((), "local_dir", [7, 8]),
+        (("disk",), "workdir", [5, 6, 7, 8]),
+        (("run/checkpoints",), "local_dir", [7, 8]),
+    ],
+)
+def test_a_killed_run_resumes_from_the_newest_whole_checkpoint_local_or_not(
+    sparse, alone, tmp_path, caplog, damaged, restored, steps
+):
+    local, seen = with_local(sparse, tmp_path / "disk", every=3), []
+    with pytest.raises(Killed):
+        train(local, tmp_path / "run", stop=kill_at(7))
+    for folder in damaged:
+        damage(tmp_path / folder)
+    caplog.clear()
+    assert train(local, tmp_path / "run", stop=kill_at(None, seen))
+    assert seen == steps and metrics(tmp_path / "run") == alone
+    # The copies of steps 4 and 6.
+    assert caplog.text.count(" left out: ") == (2 if restored == "workdir" else 0)
+    starts = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["restored"] for line in starts] == ["", restored]
+    assert not any((tmp_path / "disk").iterdir()), "a finished run removes its copies"
+
+
+@pytest.mark.slow
+def test_with_local_checkpoints_a_diverging_run_goes_back_as_without(experiment, tmp_path):
+    def bad(number):
+        return number in (6, 7)
+
+    changed = copy.copy(experiment)
+    changed.config = dataclasses.replace(experiment.config, checkpoint_every=4)
+    local, seen = with_local(changed, tmp_path / "disk", every=1), []
+    for name, one in (("without", changed), ("with", local)):
+        assert train(one, tmp_path / name, bad)
+    lines = metrics(tmp_path / "without")
+    assert {"step": 5, "rollback/from_step": 8, "rollback/count": 1} in lines
+    assert metrics(tmp_path / "with") == lines
+
+    def stop(step):
+        seen.append(step)
+        if seen.count(7) == 2:  # after the return, before the next checkpoint
+            raise Killed
+        return False
+
+    with pytest.raises(Killed):
+        train(local, tmp_path / "killed", bad, stop)
+    assert train(local, tmp_path / "killed", bad)
+    assert metrics(tmp_path / "killed") == lines

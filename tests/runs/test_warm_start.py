@@ -18,7 +18,7 @@ from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.workdir import write_config
 from imagen_jax.sections import InitConfig
 from imagen_jax.stage import Stage
-from imagen_jax.training import loop
+from imagen_jax.training import resume
 from imagen_jax.training.experiment import build
 
 
@@ -144,7 +144,7 @@ def test_a_run_starts_from_its_own_checkpoint_else_from_the_other_run(source, tm
     workdir, saved = source
     config = dataclasses.replace(tiny(), init=InitConfig(workdir=str(workdir)))
     experiment = build(config)
-    state = loop.initial_state(experiment)
+    state = resume.initial_state(experiment)
     assert state.step == 0
     for tree in (state.params, state.ema):
         jax.tree.map(np.testing.assert_array_equal, exported.flat_names(tree), saved)
@@ -152,6 +152,6 @@ def test_a_run_starts_from_its_own_checkpoint_else_from_the_other_run(source, tm
     with contextlib.closing(Checkpoints(tmp_path, config.checkpoint)) as checkpoints:
         checkpoints.save(3, own, {"examples": 24}, config.identity)
         checkpoints.wait()
-        state, position = loop.start_or_resume(experiment, checkpoints)
+        state, position = resume.start_or_resume(experiment, checkpoints)
     assert position == {"examples": 24}
     jax.tree.map(np.testing.assert_array_equal, state.params, own.params)

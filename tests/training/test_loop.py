@@ -238,6 +238,7 @@ def test_the_host_runs_ahead_by_two_seconds_and_misses_no_step(step_time, most):
         watch=lambda number: None,
         guard=Guard(GuardConfig(), 16),
         due=lambda number: [lambda *args: saved.append(number)] if number in (33, 47) else [],
+        local_due=lambda number, due: False,
     )
     args = (experiment, None, 0, itertools.repeat(None), logger, actions, StopAt())
     assert run_loop(*args) == FINISHED
