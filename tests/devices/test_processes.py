@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -316,6 +317,22 @@ def check_against_one_process(values, workdir, reference, step):
 def test_two_processes_train_like_one_and_stop_together(config_file, values, tmp_path):
     step = train_and_preempt(2, config_file, tmp_path / "two")
     check_against_one_process(values, tmp_path / "two", tmp_path / "one", step)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_from_their_local_checkpoints_while_both_have_them(
+    config_file, values, tmp_path
+):
+    workdir, disk = tmp_path / "two", tmp_path / "disk"
+    flags = [f"--config.checkpoint.local_dir={disk}", "--config.checkpoint.local_every=1"]
+    for _ in range(2):
+        train_and_preempt(2, config_file, workdir, *flags)
+    (folder,) = disk.glob("*/process_1")
+    shutil.rmtree(folder)
+    step = train_and_preempt(2, config_file, workdir, *flags)
+    starts = (workdir / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(s)["restored"] for s in starts] == ["", "local_dir", "workdir"]
+    check_against_one_process(values, workdir, tmp_path / "one", step)
 
 
 @pytest.mark.slow

@@ -3,13 +3,17 @@
 import contextlib
 import errno
 import functools
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import ROOT
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +21,7 @@ from imagen_jax.common.errors import UserError
 from imagen_jax.formats.tensors import read_safetensors
 from imagen_jax.runs.local_checkpoints import LocalCheckpoints
 from imagen_jax.sections import CheckpointConfig
+from launch import local as processes
 
 IDENTITY = {"model.name": "unet", "model.channel_mult": (1, 2)}
 POSITION = {"examples": 8, "window": [{"loss": 0.1}]}
@@ -32,19 +37,21 @@ def abstract_state(data=4, fsdp=2):
 
     params = {
         "kernel": leaf((3, 16), jnp.float32, None, "fsdp"),
-        "embedding": leaf((8, 6), jnp.bfloat16, ("data", "fsdp")),
+        "embedding": leaf((16, 6), jnp.bfloat16, ("data", "fsdp")),
         "bias": leaf((5,), jnp.float32),
     }
     return {"params": params, "step": leaf((), jnp.int32)}
 
 
 def new_state(step, like=None):
-    shapes = like or abstract_state()
-    leaves, tree = jax.tree.flatten(shapes)
+    shapes = like or abstract_state()  # the same values, however they are sharded
     rng = np.random.default_rng(step)
-    values = [jnp.asarray(rng.normal(size=x.shape, scale=99), x.dtype) for x in leaves]
-    state = jax.tree.map(lambda v, x: jax.device_put(v, x.sharding), values, leaves)
-    return jax.tree.unflatten(tree, state)
+
+    def leaf(x):
+        values = rng.normal(size=x.shape, scale=99).astype(x.dtype)
+        return jax.make_array_from_callback(x.shape, x.sharding, lambda index: values[index])
+
+    return jax.tree.map(leaf, shapes)
 
 
 @pytest.fixture
@@ -61,9 +68,9 @@ def opened(tmp_path):
         yield open_
 
 
-def save(local, *steps):
+def save(local, *steps, like=None):
     for step in steps:
-        local.save(step, new_state(step), POSITION, IDENTITY)
+        local.save(step, new_state(step, like), POSITION, IDENTITY)
     local.wait()
 
 
@@ -105,7 +112,7 @@ def test_a_shard_that_several_devices_hold_is_written_once(opened):
     stored = read_safetensors(next(p for p in files(local, 7) if p.suffix == ".safetensors"))
     assert set(stored) == {
         *("params.kernel[0:3,0:8]", "params.kernel[0:3,8:16]", "params.bias[0:5]", "step[]"),
-        *(f"params.embedding[{i}:{i + 1},0:6]" for i in range(8)),
+        *(f"params.embedding[{i}:{i + 2},0:6]" for i in range(0, 16, 2)),
     }
 
 
@@ -218,3 +225,56 @@ def test_a_folder_that_cannot_be_written_is_refused(opened, tmp_path):
 def test_bad_keys_are_refused(values, words):
     with pytest.raises(UserError, match=words):
         CheckpointConfig(**values)
+
+
+PROGRAM = """
+import contextlib, sys
+from pathlib import Path
+
+address, number, tests, folder, act = sys.argv[1:]
+sys.path.insert(0, tests)
+import conftest, jax
+
+jax.distributed.initialize(address, 2, int(number))
+from runs.test_local_checkpoints import *
+
+config = CheckpointConfig(local_dir=f"{folder}/disk")
+shapes = abstract_state(8, 2)  # each process has eight devices
+with contextlib.closing(LocalCheckpoints(Path(folder), config)) as local:
+    if act == "save":
+        save(local, 1, 2, like=shapes)
+    step = local.newest_whole(shapes, range(1, 9))
+    if step:
+        found, position = local.restore(shapes, IDENTITY, step)
+        for leaf, wanted in zip(*map(jax.tree.leaves, (found, new_state(step, shapes)))):
+            for a, b in zip(leaf.addressable_shards, wanted.addressable_shards, strict=True):
+                np.testing.assert_array_equal(a.data, b.data)
+    print("restored", step)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_take_only_what_both_have_whole_and_saved_together(tmp_path):
+    def both(act):
+        command = [sys.executable, "-c", PROGRAM, f"localhost:{processes.free_port()}"]
+        env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        running = [
+            subprocess.Popen(
+                [*command, str(i), str(ROOT / "tests"), str(tmp_path), act],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        outputs = [process.communicate(timeout=300)[0] for process in running]
+        last, other = (output.splitlines()[-1] for output in outputs)
+        assert last == other, outputs
+        return last, outputs[0]
+
+    assert both("save")[0] == both("restore")[0] == "restored 2"
+    (run,) = (tmp_path / "disk").iterdir()
+    (copy,) = (run / "process_1").glob("step_2_*")
+    copy.rename(copy.with_name("step_2_1"))  # as another start would have named it
+    last, output = both("restore")
+    assert last == "restored 1" and "step 2 left out: it is missing (process 1 on " in output
+    flip(max((run / "process_1").glob("step_1_*/*"), key=lambda path: path.stat().st_size))
+    assert both("restore")[0] == "restored None"
