@@ -46,9 +46,9 @@ class LocalCheckpoints:
     """The local checkpoints of one run; without `checkpoint.local_dir` there are none.
 
     They are in LOCAL_DIR/RUN/process_N/step_S_T. RUN is a hash of the run's id and workdir, so runs
-    with the same local_dir never mix, nor does a copy of a workdir with its original. T is
-    a random number that all processes of a start share: shards of two starts never mix either, as
-    they could if a host was replaced and comes back.
+    with the same local_dir never mix, nor do a workdir and its copy. T is a random number that all
+    processes of one start share, so shards of different starts never mix: a host that was replaced
+    may come back with old ones.
 
     Attributes:
       directory: the folder of this process; None if there are none.
@@ -64,9 +64,9 @@ class LocalCheckpoints:
         self.directory: Path | None = None
         self.restored = False
         self._every = config.local_every
-        self._saved = 0
-        self._pending: Future | None = None
         self._pool = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+        self._saved = 0
         self._restorable: Path | None = None
         if not config.local_dir:
             return

@@ -20,16 +20,17 @@ def start_or_resume(
     """Returns the state and the data position to start from. The first that exists wins:
 
     1. the newest local checkpoint that is whole on all hosts, if no checkpoint of this workdir is
-       newer, and its data position;
+       newer and training goes on after it, and its data position;
     2. the newest checkpoint of this workdir that is not damaged, and its data position;
     3. the weights of config.init, and the first example;
     4. random weights, and the first example.
     """
     config, shapes = experiment.config, experiment.abstract_state
     newer = range(max(checkpoints.steps(), default=1), config.num_steps)
-    source = local
-    step = local.newest_whole(shapes, newer) if local else None
-    if step is None:
+    source: Checkpoints | LocalCheckpoints
+    if local and (step := local.newest_whole(shapes, newer)):
+        source = local
+    else:
         source, step = checkpoints, checkpoints.newest_whole()
     if step is None:
         return initial_state(experiment), {"examples": 0}
