@@ -90,18 +90,26 @@ def start(num_processes: int, train_args: Sequence[str]) -> list[subprocess.Pope
 def wait(processes: Sequence[subprocess.Popen]) -> int:
     """Waits for all processes; if one fails, sends the others SIGTERM and, after GRACE, SIGKILL."""
     first, deadline = 0, float("inf")
-    while any(p.poll() is None for p in processes):
-        failed = [p.returncode for p in processes if p.returncode not in (None, 0)]
-        if failed and not first:
-            # Popen reports death by signal N as -N; shells report it as 128 + N.
-            first = failed[0] if failed[0] > 0 else 128 - failed[0]
-            if first != STOPPED:
-                send(processes, signal.SIGTERM)
-                deadline = time.monotonic() + GRACE
+    while True:
+        codes = [p.poll() for p in processes]
+        if not first and (first := cause(codes)) not in (0, STOPPED):
+            send(processes, signal.SIGTERM)
+            deadline = time.monotonic() + GRACE
+        if None not in codes:
+            return first
         if time.monotonic() > deadline:
             send(processes, signal.SIGKILL)
         time.sleep(POLL)
-    return first or next((abs(p.returncode) for p in processes if p.returncode), 0)
+
+
+def cause(codes: Sequence[int | None]) -> int:
+    """Returns the exit code that explains the others, 0 if none has failed.
+
+    If a process is killed, the others end with STOPPED in the same moment.
+    """
+    failed = sorted((code for code in codes if code), key=lambda code: code == STOPPED)
+    # Popen reports death by signal N as -N; shells report it as 128 + N.
+    return next((code if code > 0 else 128 - code for code in failed), 0)
 
 
 def send(processes: Sequence[subprocess.Popen], number: int) -> None:

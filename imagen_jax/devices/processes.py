@@ -11,18 +11,24 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from imagen_jax.common import cli
-from imagen_jax.common.errors import STOPPED, RunError, UserError
+from imagen_jax.common.errors import STOPPED, RunError, UserError, first_line
 from imagen_jax.devices import rendezvous
+from imagen_jax.devices.lifeline import End, Lifeline
 
 DAY_MS = 24 * 60 * 60 * 1000
+# Seconds that an error waits for news of another process, which may have caused it.
+NEWS_S = 3.0
+
+_lifeline: Lifeline | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ def join(job: Job, settings: Mapping, join_timeout: int, heartbeat_timeout: int)
     Args:
       settings: settings that must be equal in all processes, see `rendezvous.meet`.
       join_timeout: seconds to wait for the other processes.
-      heartbeat_timeout: seconds of silence after which a process counts as dead and all abort.
+      heartbeat_timeout: seconds of silence after which a process counts as dead and all end.
 
     Raises:
       UserError: a process is missing or a setting differs; the message names it.
@@ -92,11 +98,14 @@ def join(job: Job, settings: Mapping, join_timeout: int, heartbeat_timeout: int)
     for flag, seconds in (("join", join_timeout), ("heartbeat", heartbeat_timeout)):
         if seconds < 1:
             raise UserError(f"--{flag}_timeout is {seconds}; allowed: 1 second or more")
-    rendezvous.meet(job.coordinator, job.num_processes, job.process_id, settings, join_timeout)
+    global _lifeline
+    place = (job.coordinator, job.num_processes, job.process_id)
+    connections = rendezvous.meet(*place, settings, join_timeout)
+    if job.num_processes > 1:
+        # JAX aborts a little later than this.
+        _lifeline = Lifeline(job.process_id, connections, lost_after=heartbeat_timeout / 2)
     jax.distributed.initialize(
-        job.coordinator,
-        job.num_processes,
-        job.process_id,
+        *place,
         initialization_timeout=join_timeout,
         heartbeat_timeout_seconds=heartbeat_timeout,
     )
@@ -142,8 +151,21 @@ _texts = itertools.count()
 
 
 @contextlib.contextmanager
+def reporting_ends(report: Callable[[End], str]) -> Iterator[None]:
+    """In the block, `report` writes the last line of this process if another one ends early."""
+    if not _lifeline:
+        yield
+        return
+    before, _lifeline.report = _lifeline.report, report
+    try:
+        yield
+    finally:
+        _lifeline.report = before
+
+
+@contextlib.contextmanager
 def failing_at_once() -> Iterator[None]:
-    """Ends this process at once on an error in the block, with its message and exit code.
+    """Ends all processes at once on an error in the block, with its message and exit code.
 
     With a single process, the error propagates as usual.
 
@@ -153,17 +175,22 @@ def failing_at_once() -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        if jax.process_count() == 1:
+        if not _lifeline:
             raise
-        code = 1
+        code, reason = 1, f"{type(e).__name__}: {first_line(e)}"
         if isinstance(e, (UserError, RunError)):
+            code, reason = e.code, str(e)
             print(f"error: {e}", file=sys.stderr)
-            code = e.code
         else:
-            traceback.print_exc()
+            # If a process dies, collectives fail in the others. The lifeline then ends this one.
+            time.sleep(NEWS_S)
+            traceback.print_exception(e)
+        _lifeline.leave(code, reason)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    if _lifeline:
+        _lifeline.leave(0)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 If a process is missing, JAX aborts the others with a stack trace that does not name it. If settings
 differ, the processes hang or train something meaningless. So each process first sends its settings
 to process 0 over a plain socket, one line of JSON. Process 0 sends the same answer to all, then
-frees the port for JAX's coordinator. This module does not import JAX.
+frees the port for JAX's coordinator. The connections stay open for devices.lifeline. This module
+does not import JAX.
 
 Anything may connect to an open port: a scanner, a web browser, a process of another run. Messages
 of another form are dropped, and none delays the others. This does not stop an attacker, who could
@@ -34,13 +35,17 @@ BAD_PEER = (OSError, ValueError, RecursionError)
 
 def meet(
     address: str, num_processes: int, process_id: int, settings: Mapping, timeout: float
-) -> None:
+) -> dict[int, socket.socket]:
     """Returns in every process once all have called it with equal settings.
 
     Args:
       address: host:port where process 0 listens. The port is free again on return.
       settings: nested mappings that must be equal in all processes; values must fit in JSON.
       timeout: seconds to wait, counted in each process from its own call.
+
+    Returns:
+      Open connections by the number of the process at the other end: in process 0 one to each of
+      the others, in each of the others one to process 0.
 
     Raises:
       UserError: processes are missing or settings differ. Every process that called raises it,
@@ -50,42 +55,43 @@ def meet(
     # JSON turns tuples into lists, so that both compare equal.
     flat = json.loads(json.dumps(dict(_flatten({"num_processes": num_processes, **settings}))))
     if process_id == 0:
-        problem = _gather(address, int(port), num_processes, flat, timeout)
-    else:
-        hello = {"protocol": PROTOCOL, "process_id": process_id, "settings": flat}
-        problem = _report((host.strip("[]"), int(port)), hello, timeout)
-    if problem:
-        raise UserError(problem)
+        return _gather(address, int(port), num_processes, flat, timeout)
+    hello = {"process_id": process_id, "settings": flat}
+    return {0: _report((host.strip("[]"), int(port)), hello, timeout)}
 
 
-def _gather(address: str, port: int, num_processes: int, settings: dict, timeout: float) -> str:
+def _gather(
+    address: str, port: int, num_processes: int, settings: dict, timeout: float
+) -> dict[int, socket.socket]:
     """Collects the other processes' settings in process 0, and sends all of them one answer."""
     deadline = time.monotonic() + timeout
     seen = {0: settings}
-    with contextlib.ExitStack() as connections:
+    peers: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
         try:
-            server = connections.enter_context(_listen(port))
+            server = stack.enter_context(_listen(port))
         except OSError as e:
             raise UserError(f"process 0 cannot listen at {address}: {e.strerror}") from e
-        waiting = []
-        hellos = connections.enter_context(contextlib.closing(_hellos(server, deadline)))
+        hellos = stack.enter_context(contextlib.closing(_hellos(server, deadline)))
         while len(seen) < num_processes and (found := next(hellos, None)):
             connection, line = found
-            connections.enter_context(connection)
+            stack.enter_context(connection)
             with contextlib.suppress(*BAD_PEER):
                 process_id, theirs = _checked_hello(line)
-                seen[process_id] = theirs
-                waiting.append(connection)
+                seen[process_id], peers[process_id] = theirs, connection
         problem = _difference(seen) or _missing(seen, num_processes, timeout)
-        for connection in waiting:
+        for connection in peers.values():
             with contextlib.suppress(OSError):
                 connection.settimeout(MESSAGE)
-                connection.sendall(_line({"protocol": PROTOCOL, "problem": problem}))
-        for connection in waiting:
+                send(connection, {"problem": problem})
+        if not problem:
+            # Only those of `peers` outlive the block.
+            return {process_id: connection.dup() for process_id, connection in peers.items()}
+        for connection in peers.values():
             # Let the peer close first: the side that closes first blocks the port for a while.
             with contextlib.suppress(OSError):
                 connection.recv(1)
-    return problem
+    raise UserError(problem)
 
 
 def _hellos(server: socket.socket, deadline: float) -> Iterator[tuple[socket.socket, bytes]]:
@@ -156,8 +162,8 @@ def _message(line: bytes) -> dict[str, Any]:
     return message
 
 
-def _report(address: tuple[str, int], hello: dict, timeout: float) -> str:
-    """Sends the settings of another process to process 0 and returns the answer."""
+def _report(address: tuple[str, int], hello: dict, timeout: float) -> socket.socket:
+    """Sends the settings of another process to process 0; returns the connection."""
     deadline = time.monotonic() + timeout
     while True:
         # Refused, reset or a bad answer: process 0 is not up yet or is restarting.
@@ -165,17 +171,21 @@ def _report(address: tuple[str, int], hello: dict, timeout: float) -> str:
             contextlib.suppress(*BAD_PEER),
             socket.create_connection(address, timeout=MESSAGE) as connection,
         ):
-            connection.sendall(_line(hello))
+            send(connection, hello)
             # Process 0 may have started its own `timeout` just now.
-            problem = _receive(connection, timeout + MESSAGE).get("problem")
+            problem = receive(connection, timeout + MESSAGE).get("problem")
+            if problem == "":
+                return connection.dup()
             if isinstance(problem, str):
-                return problem
+                break
         if time.monotonic() > deadline:
-            return (
+            problem = (
                 f"process 0 did not answer at {address[0]}:{address[1]} "
                 f"within --join_timeout={timeout:g} seconds"
             )
+            break
         time.sleep(RETRY)
+    raise UserError(problem)
 
 
 def _listen(port: int) -> socket.socket:
@@ -185,11 +195,13 @@ def _listen(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def _line(message: Mapping) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    """Sends a message as one line. Raises OSError."""
+    connection.sendall(json.dumps({"protocol": PROTOCOL, **message}).encode() + b"\n")
 
 
-def _receive(connection: socket.socket, timeout: float) -> dict:
+def receive(connection: socket.socket, timeout: float) -> dict[str, Any]:
+    """Receives a message. Raises an exception of BAD_PEER if none comes or it is something else."""
     connection.settimeout(timeout)
     with connection.makefile("rb") as lines:
         return _message(lines.readline(LONGEST + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ import jax
 
 from imagen_jax.common.cli import log
 from imagen_jax.common.files import make_folder
+from imagen_jax.devices import processes
 from imagen_jax.devices.compilation import compile_ahead
 from imagen_jax.runs import starts
 from imagen_jax.runs.checkpoint import Checkpoints
 from imagen_jax.runs.local_checkpoints import LocalCheckpoints
 from imagen_jax.runs.posthoc import open_snapshots
-from imagen_jax.runs.state import recording
+from imagen_jax.runs.state import RunState, recording
 from imagen_jax.runs.workdir import PROFILE, locked, reporting_failures, write_config
 from imagen_jax.training import metrics
 from imagen_jax.training.experiment import Experiment
@@ -73,6 +75,7 @@ def train(
         recording(workdir, config.num_steps, main) as run_state,
         contextlib.closing(Checkpoints(workdir, config.checkpoint)) as checkpoints,
         contextlib.closing(LocalCheckpoints(workdir, config.checkpoint)) as local,
+        processes.reporting_ends(functools.partial(_report_end, run_state, checkpoints)),
         open_snapshots(workdir, config) as snapshots,
     ):
         state, position = jax.block_until_ready(start_or_resume(experiment, checkpoints, local))
@@ -123,6 +126,17 @@ def train(
             local.remove()
         run_state.end("finished" if end == FINISHED else "preempted")
         return end == FINISHED
+
+
+def _report_end(run_state: RunState, checkpoints: Checkpoints, end: processes.End) -> str:
+    """Records that another process has ended; returns the last line of this one."""
+    run_state.end("failed", reason=str(end))
+    if end.reason and end.code > 1:  # says what to do
+        return str(end)
+    saved = checkpoints.steps()
+    return f"{end}; the same command " + (
+        f"resumes from step {saved[-1]}, with any number of processes" if saved else "starts again"
+    )
 
 
 def _log_setup(experiment: Experiment, start: int) -> None:

@@ -69,3 +69,10 @@ def test_local_lets_the_others_save_when_one_has_stopped():
     running = start(f"exit {local.STOPPED}", "trap 'exit 9' TERM; sleep 0.5; exit 75")
     assert local.wait(running) == local.STOPPED
     assert [p.returncode for p in running] == [75, 75]
+
+
+def test_the_code_of_a_killed_process_comes_before_that_of_those_it_stopped():
+    running = start("sleep 0.3; exit 75", "sleep 0.3; kill -KILL $$")
+    for process in running:
+        process.wait()
+    assert local.wait(running) == 128 + signal.SIGKILL
