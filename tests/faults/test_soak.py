@@ -15,9 +15,9 @@ def test_a_run_that_is_killed_three_times_equals_one_left_alone(tmp_path, in_mem
 
 @pytest.mark.slow
 def test_the_goodput_of_a_killed_run_sums_to_its_wall_time(tmp_path):
-    run = soak.Run(soak.make_config(tmp_path, 30, False), tmp_path / "run")
+    run = soak.Run(soak.make_config(tmp_path, 30), tmp_path / "run")
     begin = time.time()
-    process = run.start()
+    [process] = run.start()
     while run.num_read() < 14:
         assert process.poll() is None
         time.sleep(0.01)
