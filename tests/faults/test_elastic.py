@@ -18,7 +18,7 @@ from imagen_jax.training.experiment import build
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_two_processes_after_four_and_with_three_after_two(tmp_path):
-    assert soak.elastic(2, num_steps=16, counts=(4, 2, 3), seed=3, folder=tmp_path) == []
+    assert soak.elastic(2, num_steps=16, counts=(4, 2, 3), seed=5, folder=tmp_path) == []
 
 
 @pytest.mark.slow

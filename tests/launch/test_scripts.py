@@ -346,6 +346,7 @@ def test_keep_sets_up_again_if_a_worker_never_started(fake):
     [
         ("running,exit 2\nexit 0,exit 2\n", 2, "refused its input"),
         (3 * "exit 1,exit 134\n", 1, "too many failures (exit 1, exit 134; the run recorded: "),
+        (3 * "exit 75,exit 137\n", 1, "too many failures (exit 137, exit 75; the run recorded: "),
     ],
 )
 def test_keep_gives_up_on_bad_input_and_after_too_many_failures(workers, code, words, fake):
