@@ -19,18 +19,19 @@ docs/evaluation.md explains suites, metrics, judges, sweeps and comparisons.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from imagen_jax.common import cli
-from imagen_jax.common.buckets import is_remote, to_path
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.errors import UserError
 
 if TYPE_CHECKING:
     from imagen_jax.config import Config
+    from imagen_jax.evaluation.evaluating import Evaluation
     from imagen_jax.evaluation.suites import Suite
 
 NUM = 128  # prompts of a dataset or of drawn scenes
@@ -99,7 +100,9 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "truncate_prompts", False, "Truncate prompts that are too long for the text encoder."
     )
-    flags.DEFINE_string("out", "", "Folder of the results (default: evaluation/ in the workdir).")
+    flags.DEFINE_string(
+        "out", "", "Folder of the results, or gs:// (default: evaluation/ in the workdir)."
+    )
     flags.DEFINE_list(
         "compare",
         None,
@@ -146,8 +149,6 @@ def main(argv: Sequence[str]) -> None:
 
     compilation.use_cache(FLAGS.compilation_cache)
     out = to_path(FLAGS.out or to_path(workdirs[-1]) / runs.EVALUATION, absolute=True)
-    if is_remote(out):
-        raise UserError(f"--out={out} is in a bucket; set --out=DIR, a local folder")
     evaluate(
         [to_path(w, absolute=True) for w in runs.stages_of(workdirs)],
         settings,
@@ -176,7 +177,7 @@ def compare(files: Sequence[str]) -> None:
 
     if len(files) != 2:
         raise UserError(f"--compare is {','.join(files)!r}; allowed: two files, A.json,B.json")
-    print("\n".join(protocol.compare(*map(Path, files))))
+    print("\n".join(protocol.compare(*map(to_path, files))))
 
 
 def evaluate(
@@ -205,10 +206,9 @@ def evaluate(
       metrics: names of metrics; () chooses what suits the prompts.
       sources: fields of evaluation.table.Sources.
     """
-    from data_pipelines.scenes.check import check_example, verdicts
     from imagen_jax.common.files import make_folder
-    from imagen_jax.evaluation import pages, table
     from imagen_jax.evaluation.evaluating import Evaluation
+    from imagen_jax.runs import mirror
     from imagen_jax.runs import workdir as runs
 
     config = runs.read_config(workdirs[-1])
@@ -218,13 +218,44 @@ def evaluate(
         suite = scenes_suite(config, split, num or NUM, prompts_seed)
     elif suite is None:
         suite, parts = split_suite(config, split, num), config.text.parts
-    job = Evaluation(workdirs, dict(settings), suite, seed, out, step, truncate, parts)
+    beside = out == workdirs[-1] / runs.EVALUATION
+    page = (workdirs[-1] if beside else out) / runs.REPORT
+
+    def examples_of(config: Config) -> Sequence[Any]:
+        return split_suite(config, split, num, full=False).examples
+
+    with mirror.results(out, "out") as folder:
+        job = Evaluation(workdirs, dict(settings), suite, seed, folder, step, truncate, parts)
+        files = measure(job, config, metrics, sources, examples_of, page)
+    for path in files:
+        print(path if path == page else out / path.relative_to(folder))
+
+
+def measure(
+    job: Evaluation,
+    config: Config,
+    metrics: Sequence[str],
+    sources: Mapping[str, Any],
+    examples_of: Callable[[Config], Sequence[Any]],
+    page: Path,
+) -> list[Path]:
+    """Samples and measures; writes the results and the report. Returns the pictures and the report.
+
+    Args:
+      config: of the last run.
+      metrics, sources: as of `evaluate`.
+      examples_of: as of Evaluation.losses.
+      page: the report.
+    """
+    from data_pipelines.scenes.check import check_example, verdicts
+    from imagen_jax.evaluation import pages, table
+
     judge = sources.get("judge", "")
     names = list(metrics) or table.choose(job.light, judge)
     table.check_suits(names, job.light, judge)
-    if table.LOSSES in names and not parts:
+    if table.LOSSES in names and not job.parts:
         raise UserError("--metrics has losses, which need the run's dataset; leave out --prompts")
-    answers = out / "judge_answers.jsonl"
+    answers = job.out / "judge_answers.jsonl"
     found = table.metrics(names, table.Sources(check_example, answers=answers, **sources))
     pipe = job.load()
     columns = job.columns(pipe) if found else {}
@@ -239,13 +270,10 @@ def evaluate(
     if table.LOSSES in names:
         from imagen_jax.evaluation import losses
 
-        def examples_of(config: Config) -> Sequence[Any]:
-            return split_suite(config, split, num, full=False).examples
-
         tables, records = job.losses(pipe, examples_of)
         found[table.LOSSES], results[table.LOSSES] = losses.METRIC, tables
         job.write(table.LOSSES, losses.METRIC, tables, records, pipe.stages[-1].size)
-    pages.write(job, config, columns, found, results, protocols, verdicts)
+    return pages.write(job, config, columns, found, results, protocols, verdicts, page)
 
 
 def split_suite(config: Config, split: str, num: int | None, full: bool = True) -> Suite:

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from imagen_jax.common import cli
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import check_new_folder, new_folder, read_json
 
@@ -41,7 +41,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags; a function, so that importing this module defines none."""
     cli.define_cascade_flags()
-    flags.DEFINE_string("out", None, "Folder to write; new, or empty.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write, or gs://; new, or empty.", required=True)
     flags.DEFINE_enum("format", "safetensors", FORMATS, "What to write.")
     flags.DEFINE_enum(
         "weights", "ema", ("ema", "raw"), "The EMA that training keeps, or the weights themselves."
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
 
     check_flags()
     widths = cli.parse_numbers("ema", FLAGS.ema) if FLAGS.ema else None
-    out = Path(FLAGS.out)
+    out = to_path(FLAGS.out)
     check_new_folder(out, "out")
     workdirs = FLAGS.workdir or [runs.only_run()]
     for workdir in workdirs:

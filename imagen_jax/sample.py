@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 from imagen_jax.common import cli
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import check_folder
 
@@ -64,7 +64,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "truncate_prompts", False, "Truncate prompts that are too long for the text encoder."
     )
-    flags.DEFINE_string("out", "samples", "Directory for the images; created if missing.")
+    flags.DEFINE_string("out", "samples", "Directory for the images, or gs://; created if missing.")
     flags.DEFINE_integer("seed", 0, "Seed of a prompt's first sample; each further sample adds 1.")
     flags.DEFINE_integer("num", None, f"Number of samples per prompt (default: {NUM}).")
     flags.DEFINE_integer(
@@ -101,11 +101,13 @@ def main(argv: Sequence[str]) -> None:
     del argv
     # Imported here so that --help and bad input answer at once.
     ema = cli.parse_numbers("ema", FLAGS.ema) if FLAGS.ema else None
-    check_folder(Path(FLAGS.out), "out")
+    out = to_path(FLAGS.out)
+    check_folder(out, "out")
 
     from imagen_jax.devices import compilation
     from imagen_jax.pipeline import cascade, prompts, writer
     from imagen_jax.pipeline.settings import SettingError, Settings
+    from imagen_jax.runs import mirror
 
     compilation.use_cache(FLAGS.compilation_cache)
     texts = prompts.read_prompts(FLAGS.prompts, FLAGS.prompts_file)
@@ -120,11 +122,11 @@ def main(argv: Sequence[str]) -> None:
         pipe = cascade.load(*(FLAGS.workdir or ()), step=FLAGS.step, ema=ema)
         job = pipe.prepare(requests, settings)
         columns = settings.frames or settings.num
-        writer.write_samples(
-            pipe, job, Path(FLAGS.out), columns=columns, all_stages=FLAGS.all_stages
-        )
+        with mirror.results(out, "out") as folder:
+            writer.write_samples(pipe, job, folder, columns=columns, all_stages=FLAGS.all_stages)
     except SettingError as e:
         raise UserError(f"--{e}") from e
+    print(out / writer.GRID)
 
 
 if __name__ == "__main__":

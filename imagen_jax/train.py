@@ -132,16 +132,10 @@ def check_flags() -> Path:
             "--workdir=DIR is needed with several processes; it must be a path that all hosts "
             "share (docs/launch.md)"
         )
-    scheme, separator, _ = (FLAGS.workdir or "").partition("://")
-    if separator and scheme != "gs":
-        raise UserError(
-            f"--workdir is {FLAGS.workdir!r}; it must be a path that all hosts share, or "
-            "gs://BUCKET/FOLDER (docs/launch.md)"
-        )
     from imagen_jax.runs.workdir import RUNS, check_trainable
 
     workdir = FLAGS.workdir or f"{RUNS}/{typed_config.run_name(FLAGS.config)}"
-    check_trainable(to_path(workdir))
+    check_trainable(workdir)
     return to_path(workdir, absolute=True)
 
 

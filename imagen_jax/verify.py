@@ -33,8 +33,9 @@ def main(argv: Sequence[str]) -> None:
     from imagen_jax.runs import verification
     from imagen_jax.runs import workdir as runs
 
-    workdir = to_path(FLAGS.workdir or runs.only_run())
+    workdir = FLAGS.workdir or runs.only_run()
     runs.check_run(workdir)
+    workdir = to_path(workdir)
     damaged = []
     for path, problem in verification.problems(workdir):
         print(f"{'damaged' if problem else 'whole':<8} {path}" + (f": {problem}" * bool(problem)))

@@ -1,43 +1,68 @@
 """Shows a run from any host that sees its workdir: step, rate, checkpoint, TensorBoard command.
 
     python -m launch.status --workdir=runs/demo
+    python -m launch.status --workdir=gs://BUCKET/runs/demo
 
 --state prints only whether it runs or how it ended.
 
-Needs only Python's standard library, and does not disturb the run.
+Does not disturb the run. Needs only Python's standard library, unless the workdir is in a bucket.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 # A run counts as silent if its last line of metrics is older than OVERDUE times the usual interval
-# and older than PATIENCE seconds.
+# and older than PATIENCE seconds. A run uploads its metrics to a bucket once a minute.
 OVERDUE, PATIENCE = 3.0, 120.0
+COMMITTED = "commit_success.txt"  # ends the save of a checkpoint in a bucket
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the summary and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = fail
-    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--workdir", required=True)
     parser.add_argument("--state", action="store_true")
     args = parser.parse_args(argv)
-    workdir = args.workdir
-    if not (workdir / "config.json").exists():
-        fail(f"--workdir={workdir} has no run: config.json is missing")
-    found = summary(workdir.absolute(), time.time())
+    with opened(args.workdir) as workdir:
+        if not (workdir / "config.json").exists():
+            fail(f"--workdir={args.workdir} has no run: config.json is missing")
+        found = summary(workdir, time.time())
     if args.state:
         print(found.get("state", "not started"))
         return 0
     for name, value in found.items():
         print(f"{name:<12} {value}")
     return 0
+
+
+@contextlib.contextmanager
+def opened(workdir: str) -> Iterator[Path]:
+    """Yields the workdir as an absolute path; a bucket that cannot be read ends the program."""
+    if "://" not in workdir:
+        yield Path(workdir).absolute()
+        return
+    if not workdir.startswith("gs://"):
+        fail(f"--workdir is {workdir!r}; it must be a folder or gs://BUCKET/FOLDER")
+    try:
+        from imagen_jax.common import buckets
+    except ImportError as e:
+        fail(f"--workdir={workdir} needs this project's packages ({e}); see docs/launch.md")
+    try:
+        with buckets.as_os_errors(workdir):
+            yield buckets.to_path(workdir)
+    except ValueError as e:  # gcsfs is missing
+        fail(str(e))
+    except OSError as e:
+        fail(f"--workdir={workdir} cannot be read: {e.strerror or e}")
 
 
 def fail(message: str) -> None:
@@ -64,7 +89,7 @@ def summary(workdir: Path, now: float) -> dict[str, str]:
     evals = [line for line in lines if has_numbers(line, "step", "eval_loss")]
     out = {"workdir": str(workdir)}
     if steps:
-        age = now - (workdir / "metrics.jsonl").stat().st_mtime
+        age = now - modified(workdir / "metrics.jsonl")
         out |= progress(steps[-1], config, age)
     else:
         out["step"] = "none yet"
@@ -169,14 +194,21 @@ def has_numbers(line: dict, *names: str) -> bool:
 def newest(folder: Path, suffix: str, now: float) -> str:
     """Returns the path and age of the step_N with the highest N.
 
-    Unfinished checkpoints have longer names, so they do not match.
+    Unfinished checkpoints have longer names, so they do not match; in a bucket they lack COMMITTED.
     """
     name = re.compile(rf"step_(\d+){re.escape(suffix)}")
     found = {int(m[1]): p for p in folder.glob("*") if (m := name.fullmatch(p.name))}
-    if not found:
-        return "none yet"
-    last = found[max(found)]
-    return f"{last}, {duration(now - last.stat().st_mtime)} ago"
+    for _, path in sorted(found.items(), reverse=True):
+        whole = path / COMMITTED if "://" in str(path) and not suffix else path
+        if whole.exists():
+            return f"{path}, {duration(now - modified(whole))} ago"
+    return "none yet"
+
+
+def modified(path: Path) -> float:
+    """Returns when a file was written, in seconds since the epoch."""
+    found = path.stat()
+    return found.st_mtime if hasattr(found, "st_mtime") else found.mtime  # etils has no st_mtime
 
 
 def duration(seconds: float) -> str:

@@ -119,12 +119,14 @@ def check_new_folder(folder: Path, flag: str) -> None:
     Raises:
       UserError: it is not empty, or cannot be written.
     """
-    if folder.is_dir():
-        if any(folder.iterdir()):
-            raise UserError(f"--{flag}={folder} is not empty; name a new folder")
-    elif folder.exists():
-        raise UserError(f"--{flag}={folder} is a file; name a new folder")
-    check_folder(folder.absolute().parent, flag)
+    remote = buckets.is_remote(folder)
+    with _writing(folder, flag), buckets.as_os_errors(folder):
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                raise UserError(f"--{flag}={folder} is not empty; name a new folder")
+        elif folder.exists():
+            raise UserError(f"--{flag}={folder} is a file; name a new folder")
+    check_folder(folder if remote else folder.absolute().parent, flag)
 
 
 @contextlib.contextmanager
@@ -134,12 +136,21 @@ def new_folder(folder: Path, flag: str, mode: int = 0o777) -> Iterator[Path]:
     Check `folder` first, before slow work. The block should do no more than write to the temporary
     folder: an OSError is taken as a failure to write.
 
+    In a bucket, the temporary folder is local, and its files are uploaded at the end.
+
     Args:
       mode: permissions of the folder.
 
     Raises:
       UserError: `folder` is not empty, or cannot be written.
     """
+    if buckets.is_remote(folder):
+        with tempfile.TemporaryDirectory() as name, _writing(folder, flag):
+            yield Path(name)
+            for path in buckets.files_below(Path(name)):
+                with replacing(folder / path.relative_to(name).as_posix()) as copy:
+                    shutil.copyfile(path, copy)
+        return
     folder = folder.absolute()
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -182,7 +193,7 @@ def sha256(files: Iterable[Path], more: bytes = b"") -> str:
     """Hashes the contents of the files in order, followed by `more`."""
     digest = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
+        with buckets.to_path(path).open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     digest.update(more)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from imagen_jax.common import buckets
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import read_json
 
@@ -31,8 +32,9 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
     Args:
       file: the path of a Python file, which is run and whose `get_config` is called, or of the
-        config.json of a run. Then, after a colon, an argument of get_config, a TPU slice for
-        mesh.topology, or both: "configs/base64.py:tiny", "configs/base64.py:1b,v4-128".
+        config.json of a run, which may be in a bucket. Then, after a colon, an argument of
+        get_config, a TPU slice for mesh.topology, or both: "configs/base64.py:tiny",
+        "configs/base64.py:1b,v4-128".
       overrides: strings such as "model.embed_dim=64"; a value that is not a Python literal is a
         string.
 
@@ -40,15 +42,16 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
       UserError: the file does not exist, it does not take the argument, or an override is not
         key=value.
     """
-    path, _, words = file.partition(":")
+    path, words = _split(file)
     topology = [w for w in words.split(",") if TOPOLOGY.fullmatch(w)]
     argument = ",".join(w for w in words.split(",") if w not in topology)
-    if not path.endswith((".py", ".json")) or not Path(path).is_file():
+    if not path.endswith((".py", ".json")) or not _is_file(path):
         raise UserError(
             f"--config is {file!r}; no such config file (for example configs/demo.py, or the "
             "config.json of a run)"
         )
-    values = _python_values(file, path, argument) if path.endswith(".py") else read_json(Path(path))
+    of_python = path.endswith(".py")
+    values = _python_values(file, path, argument) if of_python else read_json(buckets.to_path(path))
     if argument and path.endswith(".json"):
         raise UserError(f"--config is {file!r}: argument {argument!r}; allowed: none")
     for override in (*(f"mesh.topology={t}" for t in topology), *overrides):
@@ -64,6 +67,23 @@ def load(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
                 raise UserError(f"config.{_shown(section)} has no key {last!r:.200}")
         node[last] = _literal(text)
     return values
+
+
+def _split(file: str) -> tuple[str, str]:
+    """Splits "configs/base64.py:tiny" or "gs://BUCKET/config.json" at the colon after the path."""
+    scheme, separator, rest = file.rpartition("://")
+    path, _, words = rest.partition(":")
+    return f"{scheme}{separator}{path}", words
+
+
+def _is_file(path: str) -> bool:
+    if not buckets.is_remote(path):
+        return Path(path).is_file()
+    try:
+        with buckets.as_os_errors(path):  # Python files must be local: they are run
+            return path.endswith(".json") and buckets.to_path(path).exists()
+    except OSError as e:
+        raise UserError(f"--config={path} cannot be read: {e.strerror}") from e
 
 
 def _python_values(file: str, path: str, argument: str) -> dict[str, Any]:
@@ -88,7 +108,7 @@ def run_name(spec: str) -> str:
     Args:
       spec: the argument `file` of `load`.
     """
-    path, _, words = spec.partition(":")
+    path, words = _split(spec)
     of_run = Path(path).name == "config.json"
     stem = Path(path).absolute().parent.name if of_run else Path(path).stem
     name = "_".join([stem, *(word for word in words.split(",") if word)])

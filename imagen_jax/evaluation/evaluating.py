@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import imagen_jax
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import write_json
@@ -164,7 +165,7 @@ class Evaluation:
         """Returns the cascade with averages of other widths; its compiled programs stay."""
         stages = []
         for i, stage in enumerate(pipe.stages):
-            workdir, width = Path(stage.name), widths[i % len(widths)]
+            workdir, width = to_path(stage.name), widths[i % len(widths)]
             if width != stage.ema:
                 newest = newest_step if width is None else newest_snapshot
                 step = newest(workdir) if self.step is None else self.step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from imagen_jax.evaluation import published, report, sweep
 from imagen_jax.evaluation.evaluating import Column, Evaluation
 from imagen_jax.evaluation.metric import Example, Metric, Table
 from imagen_jax.evaluation.report import Sampled
-from imagen_jax.runs import workdir as runs
 
 SHOWN = 32  # samples per grid
 JUDGED, JUDGED_PIXELS = 512, 2**27  # samples among which the report finds the best and the worst
@@ -31,14 +31,16 @@ def write(
     results: Mapping[str, Mapping[str, Table]],
     protocols: Mapping[str, Mapping[str, Any]],
     verdicts: Verdicts,
-) -> None:
-    """Writes the pictures and the report; prints the tables of the metrics and the files' names.
+    page: Path,
+) -> list[Path]:
+    """Writes the pictures and the report, prints the tables of the metrics, returns the files.
 
     Args:
       config: of the last run.
       columns: the samples of every point.
       metrics, results: by the metric's name.
       protocols: of the metrics of images.
+      page: the report.
     """
     files = []
     for name, column in columns.items():
@@ -48,13 +50,11 @@ def write(
         pictures.save(grid, files[-1])
     more = _sections(job, columns, metrics, results, protocols)
     measured = [report.Measured(metric, results[name]) for name, metric in metrics.items()]
-    workdir = job.workdirs[-1]
-    path = None if job.out == workdir / runs.EVALUATION else job.out / runs.REPORT
-    page = report.write(workdir, _sampled(job, config, columns, verdicts), measured, more, path)
+    sampled = _sampled(job, config, columns, verdicts)
+    report.write(job.workdirs[-1], sampled, measured, more, page, job.out)
     for part in measured:
         print(report.text_table(part))
-    for path in (*files, page):
-        print(path)
+    return [*files, page]
 
 
 def _sections(

@@ -55,6 +55,7 @@ def write(
     results: Sequence[Measured],
     more: Sequence[str] = (),
     path: Path | None = None,
+    folder: Path | None = None,
 ) -> Path:
     """Writes the report of a run and returns its path.
 
@@ -63,10 +64,10 @@ def write(
       results: the metrics, in the order of display.
       more: further parts as HTML, below the metrics.
       path: the file (default: workdir/report.html).
+      folder: folder of its loss curve (default: workdir/evaluation).
     """
     config = runs.read_config(workdir)
     lines = runs.read_metrics(workdir)
-    pictures_of = path.parent if path else workdir / runs.EVALUATION
     parts = [
         html.element("p", _summary(lines)),
         *(_metric(measured) for measured in results),
@@ -74,7 +75,7 @@ def write(
         *_extremes(samples),
         *_first(samples),
         *_training(workdir),
-        *_losses(workdir, lines, config.loss_label, pictures_of),
+        *_losses(lines, config.loss_label, folder or workdir / runs.EVALUATION),
         html.element("h2", "Go on"),
         html.element("p", _CONTINUE),
         html.element("pre", "\n".join(commands(workdir))),
@@ -170,12 +171,12 @@ def _training(workdir: Path) -> list[str]:
     at = np.unique(np.linspace(0, len(found) - 1, min(MOST_GRIDS, len(found))).round().astype(int))
     grids = []
     for path in (found[i] for i in at):
-        with Image.open(path) as grid:
+        with path.open("rb") as file, Image.open(file) as grid:
             grids.append(html.picture(grid, f"step {int(path.stem.split('_')[1]):,}", 560))
     return [html.element("h2", "Samples during training") + html.slider(grids)]
 
 
-def _losses(workdir: Path, lines: list[dict], label: str, folder: Path) -> list[str]:
+def _losses(lines: list[dict], label: str, folder: Path) -> list[str]:
     """Draws the losses against training time, or against steps if no time was logged."""
     train = [m for m in lines if "loss" in m]
     if not train:

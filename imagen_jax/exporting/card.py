@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.cli import log
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import read_json
@@ -125,7 +126,7 @@ def _limits(card: Card) -> list[str]:
 def _results(card: Card) -> list[str]:
     """Returns the figures of these weights in the evaluation of the folder that they come from."""
     stage = card.stage
-    folder, parts = Path(stage.name), []
+    folder, parts = to_path(stage.name), []
     losses = [m for m in runs.read_metrics(folder) if "eval_loss" in m and m["step"] <= stage.step]
     if losses:
         last = losses[-1]

@@ -9,13 +9,13 @@ import dataclasses
 import json
 import math
 import os
-from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from imagen_jax.common import buckets
 from imagen_jax.common.errors import UserError, first_line
 
 _SAFETENSORS_DTYPES = {
@@ -62,12 +62,13 @@ class FileTensor:
         order = sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis])
         out = np.empty([ranges[axis][1] - ranges[axis][0] for axis in order], self.dtype)
         start = sum(r[0] * stride for r, stride in zip(ranges, self.strides, strict=True))
-        with open(self.path, "rb", buffering=0) as file:
+        unbuffered = {} if buckets.is_remote(self.path) else {"buffering": 0}
+        with self.path.open("rb", **unbuffered) as file:
             _fill(file, out, self.offset + start, tuple(self.strides[axis] for axis in order))
         return out.transpose(np.argsort(order))
 
 
-def _fill(file: FileIO, out: np.ndarray, offset: int, strides: tuple[int, ...]) -> None:
+def _fill(file: BinaryIO, out: np.ndarray, offset: int, strides: tuple[int, ...]) -> None:
     """Fills the contiguous array `out` with numbers that are `strides` bytes apart in the file."""
     if all(n == 1 or a == b for n, a, b in zip(out.shape, out.strides, strides, strict=True)):
         left = memoryview(out.reshape(-1).view(np.uint8))
@@ -93,11 +94,11 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, FileTensor]:
     Raises:
       UserError: the file cannot be opened, is cut short, or has a damaged header.
     """
-    path = Path(path)
+    path = buckets.to_path(path)
     try:
-        with open(path, "rb") as file:
+        with buckets.as_os_errors(path), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
+            size = buckets.size(path)
             if 8 + length > size:
                 raise ValueError(f"the header has {length} bytes, the file only {size}")
             header = json.loads(file.read(length))

@@ -18,11 +18,13 @@ from imagen_jax.pipeline.cascade import Cascade, Job
 from imagen_jax.pipeline.prompts import Request
 from imagen_jax.pipeline.trained import TrainedStage
 
+GRID = "grid.png"
+
 
 def write_samples(
     cascade: Cascade, job: Job, out: Path, *, columns: int, all_stages: bool = False
 ) -> None:
-    """Samples the images that a folder lacks; writes them, samples.json and grid.png.
+    """Samples the images that a folder lacks; writes them, samples.json and GRID.
 
     An image is missing unless its metadata records the same request, settings and checkpoints.
 
@@ -55,8 +57,7 @@ def write_samples(
     shown = names[: pictures.MOST_ON_A_SHEET]
     sheet = np.stack([_side_by_side([folder / name for folder in folders]) for name in shown])
     captions = [r.prompt for r in job.requests[: len(shown)]]
-    pictures.save(pictures.grid(sheet, captions, columns=columns), out / "grid.png")
-    print(out / "grid.png")
+    pictures.save(pictures.grid(sheet, captions, columns=columns), out / GRID)
 
 
 def _records(cascade: Cascade, job: Job) -> list[str]:

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from etils import epath
 
+from imagen_jax.common.buckets import to_path
 from imagen_jax.common.errors import DAMAGED, WORKDIR_FAILED, RunError, UserError, first_line
 from imagen_jax.common.files import read_json, sha256, write_json
 from imagen_jax.formats.tensors import FileTensor, read_safetensors
@@ -95,7 +96,7 @@ def read(workdir: epath.PathLike) -> dict[str, Any]:
     Raises:
       UserError: it cannot be read, or is of another format or version.
     """
-    path = Path(workdir) / EXPORT
+    path = to_path(workdir) / EXPORT
     record = read_json(path)
     if record.get("version") != VERSION:
         found = record.get("version")
@@ -128,7 +129,7 @@ def open_tensors(workdir: epath.PathLike) -> dict[str, FileTensor]:
       UserError: EXPORT cannot be read.
       RunError: the weights are not what was exported.
     """
-    folder = Path(workdir)
+    folder = to_path(workdir)
     if damage := _damage(folder, TENSORS, read(folder)["sha256"]):
         raise RunError(DAMAGED, f"{folder / TENSORS} is damaged: {damage}; get the model again")
     return read_safetensors(folder / TENSORS)
@@ -149,8 +150,8 @@ def restore(workdir: epath.PathLike, abstract_params: Any) -> Any:
         have, want = (tree[name].shape if name in tree else None for tree in (stored, wanted))
         if have != want:
             raise UserError(
-                f"{Path(workdir) / TENSORS}: {name} has shape {have}; the network of {CONFIG} has "
-                f"{want}"
+                f"{to_path(workdir) / TENSORS}: {name} has shape {have}; the network of {CONFIG} "
+                f"has {want}"
             )
     leaves = [put(stored[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)

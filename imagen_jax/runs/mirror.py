@@ -3,17 +3,21 @@
 A bucket cannot append to an object. If the workdir is in one, these files grow in a local folder
 and are uploaded whole, at most once a minute and before each checkpoint. A killed run loses at most
 the lines after its last checkpoint, which the resumed run would drop anyway.
+
+The results of a command, such as samples, are written in the same way, and uploaded at its end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from imagen_jax.common import buckets
+from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import replacing
 
 UPLOAD_S = 60.0
@@ -41,7 +45,10 @@ class Mirror:
             path = workdir / name
             with buckets.as_os_errors(path):
                 if path.exists():
-                    (self.folder / name).write_bytes(path.read_bytes())
+                    copy = self.folder / name
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_bytes(path.read_bytes())
+                    self._uploaded[copy] = _state(copy)
 
     def due(self) -> bool:
         """Returns whether the last upload is so old that it is time for the next."""
@@ -57,8 +64,7 @@ class Mirror:
             return
         self._time = time.monotonic()
         for path in buckets.files_below(self.folder):
-            found = path.stat()
-            state = found.st_size, found.st_mtime_ns
+            state = _state(path)
             if self._uploaded.get(path) != state:
                 with replacing(self._workdir / path.relative_to(self.folder)) as temporary:
                     shutil.copyfile(path, temporary)
@@ -69,3 +75,42 @@ class Mirror:
         if self._remote:
             self.upload()
             shutil.rmtree(self.folder)
+
+
+@contextlib.contextmanager
+def results(folder: Path, flag: str) -> Iterator[Path]:
+    """Yields where to write the results that belong in `folder`: there, or locally for a bucket.
+
+    The local folder begins as a copy of the one in the bucket, so that a command goes on where it
+    was interrupted. What has changed is uploaded at the end, also after an error.
+
+    Args:
+      flag: the flag that names the folder.
+
+    Raises:
+      UserError: the bucket cannot be read or written.
+    """
+    if not buckets.is_remote(folder):
+        yield folder
+        return
+    try:
+        with buckets.as_os_errors(folder):
+            found = [str(p.relative_to(folder)) for p in buckets.files_below(folder)]
+        local = Mirror(folder, found)
+    except OSError as e:
+        raise UserError(f"--{flag}={folder} cannot be read: {e.strerror or e}") from e
+    try:
+        yield local.folder
+    finally:
+        try:
+            local.close()
+        except OSError as e:
+            raise UserError(
+                f"--{flag}={folder} cannot be written: {e.strerror or e}; the results are in "
+                f"{local.folder}"
+            ) from e
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

@@ -137,8 +137,14 @@ def _has(workdir: epath.PathLike, name: str) -> bool:
     """Returns whether the workdir has a file.
 
     Raises:
-      UserError: the workdir is in a bucket that cannot be read.
+      UserError: the workdir is in a bucket that cannot be read, or not in Google Cloud Storage.
     """
+    scheme, separator, _ = os.fspath(workdir).partition("://")
+    if separator and scheme != "gs":
+        raise UserError(
+            f"--workdir is {os.fspath(workdir)!r}; it must be a folder, which may be on a mount, "
+            "or gs://BUCKET/FOLDER (docs/launch.md)"
+        )
     try:
         with buckets.as_os_errors(workdir):
             return (buckets.to_path(workdir) / name).exists()

@@ -135,7 +135,10 @@ def test_a_run_takes_the_place_of_a_dead_one_and_notices_if_it_loses_its_own(qui
 @pytest.mark.parametrize(
     ("workdir", "words"),
     [
-        ("s3://bucket/run", r"--workdir is 's3://bucket/run'; it must be .* or gs://BUCKET/FOLDER"),
+        (
+            "s3://bucket/run",
+            r"--workdir is 's3://bucket/run'; it must be a folder.* or gs://BUCKET/FOLDER",
+        ),
         ("gs://bucket/run", r"gs://bucket/run needs gcsfs; install it with: pip install gcsfs"),
     ],
 )
