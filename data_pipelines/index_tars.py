@@ -24,7 +24,7 @@ from etils import epath
 from tqdm import tqdm
 
 from data_pipelines.records import tars
-from imagen_jax.common import cli
+from imagen_jax.common import buckets, cli
 from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import matching
 
@@ -51,27 +51,38 @@ def main(argv: list[str]) -> None:
     del argv
     if not FLAGS.tars or not FLAGS.name:
         raise UserError("--tars and --name are needed (see --help)")
+    for path in (FLAGS.data_dir, *FLAGS.tars):
+        buckets.check(path)
     folder = epath.Path(FLAGS.data_dir) / FLAGS.name
     # Absolute, because a run may start in another folder.
     paths = [p if "://" in p else os.path.abspath(p) for p in matching(FLAGS.tars, "tars")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         found, bad = index(paths, folder, FLAGS.workers)
+        splits = write(folder, found, bad, len(paths))
     except OSError as e:
         raise UserError(f"{folder} cannot be written to: {e.strerror or e}") from e
-    if bad and not FLAGS.skip_bad:
-        raise UserError(
-            f"{len(bad)} of {len(paths)} tars cannot be indexed, for example {bad[0]}. Replace "
-            "them and run this again, which only reads those, or leave them out with --skip_bad"
-        )
-    if not found:
-        raise UserError(f"no tar can be indexed, for example {bad[0]}")
-    splits = tars.write_tars(folder, found, FLAGS.validation_fraction)
     skipped = sum(tar.skipped for tar in found)
     counts = ", ".join(f"{name} {num:,}" for name, num in splits.items())
     cli.log.info("wrote %s: %s", folder / tars.TARS, counts)
     if skipped or bad:
         cli.log.info("left out %d files without image or caption and %d tars", skipped, len(bad))
+
+
+def write(folder: epath.Path, found: list[tars.Tar], bad: list[str], num: int) -> dict[str, int]:
+    """Writes tars.json, and returns the records of each split.
+
+    Raises:
+      UserError: some of the `num` tars are bad, and --skip_bad is not set; or all are.
+    """
+    if bad and not FLAGS.skip_bad:
+        raise UserError(
+            f"{len(bad)} of {num} tars cannot be indexed, for example {bad[0]}. Replace "
+            "them and run this again, which only reads those, or leave them out with --skip_bad"
+        )
+    if not found:
+        raise UserError(f"no tar can be indexed, for example {bad[0]}")
+    return tars.write_tars(folder, found, FLAGS.validation_fraction)
 
 
 def index(paths: list[str], folder: epath.Path, workers: int) -> tuple[list[tars.Tar], list[str]]:

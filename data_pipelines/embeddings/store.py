@@ -27,6 +27,7 @@ import numpy as np
 from etils import epath
 
 from data_pipelines.records.files import load_array
+from imagen_jax.common import buckets
 from imagen_jax.common.errors import UserError, first_line
 from imagen_jax.common.files import write_json
 
@@ -169,6 +170,7 @@ def open_store(path: str) -> Store:
     Raises:
       UserError: there is no store, or shards are missing.
     """
+    buckets.check(path)
     folder = epath.Path(path)
     if not (folder / _STORE).exists():
         raise UserError(

@@ -34,6 +34,7 @@ from data_pipelines.ingestion import (
 from data_pipelines.ingestion.items import Columns, Source
 from data_pipelines.ingestion.workers import Each, one_line
 from data_pipelines.records import dataset, manifest, prepared
+from imagen_jax.common import buckets
 from imagen_jax.common.errors import UserError
 
 # Embeds the captions of the shards in a folder: (folder, shard files) -> identity of the encoder.
@@ -76,6 +77,7 @@ def _run(job: Job, each: Each) -> epath.Path:
     filters.check_languages(job.options.languages)
     found = [sources.find(spec, job.columns, job.options.shard_size) for spec in job.specs]
     filters.token_limit(job.options.encoder, job.options.max_tokens)  # fails early
+    buckets.check(job.data_dir)
     path = epath.Path(job.data_dir) / job.name / prepared.VERSION
     described = {
         "sources": [_describe(source) for source in found],
@@ -133,7 +135,7 @@ def _write(
             total.items += 1
             total.add("rejected", skip, summary.REPORTED)
     if not total.accepted:
-        reasons = listed(total.counts["rejected"].most_common())
+        reasons = listed(total.counts["rejected"].most_common()) or "there is none"
         raise UserError(f"no image of {', '.join(job.specs)} passes: {reasons}")
     planned = layout.plan(staged, job.options)
     total.counts["rejected"].update(planned.dropped)

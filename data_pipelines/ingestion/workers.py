@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_pipelines.common import NO_BEAM
 from imagen_jax.common.errors import UserError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _done: Any = None  # in a worker process: the shared counts of items and bytes
 
 
@@ -134,7 +134,7 @@ def one_line() -> Iterator[None]:
             raise
         raise UserError(
             f"{e.strerror} ({e.filename or 'while writing the dataset'}). Finished files are kept: "
-            "free some space and run the same command again"
+            "make room and run the same command again"
         ) from e
 
 

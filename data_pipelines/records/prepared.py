@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from imagen_jax.common import buckets
 from imagen_jax.common.errors import UserError, first_line
 
 VERSION = "1.0.0"
@@ -47,6 +48,7 @@ class DatasetInfo(NamedTuple):
 
 def exists(data_dir: str, name: str) -> bool:
     """Returns whether `data_dir` has a complete dataset `name`."""
+    buckets.check(data_dir)
     folder = epath.Path(data_dir) / name
     return (folder / VERSION / INFO).exists() or (folder / TARS).exists()
 
@@ -60,6 +62,7 @@ def find(data_dir: str, name: str, **flags: Any) -> epath.Path:
     Raises:
       UserError: the dataset does not exist; the message has the command that makes it.
     """
+    buckets.check(data_dir)
     path = epath.Path(data_dir) / name / VERSION
     unfinished = (path / WORK).exists() and not (path / MANIFEST).exists()
     if unfinished:

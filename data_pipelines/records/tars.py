@@ -59,7 +59,7 @@ def index_tar(path: str, folder: epath.Path) -> Tar:
     entry = file.with_suffix(".json")
     try:
         size = epath.Path(path).stat().length
-        if entry.exists() and (done := Tar(*json.loads(entry.read_text()))).size == size:
+        if entry.exists() and (done := _read(entry)) and done.size == size:
             return done
         index, skipped = _samples(path, size)
     except (OSError, tarfile.TarError) as e:
@@ -73,6 +73,14 @@ def index_tar(path: str, folder: epath.Path) -> Tar:
     tar = Tar(path, size, len(index), skipped)
     write_json(entry, list(tar))
     return tar
+
+
+def _read(entry: epath.Path) -> Tar | None:
+    """Reads what `index_tar` wrote last about a tar; None if it is damaged."""
+    try:
+        return Tar(*json.loads(entry.read_bytes()))
+    except (ValueError, TypeError):
+        return None
 
 
 def write_tars(folder: epath.Path, tars: Sequence[Tar], fraction: float) -> dict[str, int]:

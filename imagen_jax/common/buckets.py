@@ -12,7 +12,6 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from imagen_jax.common.errors import UserError, first_line
@@ -26,6 +25,25 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def check(path: str | os.PathLike) -> None:
+    """Raises UserError for a path in a store that cannot be read: see PACKAGES."""
+    scheme, remote, _ = os.fspath(path).partition("://")
+    if not remote:
+        return
+    if scheme not in PACKAGES:
+        schemes = " or ".join(f"{name}://" for name in PACKAGES)
+        raise UserError(f"{os.fspath(path)}: {scheme}:// is not read; use a folder, {schemes}")
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as e:
+        package = PACKAGES[scheme]
+        raise UserError(
+            f"{os.fspath(path)} needs {package}; install it with: pip install {package}"
+        ) from e
+
+
 def to_path(path: str | os.PathLike, absolute: bool = False) -> Path:
     """Returns a pathlib.Path, or an epath.Path for a path in a bucket.
 
@@ -33,19 +51,15 @@ def to_path(path: str | os.PathLike, absolute: bool = False) -> Path:
       absolute: make a local path absolute.
 
     Raises:
-      UserError: the package for the bucket is not installed.
+      UserError: as `check`.
     """
     if not is_remote(path):
         return Path(path).absolute() if absolute else Path(path)
+    check(path)
     from etils import epath
 
     # Callers report errors in one line; gcsfs would also log a stack trace.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    scheme = os.fspath(path).partition("://")[0]
-    if (package := PACKAGES.get(scheme)) and not find_spec(package):
-        raise UserError(
-            f"{os.fspath(path)} needs {package}; install it with: pip install {package}"
-        )
     return epath.Path(path)
 
 

@@ -1,10 +1,12 @@
 """WebDataset tars in place: the index, reading and training through it, and bad tars."""
 
+import errno
 import io
 import json
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import ROOT, load_config, shrink
 from datasets import picture, write_store
 from etils import epath
 
+from data_pipelines import index_tars
 from data_pipelines.embeddings import caption_lists
 from data_pipelines.reading.reader import Reader
 from data_pipelines.records import tars
@@ -173,3 +176,27 @@ def test_a_compressed_tar_and_one_without_samples_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no sample in 2 files; allowed: NAME\.jpg"):
         tars.index_tar(path, epath.Path(tmp_path))
     assert np.all([p.is_relative_to(tmp_path) for p in tmp_path.rglob("*")])
+
+
+def test_a_damaged_note_about_a_tar_is_written_again(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(0, 3))
+    indexed = tars.index_tar(path, epath.Path(tmp_path))
+    [note] = (tmp_path / "index").glob("*.json")
+    for text in ("", "[1]", "{}"):
+        note.write_text(text)
+        assert tars.index_tar(path, epath.Path(tmp_path)) == indexed
+        assert json.loads(note.read_text()) == list(indexed)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", samples(0, 3))
+    flags = {"tars": [path], "name": "a", "data_dir": str(tmp_path), "workers": 1}
+    monkeypatch.setattr(index_tars, "FLAGS", SimpleNamespace(validation_fraction=0.0, **flags))
+    monkeypatch.setattr(index_tars, "index", lambda *args: ([tars.Tar(path, 1, 3, 0)], []))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr(tars, "write_json", full)
+    with pytest.raises(UserError, match=r"/a cannot be written to: No space left on device$"):
+        index_tars.main([])

@@ -145,11 +145,14 @@ def test_a_run_takes_the_place_of_a_dead_one_and_notices_if_it_loses_its_own(qui
 def test_other_buckets_and_a_missing_package_are_refused(monkeypatch, workdir, words):
     from types import SimpleNamespace
 
-    from imagen_jax.common import buckets
+    import fsspec
+
+    def missing(scheme):
+        raise ImportError(scheme)
 
     flags = {"config": "x.py", "workdir": workdir, "num_processes": 1, "coordinator": ""}
     monkeypatch.setattr(train, "FLAGS", SimpleNamespace(distributed=False, **flags))
-    monkeypatch.setattr(buckets, "find_spec", lambda name: None)
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     with pytest.raises(UserError, match=words):
         train.check_flags()
 

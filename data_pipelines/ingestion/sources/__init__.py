@@ -13,6 +13,7 @@ from etils import epath
 
 from data_pipelines.ingestion.items import IMAGE_SUFFIXES, Columns, Source
 from data_pipelines.ingestion.sources import coco, folder, listed, parquet, webdataset
+from imagen_jax.common import buckets
 from imagen_jax.common.errors import UserError
 
 # Lists a source: (the files or the folder, the columns, candidates in a part) -> Source.
@@ -70,6 +71,7 @@ def _parse(spec: str) -> tuple[str, str]:
 
 def _expand(spec: str, path: str) -> list[epath.Path]:
     """Returns the existing paths that `path` names, sorted."""
+    buckets.check(path)
     if braces := _BRACES.search(path):
         first, last = braces.groups()
         numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]

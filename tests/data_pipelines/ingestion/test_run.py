@@ -188,6 +188,9 @@ def test_again_with_other_settings_needs_overwrite(tars, tmp_path, capsys):
         ingest(tmp_path, tars / "00000.tar")
     with pytest.raises(UserError, match=r"no image of .* passes: smaller than"):
         ingest(tmp_path, tars, resolution=64, overwrite=True)
+    write_tar(tmp_path / "no" / "0.tar", {})
+    with pytest.raises(UserError, match=r"no image of .*no passes: there is none"):
+        ingest(tmp_path, tmp_path / "no", overwrite=True)
     assert files(folder) == before  # the old one is kept if the new one fails
     ingest(tmp_path, tars, resolution=8, overwrite=True)
     assert manifest(folder)["settings"]["resolution"] == 8

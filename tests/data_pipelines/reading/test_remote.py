@@ -8,11 +8,15 @@ from datasets import record, write, write_store
 from etils import epath
 from fake_buckets import in_memory, serving, upload
 
+from data_pipelines.embeddings.store import open_store
+from data_pipelines.ingestion import sources
+from data_pipelines.ingestion.items import Columns
 from data_pipelines.reading.order import Order
 from data_pipelines.reading.reader import Reader
-from data_pipelines.records import tars
+from data_pipelines.records import prepared, tars
 from data_pipelines.records.opening import open_split
 from data_pipelines.records.source import Bad
+from imagen_jax.common.errors import UserError
 from imagen_jax.common.files import replacing, write_text
 from imagen_jax.config import parse
 
@@ -105,3 +109,26 @@ def test_a_file_in_a_bucket_appears_complete_or_not_at_all(bucket):
     assert not path.exists()
     write_text(path, "whole")
     assert path.read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("hdfs://host/x", "hdfs://host/x: hdfs:// is not read; use a folder, gs:// or s3://"),
+        ("s3://bucket/x", "s3://bucket/x needs s3fs; install it with: pip install s3fs"),
+    ],
+)
+def test_a_store_that_cannot_be_read_is_refused_in_one_line(path, words, monkeypatch):
+    def missing(scheme):
+        raise ImportError(scheme)
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    for call in (
+        lambda: prepared.exists(path, "folder"),
+        lambda: prepared.find(path, "folder"),
+        lambda: open_store(path),
+        lambda: sources.find(path, Columns(), 8),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert str(error.value) == words
