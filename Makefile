@@ -4,8 +4,6 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/demo
-# XLA takes fresh memory from the system at every step. On a CPU, huge pages save a sixth of the step.
-RUN_ON_CPU := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python
 
 .PHONY: help setup demo demo-cascade test test-slow test-parity lint audit
 
@@ -41,12 +39,12 @@ $(VENV)/.installed-parity: $(VENV)/.installed-test
 	@touch $@
 
 demo: setup
-	$(RUN_ON_CPU) -m imagen_jax.train --config=configs/demo.py --workdir=$(RUN)
-	$(RUN_ON_CPU) -m imagen_jax.evaluate --workdir=$(RUN)
+	$(BIN)/python -m imagen_jax.train --config=configs/demo.py --workdir=$(RUN)
+	$(BIN)/python -m imagen_jax.evaluate --workdir=$(RUN)
 
 # A cascade of two stages: the demo's base model and its super-resolution.
 demo-cascade: demo
-	$(RUN_ON_CPU) -m imagen_jax.train --config=configs/demo_sr.py --workdir=$(RUN)_sr
+	$(BIN)/python -m imagen_jax.train --config=configs/demo_sr.py --workdir=$(RUN)_sr
 	$(BIN)/python -m imagen_jax.sample --workdir=$(RUN),$(RUN)_sr --out=$(RUN)_sr/cascade \
 	    --all_stages --prompts="a red circle on a white background;a blue square on a gray background;a green star on a white background"
 
