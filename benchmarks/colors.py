@@ -9,6 +9,8 @@ mean difference by channel, which shows a tint; in gray levels (0 to 255), over 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from absl import flags
 
@@ -28,9 +30,8 @@ def main(argv: list[str]) -> None:
     """Samples the captions at each noise level and prints a table."""
     del argv
     levels = cli.parse_numbers("aug_level", FLAGS.aug_level)
-    from data_pipelines.scenes.grammar import nth_scene
-
     import imagen_jax
+    from data_pipelines.scenes.grammar import nth_scene
     from imagen_jax.diffusion.conditioning import shrink
 
     pipe = imagen_jax.load(*(FLAGS.workdir or ()), step=FLAGS.step)
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     for level in levels:
         outputs = pipe(captions, seed=0, aug_level=level, return_stages=True, progress=False)
         arrays = [np.stack([np.asarray(image) for image in images]) for images in outputs]
-        for low, high in zip(arrays, arrays[1:], strict=False):
+        for low, high in itertools.pairwise(arrays):
             difference = shrink(high.astype(np.float64), low.shape[1]) - low
             tint = " | ".join(f"{c:+.2f}" for c in difference.mean((0, 1, 2)))
             size = high.shape[1]

@@ -16,6 +16,7 @@ import imagen_jax
 from imagen_jax import sample
 from imagen_jax.common.errors import UserError
 from imagen_jax.pipeline import cascade
+from imagen_jax.text.encoder import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +199,8 @@ def test_nothing_changes_outside_the_mask(cascade_runs, command, tmp_path):
     np.testing.assert_array_equal(read(out / "00000.png")[:, 16:], pixels[:, 16:])
 
 
-def test_the_released_model_is_the_default(command):
-    """With its own text encoder, which `command` replaces otherwise."""
+def test_the_released_model_is_the_default(command, monkeypatch):
+    monkeypatch.setattr(cascade, "load_encoder", load_encoder)  # `command` has replaced it
     args = ["--prompts=a large red circle on a white background", "--num=1", "--steps=2"]
     out = command(*args)
     assert Image.open(out / "00000.png").size == (256, 256)

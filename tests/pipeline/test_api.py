@@ -54,8 +54,10 @@ def test_the_snippets_of_the_guide_run_in_order(folder, capsys):
 def test_load_without_a_run_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         imagen_jax.load(tmp_path)
-    with pytest.raises(UserError, match=r"^workdir is missing"):
-        imagen_jax.load()
+
+
+def test_load_without_arguments_loads_the_released_model():
+    assert [stage.size for stage in imagen_jax.load().stages] == [32, 256]
 
 
 @pytest.mark.parametrize("module", ["imagen_jax", "imagen_jax.sample"])
