@@ -58,7 +58,7 @@ class Lifeline:
           connections: those of `rendezvous.meet`.
           lost_after: seconds after which a host that does not answer counts as lost.
         """
-        self.report: Callable[[End], str] = str
+        self.report: Callable[[End], str] = _advise
         self._process_id, self._connections = process_id, connections
         for connection in connections.values():
             connection.settimeout(rendezvous.MESSAGE)
@@ -96,6 +96,10 @@ class Lifeline:
             line = f"{end} ({type(e).__name__}: {e})"
         os.write(2, f"error: {' '.join(line.split())}\n".encode())
         os._exit(end.code)
+
+
+def _advise(end: End) -> str:
+    return str(end) if end.reason else f"{end}; run the same command again"
 
 
 def _read_end(connection: socket.socket, process: int) -> End:

@@ -157,10 +157,9 @@ def reporting_ends(report: Callable[[End], str]) -> Iterator[None]:
         yield
         return
     before, _lifeline.report = _lifeline.report, report
-    try:
-        yield
-    finally:
-        _lifeline.report = before
+    yield
+    # Not after an error, which may come from the end of another process.
+    _lifeline.report = before
 
 
 @contextlib.contextmanager
@@ -181,6 +180,9 @@ def failing_at_once() -> Iterator[None]:
         if isinstance(e, (UserError, RunError)):
             code, reason = e.code, str(e)
             print(f"error: {e}", file=sys.stderr)
+        elif isinstance(e, KeyboardInterrupt):
+            code, reason = 130, "interrupted"
+            print(reason, file=sys.stderr)
         else:
             # If a process dies, collectives fail in the others. The lifeline then ends this one.
             time.sleep(NEWS_S)

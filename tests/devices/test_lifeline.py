@@ -78,8 +78,10 @@ def test_the_others_end_at_once_when_one_is_killed(killed, three):
     for i, process in enumerate(running):
         err = process.communicate(timeout=60)[1]
         if i != killed:
-            more = "" if i == 1 else "; the same command resumes from step 4"
-            assert err == f"error: process {killed} is gone{more}\n"
+            more = (
+                "run the same command again" if i == 1 else "the same command resumes from step 4"
+            )
+            assert err == f"error: process {killed} is gone; {more}\n"
             assert process.returncode == STOPPED
 
 
