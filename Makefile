@@ -8,7 +8,7 @@ RUN ?= runs/demo
 .PHONY: help setup demo demo-cascade test test-slow test-parity lint audit
 
 help:
-	@echo "make demo         train the demo, sample images of held-out captions, write a report"
+	@echo "make demo         draw with the released model, train the demo, sample, write a report"
 	@echo "make demo-cascade run the demo, train its super-resolution stage, sample with both"
 	@echo "make test         run the default tests"
 	@echo "make test-slow    run the tests that take minutes"
@@ -38,7 +38,10 @@ $(VENV)/.installed-parity: $(VENV)/.installed-test
 	-$(PIP) --no-deps torch-fidelity efficientnet-lite-pytorch jax2onnx
 	@touch $@
 
+PROMPTS := a large red circle on a white background;a green tree and a purple moon
+
 demo: setup
+	$(BIN)/python -m imagen_jax.sample --num=2 --out=samples/first --prompts="$(PROMPTS)"
 	$(BIN)/python -m imagen_jax.train --config=configs/demo.py --workdir=$(RUN)
 	$(BIN)/python -m imagen_jax.evaluate --workdir=$(RUN)
 

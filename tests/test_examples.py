@@ -29,3 +29,8 @@ def test_a_pod_run_is_planned_and_checked(tmp_path):
     pytest.importorskip("libtpu")
     out = run("plan_pod.py", tmp_path, CONFIG="configs/transformer64.py:tiny,v4-128")
     assert "pace" in out and (tmp_path / "plan" / "plan.html").exists()
+
+
+def test_guidance_is_explored_with_the_released_model(tmp_path):
+    out = run("guidance.py", tmp_path / "guidance.png", NUM="1")
+    assert "guidance 8, dynamic" in out and (tmp_path / "guidance.png").exists()
