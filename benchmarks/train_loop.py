@@ -29,7 +29,9 @@ from absl import flags
 from imagen_jax.common import cli, typed_config
 from imagen_jax.config import parse
 from imagen_jax.devices import compilation
+from imagen_jax.sections import GuardConfig
 from imagen_jax.training import experiment as experiments
+from imagen_jax.training.guard import Guard
 from imagen_jax.training.profiling import Profile
 
 FLAGS = flags.FLAGS
@@ -91,6 +93,16 @@ class NoActions:
 
     profile = Profile((), Path())
 
+    def __init__(self, config: GuardConfig):
+        self.guard = Guard(config, delay=16)
+
+    def watch(self, step: int) -> None:
+        """Does nothing."""
+
+    def local_due(self, step: int, due: list) -> bool:
+        """Returns False."""
+        return False
+
     def started(self, step: int, metrics: Any) -> None:
         """Does nothing."""
 
@@ -132,7 +144,8 @@ class Turns:
     def _whole(self, steps: int) -> None:
         from imagen_jax.training import loop  # brings TensorFlow
 
-        actions, last = NoActions(), self._step + steps
+        actions = NoActions(self._experiment.config.guard)
+        last = self._step + steps
         loop.run_loop(
             self._experiment, self._state, self._step, self._batches, self._logger, actions,
             lambda step: step == last,
@@ -151,7 +164,7 @@ class Turns:
         numbers = itertools.count(self._step)
 
         def log_line():
-            logger.add(next(numbers), metrics)
+            logger.add(metrics)
             logger.flush(next(numbers))
 
         def put():
@@ -160,7 +173,7 @@ class Turns:
         parts = {
             "reading a batch": (lambda: next(self._batches), 1),
             "putting it on the device": (put, 1),
-            "fetching metrics": (lambda: logger.add(0, metrics), 1),
+            "fetching metrics": (lambda: logger.add(metrics), 1),
             "writing a line, by log_every": (log_line, experiment.config.log_every),
         }
         return {
