@@ -151,6 +151,11 @@ def _risks(fields: Mapping[str, Any]) -> Section:
         missing = accepted - scores.get(score, 0)
         if settings[flag] >= 1:
             notes.append(f"Nothing was left out for {what}: --{flag}=1.")
+        elif missing and score == "punsafe" and settings["detect_unsafe"]:
+            notes.append(
+                f"{missing:,} of {accepted:,} images have no score `punsafe`. nudenet looked for "
+                "exposed intimate parts in them, not for other sexual or violent content."
+            )
         elif missing:
             notes.append(
                 f"{missing:,} of {accepted:,} images have no score `{score}`, so they were not "

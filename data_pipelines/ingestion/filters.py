@@ -1,15 +1,26 @@
-"""Decides by captions and scores whether an item passes."""
+"""Decides by captions, scores and nudenet whether an item passes."""
 
 from __future__ import annotations
 
 import functools
 
+import numpy as np
 import py3langid
+from PIL import Image
 
 from data_pipelines.common import Skip
 from data_pipelines.ingestion.items import Caption, Item, printable
 from data_pipelines.ingestion.options import Options
 from imagen_jax.common.errors import UserError
+
+# The classes of nudenet that reject an image.
+UNSAFE = (
+    "ANUS_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+)
 
 
 def check_languages(languages: tuple[str, ...]) -> None:
@@ -18,6 +29,34 @@ def check_languages(languages: tuple[str, ...]) -> None:
     if unknown := set(languages) - known:
         allowed = ", ".join(sorted(known))
         raise UserError(f"--languages has {min(unknown)!r}; allowed: {allowed}")
+
+
+def check_detector(options: Options) -> None:
+    """Raises a UserError if --detect_unsafe has no limit or no nudenet."""
+    if options.detect_unsafe and options.max_unsafe >= 1:
+        raise UserError(
+            f"--max_unsafe={options.max_unsafe:g} keeps all images; set it below 1 for "
+            "--detect_unsafe"
+        )
+    if options.detect_unsafe:
+        detector()
+
+
+@functools.cache
+def detector():
+    """Returns nudenet's detector, one for each process.
+
+    Raises:
+      UserError: nudenet is not installed.
+    """
+    try:
+        import nudenet  # never a dependency: its license is unclear
+    except ModuleNotFoundError as e:
+        raise UserError(
+            "--detect_unsafe needs nudenet: pip install nudenet (read about its license in "
+            "docs/data.md)"
+        ) from e
+    return nudenet.NudeDetector()
 
 
 def language(text: str) -> str:
@@ -46,6 +85,19 @@ def by_scores(item: Item, options: Options) -> Skip | None:
         value, limit = item.scores.get(score), getattr(options, flag)
         if value is not None and sign * value > sign * limit and limit != sign:
             return Skip(item.id, f"{score} beyond --{flag}={limit:g}", f"{value:g}")
+    return None
+
+
+def by_detector(item: Item, image: Image.Image, options: Options) -> Skip | None:
+    """Returns why nudenet rejects an RGB image; one with a score `punsafe` passes unseen."""
+    if not options.detect_unsafe or "punsafe" in item.scores:
+        return None
+    bgr = np.ascontiguousarray(np.asarray(image)[..., ::-1])  # the order of OpenCV
+    found = [(part["score"], part["class"]) for part in detector().detect(bgr)]
+    score, name = max((pair for pair in found if pair[1] in UNSAFE), default=(0, ""))
+    if score > options.max_unsafe:
+        reason = f"nudenet beyond --max_unsafe={options.max_unsafe:g}"
+        return Skip(item.id, reason, f"{name} {score:.2f}")
     return None
 
 

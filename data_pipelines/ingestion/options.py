@@ -31,6 +31,7 @@ class Options:
     languages: tuple[str, ...] = ()
     max_watermark: float = 0.8
     max_unsafe: float = 0.5
+    detect_unsafe: bool = False
     min_similarity: float = -1.0
     encoder: str = "byte-tiny"
     max_tokens: int = 192
@@ -134,6 +135,13 @@ def _define_image_flags() -> None:
     )
     flags.DEFINE_float("max_watermark", 0.8, "Skip images with a higher pwatermark; 1: keep.", 0, 1)
     flags.DEFINE_float("max_unsafe", 0.5, "Skip images with a higher punsafe; 1: keep.", 0, 1)
+    flags.DEFINE_bool(
+        "detect_unsafe",
+        False,
+        "Score images without punsafe by nudenet, and skip them above --max_unsafe. The score is "
+        "the highest confidence of an exposed intimate part. You install nudenet yourself; read "
+        "about its license in docs/data.md first.",
+    )
     flags.DEFINE_float("min_similarity", -1, "Skip pairs with a lower similarity; -1: keep.", -1, 1)
 
 

@@ -75,6 +75,7 @@ def run(job: Job, each: Each) -> epath.Path:
 
 def _run(job: Job, each: Each) -> epath.Path:
     filters.check_languages(job.options.languages)
+    filters.check_detector(job.options)
     found = [sources.find(spec, job.columns, job.options.shard_size) for spec in job.specs]
     filters.token_limit(job.options.encoder, job.options.max_tokens)  # fails early
     buckets.check(job.data_dir)
@@ -200,7 +201,9 @@ def _check_same(path: epath.Path, described: dict[str, Any]) -> None:
     there = manifest.read(path)
     differing = []
     for key, value in described["settings"].items():
-        if (stored := there["settings"].get(key)) != value:
+        # A manifest from before an option existed was made with its default.
+        default = _plain(getattr(options.Options, key))
+        if (stored := there["settings"].get(key, default)) != value:
             differing.append(f"{key}={stored} (now {value})")
     old, new = (
         ", ".join(f"{s['kind']} {s['sha256'][:8]}" for s in fields["sources"])

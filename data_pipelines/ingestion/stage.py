@@ -130,6 +130,9 @@ def _accept(item: Item, options: Options, summary: Summary) -> tuple[dict[str, A
     if isinstance(converted, Skip):
         _reject(converted, item, summary)
         return None
+    if refused := filters.by_detector(item, converted.image, options):
+        _reject(refused, item, summary)
+        return None
     size = f"{converted.size[0]}x{converted.size[1]}"
     for change in (*changes, *(Skip(item.id, what, size) for what in converted.changes)):
         summary.add("changed", change)
