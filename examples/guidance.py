@@ -5,8 +5,8 @@
 # pixels out of range. Thresholding brings them back (section 2.3): static thresholding clips, and
 # dynamic thresholding rescales the whole image first.
 #
-# This draws one prompt with the model that ships with the package, at several weights and with each
-# kind of thresholding. Run it as a script, or cell by cell in an editor that reads `# %%`:
+# This draws one prompt with the base model that ships with the package, at several weights and with
+# each kind of thresholding. Run it as a script, or cell by cell in an editor that reads `# %%`:
 #
 #     python examples/guidance.py
 
@@ -18,6 +18,7 @@ import numpy as np
 
 import imagen_jax
 from imagen_jax.common import pictures
+from imagen_jax.released import SCENES
 
 PROMPT = "a large green star on a navy background"
 WEIGHTS = [1, 2, 4, 8]
@@ -25,27 +26,17 @@ THRESHOLDS = ["none", "static", "dynamic"]
 NUM = int(os.environ.get("NUM", 4))  # samples of each setting
 OUT = os.environ.get("OUT", "guidance.png")
 
-pipe = imagen_jax.load()
-print("stages:", [f"{stage.size}x{stage.size}" for stage in pipe.stages])
+pipe = imagen_jax.load(SCENES / "1_32")  # the cascade's first stage decides what is drawn
 
 # %% [markdown]
-# The base model decides what is drawn, so the two settings change there: a list has one value per
-# stage. The same seeds start from the same noise, so differences come from the settings alone.
+# The same seeds start from the same noise, so differences come from the settings alone.
 
 # %%
 images, titles = [], []
 for threshold in THRESHOLDS:
     for weight in WEIGHTS:
-        small, _ = pipe(
-            PROMPT,
-            num=NUM,
-            seed=0,
-            guidance=[weight, 1],
-            threshold=[threshold, "static"],
-            return_stages=True,
-            progress=False,
-        )
-        images.append(np.concatenate([np.asarray(image) for image in small], axis=1))
+        drawn = pipe(PROMPT, num=NUM, seed=0, guidance=weight, threshold=threshold, progress=False)
+        images.append(np.concatenate([np.asarray(image) for image in drawn], axis=1))
         titles.append(f"guidance {weight}, {threshold}")
 
 # %% [markdown]
