@@ -227,7 +227,7 @@ def test_a_gke_job_is_found_from_its_variables(monkeypatch):
         ({"coordinator": "here:1", "process_id": 1}, "--process_id is 1; allowed: 0 to 0"),
         ({"coordinator": "here:1", "join_timeout": 0}, "--join_timeout is 0; allowed: 1 second"),
         ({"distributed": True}, "--distributed found no Cloud TPU VM, GKE, SLURM or MPI job;"),
-        ({"workdir": "s3://bucket/run"}, "--workdir is 's3://bucket/run'; it must be a path"),
+        ({"workdir": "s3://bucket/run"}, "--workdir is 's3://bucket/run'; it must be a folder"),
         ({"workdir": None, "distributed": True}, "--workdir=DIR is needed with several processes"),
         ({"workdir": None, "coordinator": "here:1"}, "--workdir=DIR is needed with several"),
     ],
