@@ -108,9 +108,8 @@ def main(argv: Sequence[str]) -> None:
     if not FLAGS.workdir:
         cli.log.info("workdir: %s (--workdir chooses another)", workdir)
 
-    from imagen_jax.devices import compilation, host_memory, processes
+    from imagen_jax.devices import compilation, processes
 
-    host_memory.keep_freed_memory()
     startup.done("imports")
     start_processes({"workdir": str(workdir), "config": dataclasses.asdict(config)})
     compilation.use_cache(FLAGS.compilation_cache)
@@ -232,5 +231,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    from imagen_jax.devices.host_memory import keep_freed_memory
+
+    keep_freed_memory()  # not in `main`, because it lasts as long as the process
     define_flags()
     cli.run(main)
