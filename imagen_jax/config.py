@@ -182,7 +182,12 @@ class Config:
         names = {
             "text": ("encoder", "dim", "pooling", "sequence"),
             "diffusion": ("schedule", "prediction"),
-            "model": [f.name for f in dataclasses.fields(self.unet) if f.name not in NOT_WEIGHTS],
+            "model": [
+                f.name
+                for f in dataclasses.fields(self.unet)
+                if f.name not in NOT_WEIGHTS
+                and (f.name not in NEWER_FIELDS or getattr(self.unet, f.name) != f.default)
+            ],
         }
         identity = {f"{s}.{n}": getattr(parts[s], n) for s in parts for n in names[s]} | {
             "model.name": self.model.get("name", "unet"),
@@ -199,9 +204,6 @@ class Config:
             identity["diffusion.schedule_shift"] = d.schedule_shift
         if self.ema.widths:
             identity["ema.widths"] = self.ema.widths
-        for field in dataclasses.fields(self.unet):
-            if field.name in NEWER_FIELDS and getattr(self.unet, field.name) == field.default:
-                del identity[f"model.{field.name}"]
         return identity
 
 

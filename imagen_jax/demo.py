@@ -72,12 +72,13 @@ def open_model(workdirs: Sequence[str | Path], step: int | None) -> Model:
       UserError: as for imagen_jax.load.
     """
     from imagen_jax.pipeline import cascade
+    from imagen_jax.released import SCENES
     from imagen_jax.web.drawing import Model
 
     pipe = cascade.load(*workdirs, step=step)
     arguments = [f"--workdir={','.join(map(str, workdirs))}"] if workdirs else []
     arguments += [] if step is None else [f"--step={step}"]
-    title = " + ".join(Path(w).name for w in workdirs) or "scenes"
+    title = " + ".join(Path(w).name for w in workdirs) or SCENES.name
     if not pipe.stages[0].stage.config.data.task.startswith("scenes"):
         return Model(pipe, title, arguments, functools.cache(lambda: captions(pipe)))
     prompts, check = scenes(pipe)

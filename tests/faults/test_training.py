@@ -64,6 +64,21 @@ class Killed(Exception):
     pass
 
 
+def train_killed(experiment, workdir, bad, step):
+    """Trains, is killed when `step` comes for the second time, and resumes."""
+    seen = []
+
+    def stop(at):
+        seen.append(at)
+        if seen.count(step) == 2:
+            raise Killed
+        return False
+
+    with pytest.raises(Killed):
+        train(experiment, workdir, bad, stop)
+    return train(experiment, workdir, bad)
+
+
 def test_single_bad_batches_are_skipped_and_counted(experiment, tmp_path):
     assert train(experiment, tmp_path, lambda number: number in (3, 6))
     lines = {m["step"]: m for m in metrics(tmp_path)}
@@ -93,17 +108,8 @@ def test_after_a_bad_stretch_the_run_goes_on_with_other_data_and_a_killed_one_do
     (line,) = [m for m in lines if m["step"] == 7]
     assert float(repeated["loss"]) == line["loss"] and not repeated["skipped"]
 
-    seen = []
-
-    def stop(step):
-        seen.append(step)
-        if seen.count(5) == 2:  # after the return, before the next checkpoint
-            raise Killed
-        return False
-
-    with pytest.raises(Killed):
-        train(experiment, tmp_path / "killed", bad, stop)
-    assert train(experiment, tmp_path / "killed", bad)
+    # At its second step 5 it has gone back, and the next checkpoint is still to come.
+    assert train_killed(experiment, tmp_path / "killed", bad, step=5)
     assert metrics(tmp_path / "killed") == lines
 
 
@@ -259,20 +265,13 @@ def test_with_local_checkpoints_a_diverging_run_goes_back_as_without(experiment,
 
     changed = copy.copy(experiment)
     changed.config = dataclasses.replace(experiment.config, checkpoint_every=4)
-    local, seen = with_local(changed, tmp_path / "disk", every=1), []
+    local = with_local(changed, tmp_path / "disk", every=1)
     for name, one in (("without", changed), ("with", local)):
         assert train(one, tmp_path / name, bad)
     lines = metrics(tmp_path / "without")
     assert {"step": 5, "rollback/from_step": 8, "rollback/count": 2} in lines
     assert metrics(tmp_path / "with") == lines
 
-    def stop(step):
-        seen.append(step)
-        if seen.count(6) == 2:  # after the first return
-            raise Killed
-        return False
-
-    with pytest.raises(Killed):
-        train(local, tmp_path / "killed", bad, stop)
-    assert train(local, tmp_path / "killed", bad)
+    # At its second step 6 it has gone back once.
+    assert train_killed(local, tmp_path / "killed", bad, step=6)
     assert metrics(tmp_path / "killed") == lines
